@@ -1,0 +1,105 @@
+"""From the command line to a run that can begin: what both wings' training programs do first."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from bn_common.checks import check_blenet
+from bn_common.config import NUM_CLASS, Config
+from bn_common.run_folder import RunFolder
+from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample, steps_per_epoch
+
+
+def parse(args: Sequence[str] | None, *, prog: str, description: str) -> Config:
+    """The config that the command line asks for; bad input ends the program with exit status 2 and one line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(Config, prog=prog, description=description, args=args).resolved()
+    except SystemExit as stop:
+        if stop.code == 2:
+            refuse(prog, _in_one_line(errors.getvalue()))
+        sys.stderr.write(errors.getvalue())
+        raise
+
+
+def _in_one_line(box: str) -> str:
+    """What was given and what is allowed, out of tyro's box of a title, a message, the option's help and a pointer."""
+    sections = [" ".join(re.sub(r"[│╭╮╰╯─]", " ", part).split()) for part in re.split(r"─{5,}", box.partition("\n")[2])]
+    message = sections[0].removeprefix("Error parsing Config: ")
+    for section in sections[1:]:
+        if section.startswith("Argument helptext: "):
+            message += f"; allowed: {section.removeprefix('Argument helptext: ')}"
+    return f"{message}; allowed: what --help lists" if message.startswith("Unrecognized options") else message
+
+
+def refuse(prog: str, message: str) -> NoReturn:
+    """End the program: one line on standard error, exit status 2."""
+    sys.stderr.write(f"{prog}: error: {' '.join(message.split())}\n")
+    raise SystemExit(2)
+
+
+def start(args: Sequence[str] | None, *, prog: str, description: str) -> tuple[Config, ImageDataset, RunFolder]:
+    """Parse the command line, load the data, open the run folder.
+
+    Everything that can be refused is refused here, before a framework is even imported: exit status 2 and one line
+    that says what was given and what is allowed.
+    """
+    config, console = parse(args, prog=prog, description=description), Console()
+    try:
+        dataset = load(config, console)
+        check_blenet(channels=1, fig_size=dataset.train_images.shape[1], num_class=NUM_CLASS)
+        steps_per_epoch(len(dataset.train_images), config.batch_size)
+        about = {"data": dataset.name} | ({"notice": dataset.notice} if dataset.notice else {})
+        run = RunFolder(config, about, console)
+    except ValueError as error:
+        refuse(prog, str(error))
+    if dataset.notice:
+        run.say(f"Notice: {dataset.notice}", style="yellow")
+    return config, dataset, run
+
+
+def load(config: Config, console: Console) -> ImageDataset:
+    """The data set that the config names, with a progress bar if it has to be downloaded."""
+    if config.data_dir is not None:
+        return load_folder(config.data_dir)
+    if config.data == "sample":
+        return load_sample()
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(name: str, done: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name)
+            bar.update(tasks[name], completed=done, total=total)
+
+        return load_fashion_mnist(progress=progress)
+
+
+def main(load_train: Callable[[], Callable], *, prog: str, description: str) -> None:
+    """A training program: the command line, then the training loop of one wing.
+
+    Args:
+      load_train: gives `train(config, dataset, run)`; called once the run can begin, and imports the framework then.
+      prog: the program's name in messages.
+      description: of the program, for --help.
+    """
+    config, dataset, run = start(None, prog=prog, description=description)
+    try:
+        load_train()(config, dataset, run)
+    except FloatingPointError as error:
+        sys.stderr.write(f"{prog}: stopped: {error}; {run.path} holds the epochs before\n")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted; {run.path} holds the epochs that were finished\n")
+        raise SystemExit(130) from None

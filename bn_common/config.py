@@ -1,0 +1,80 @@
+"""The training configuration: one frozen dataclass, the same for `train_jax.py` and `python -m torch_bn.training`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from bn_common.checks import check_epsilon, check_int, check_momentum, check_real, require
+
+# Of Fashion-MNIST, MNIST and KMNIST alike.
+NUM_CLASS = 10
+
+# Learning rate and weight decay of each optimiser at batch size 64, found on 10,000 held-out training images.
+DEFAULTS = {"sgd": (0.5, 1e-4), "momentum": (0.5, 1e-4), "adam": (0.01, 0.0), "adamw": (0.02, 0.01)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How to train BLeNet. Every field is a command-line option of the same name."""
+
+    epochs: int = 10
+    """Passes over the training set, >= 1."""
+    batch_size: int = 64
+    """Images in a step, from 2 to the size of the training set. What is left of an epoch is seen in other epochs."""
+    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "momentum"
+    """sgd: plain. momentum: SGD with Nesterov momentum 0.9. adam, adamw: betas 0.9 and 0.999, epsilon 1e-8."""
+    lr: float | None = None
+    """Highest learning rate, > 0. None: 0.5 for sgd and momentum, 0.01 for adam, 0.02 for adamw."""
+    weight_decay: float | None = None
+    """Weight decay, >= 0: decoupled and multiplied by the learning rate in adamw, added to the gradient in the others.
+    None: 1e-4 for sgd and momentum, 0 for adam, 0.01 for adamw."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or falling to 0 along half a cosine."""
+    warmup_epochs: float = 1.0
+    """Epochs in which the learning rate rises linearly from 0, >= 0, at most the epochs."""
+    seed: int = 0
+    """Of the initial weights and of the batches' order, 0 to 2^32 - 1."""
+    bn_momentum: float = 0.9
+    """Batch norm: weight of the OLD value in the moving statistics, 0 to 1 (PyTorch counts the new one's)."""
+    bn_eps: float = 1e-5
+    """Batch norm: added to the variance, > 0."""
+    data: Literal["fashion-mnist", "sample"] = "fashion-mnist"
+    """fashion-mnist: from the cache folder, Debian's package dataset-fashion-mnist, or the official download; if there
+    is none of these, the sample. sample: the 6,000 + 1,000 images that ship with the project."""
+    data_dir: Path | None = None
+    """Use the four IDX files in this folder (named as MNIST, Fashion-MNIST and KMNIST name them) instead of --data."""
+    out: Path | None = None
+    """Run folder for config.json, metrics.jsonl, weights.safetensors and curves.png; must not hold a run yet.
+    None: a new folder below runs/."""
+
+    def __post_init__(self) -> None:
+        check_int("--epochs", self.epochs, 1)
+        check_int("--batch-size", self.batch_size, 2)
+        # tyro checks these too, but a Config is also made in code.
+        for name, kind in get_type_hints(Config).items():
+            if get_origin(kind) is Literal:
+                require(
+                    getattr(self, name) in get_args(kind), f"--{name}", getattr(self, name), ", ".join(get_args(kind))
+                )
+        if self.lr is not None:
+            check_real("--lr", self.lr, 0, 1e6, "a number > 0, at most 1e6", open_low=True)
+        if self.weight_decay is not None:
+            check_real("--weight-decay", self.weight_decay, 0, 1e6, "a number >= 0, at most 1e6")
+        check_real("--warmup-epochs", self.warmup_epochs, 0, self.epochs, f"0 to --epochs, {self.epochs}")
+        check_int("--seed", self.seed, 0)
+        require(self.seed < 2**32, "--seed", self.seed, "at most 2^32 - 1")
+        check_momentum(self.bn_momentum, "--bn-momentum")
+        check_epsilon("--bn-eps", self.bn_eps)
+        both = self.data == "sample" and self.data_dir is not None
+        require(not both, "--data-dir", f"{self.data_dir} with --data sample", "one of the two")
+
+    def resolved(self) -> Config:
+        """The same with the optimiser's defaults in place of None."""
+        lr, weight_decay = DEFAULTS[self.optimizer]
+        return dataclasses.replace(
+            self,
+            lr=lr if self.lr is None else self.lr,
+            weight_decay=weight_decay if self.weight_decay is None else self.weight_decay,
+        )

@@ -1,0 +1,167 @@
+"""The run folder: config, metrics, weights and curves of one training run, each file written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bn_common.config import Config
+
+CONFIG, METRICS, WEIGHTS, CURVES = "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
+
+
+class Totals(NamedTuple):
+    """Sums over examples: `loss` of the cross-entropy, `correct` of the right predictions, `examples` their number."""
+
+    loss: float
+    correct: float
+    examples: float
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that no reader, and no crash, ever sees a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """Records a run on the screen and in its folder.
+
+    Args:
+      config: the run's; `out` names the folder (None: a new one below runs/, named by the time).
+      about: added to every line of the metrics: {"data": ..., "notice": ...}.
+      console: where to print.
+
+    Raises:
+      ValueError: the folder holds a run already (nothing is overwritten), is a file, or can't be written.
+    """
+
+    def __init__(self, config: Config, about: Mapping[str, str], console: Console) -> None:
+        self.path = _new_folder(config.out)
+        self.config, self.about, self.console = config, dict(about), console
+        self.metrics: list[dict[str, Any]] = []
+        fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+        write_whole(self.path / CONFIG, (json.dumps(fields | {"out": str(self.path)}, indent=2) + "\n").encode())
+
+    @contextlib.contextmanager
+    def progress(self, epoch: int, steps: int) -> Iterator[Callable[[], None]]:
+        """A progress bar over the steps of an epoch (on a terminal only); gives the function to call after a step."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(f"epoch {epoch}/{self.config.epochs}", total=steps)
+            yield lambda: bar.advance(task)
+
+    def check(self, epoch: int, train: Totals) -> None:
+        """Raise FloatingPointError if the training loss of an epoch (from 0) is not finite."""
+        if not math.isfinite(train.loss):
+            raise FloatingPointError(f"the loss is {train.loss} in epoch {epoch + 1}; a smaller --lr may help")
+
+    def log(self, *, epoch: int, step: int, train: Totals, test: Totals, seconds: float, learning_rate: float) -> None:
+        """Print a line for an epoch and add it to metrics.jsonl.
+
+        Args:
+          epoch: from 0; printed and written from 1.
+          step: steps done since the start.
+          train: sums over the epoch's training steps, each taken before its update.
+          test: sums over the test set after the epoch.
+          seconds: wall time of the training steps.
+          learning_rate: of the last step.
+        """
+        line = {
+            "epoch": epoch + 1,
+            "step": step,
+            "loss": train.loss / train.examples,
+            "train_accuracy": train.correct / train.examples,
+            "test_loss": test.loss / test.examples,
+            "test_accuracy": test.correct / test.examples,
+            "images_per_second": train.examples / seconds,
+            "seconds": seconds,
+            "learning_rate": learning_rate,
+        }
+        self.metrics.append({**line, **self.about})
+        write_whole(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in self.metrics).encode())
+        epochs = str(self.config.epochs)
+        self.say(
+            f"epoch {line['epoch']:{len(epochs)}d}/{epochs}  loss {line['loss']:.4f}"
+            f"  train accuracy {line['train_accuracy']:.4f}  test accuracy {line['test_accuracy']:.4f}"
+            f"  {line['images_per_second']:,.0f} images/s"
+        )
+
+    def save_weights(self, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+        """Write weights.safetensors.
+
+        Args:
+          tensors: name -> array.
+          about: the file's metadata.
+        """
+        content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, dict(about))
+        write_whole(self.path / WEIGHTS, content)
+
+    def finish(self) -> None:
+        """Draw the curves and say where everything is."""
+        write_whole(self.path / CURVES, draw_curves(self.metrics, self.about["data"]))
+        self.say(f"run folder: {self.path}")
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line, never wrapped: it may be read by a program."""
+        self.console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
+
+
+def _new_folder(out: Path | None) -> Path:
+    path = out
+    if path is None:
+        base = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+        path = next(p for p in (base, *(Path(f"{base}-{i}") for i in range(2, 1000))) if not p.exists())
+    held = [name for name in (CONFIG, METRICS, WEIGHTS, CURVES) if (path / name).exists()]
+    if held:
+        raise ValueError(f"--out is {path}, which holds {held[0]} of another run; allowed: a folder without a run")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / METRICS, b"")
+    except OSError as error:
+        raise ValueError(f"--out is {path}: {error.strerror}; allowed: a folder that can be written") from None
+    return path
+
+
+def draw_curves(metrics: list[dict[str, Any]], data: str) -> bytes:
+    """Loss and accuracy over the epochs, as a PNG."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in metrics]
+    marker = "o" if len(epochs) < 30 else None
+    for axes, title, curves in (
+        (loss, "cross-entropy", {"training": "loss", "test": "test_loss"}),
+        (accuracy, "accuracy", {"training": "train_accuracy", "test": "test_accuracy"}),
+    ):
+        for label, key in curves.items():
+            axes.plot(epochs, [line[key] for line in metrics], marker=marker, markersize=3, label=label)
+        axes.set(xlabel="epoch", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    best = f", test accuracy {metrics[-1]['test_accuracy']:.4f}" if metrics else ""
+    figure.suptitle(f"BLeNet on {data}{best}", fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

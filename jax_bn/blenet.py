@@ -1,0 +1,113 @@
+"""BLeNet: LeNet-5 (LeCun et al. 1998) with batch norm before every sigmoid, as a Flax module.
+
+`torch_bn/blenet.py` is the same network in PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bn_common.checks import check_blenet, check_blenet_input
+from jax_bn.batch_norm import as_array
+from jax_bn.layers import BatchNorm
+
+# Uniform in +-1/sqrt(fan_in): a variance of (1/3) / fan_in. PyTorch's default for weights.
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def bias_init(fan_in: int) -> nn.initializers.Initializer:
+    """Uniform in +-1/sqrt(fan_in): PyTorch's default for biases (a bias does not know its layer's fan_in itself)."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _average_pool(x: Array) -> Array:
+    """Mean of every 2x2. `nn.avg_pool` divides by a numpy integer, which strict dtype promotion refuses."""
+    return nn.pool(x, 0.0, lax.add, (2, 2), (2, 2), "VALID") / 4
+
+
+class BLeNet(nn.Module):
+    """LeNet-5 with batch norm: 62,158 parameters at the defaults.
+
+    Conv 5x5 channels->6 padding 2, BN, sigmoid, average pool 2x2; Conv 5x5 6->16 no padding, BN, sigmoid, average pool
+    2x2; flatten; Dense 16 f f->120, BN, sigmoid; Dense 120->84, BN, sigmoid; Dense 84->num_class, where
+    f = (fig_size // 2 - 4) // 2. Initial weights and biases are uniform in +-1/sqrt(fan_in), PyTorch's default.
+
+    Attributes:
+      channels: channels of the images, >= 1.
+      fig_size: height and width of the images, >= 12.
+      num_class: number of classes, >= 1.
+      momentum: of every batch norm, the weight of the OLD value.
+      epsilon: of every batch norm.
+      axis_name: of every batch norm, see `jax_bn.batch_norm`.
+      param_dtype: dtype of the parameters.
+
+    Raises:
+      ValueError: channels, fig_size or num_class is no integer or too small.
+    """
+
+    channels: int = 1
+    fig_size: int = 28
+    num_class: int = 10
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        check_blenet(channels=self.channels, fig_size=self.fig_size, num_class=self.num_class)
+        super().__post_init__()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, [H, W, C]."""
+        return self.fig_size, self.fig_size, self.channels
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Logits [N, num_class] of images x [N, fig_size, fig_size, channels].
+
+        Args:
+          x: a float array.
+          train: normalise with the batch's statistics and move "batch_stats" (which must be mutable), or predict.
+
+        Raises:
+          ValueError: another shape, a dtype that is no float, or fewer than two images in training.
+        """
+        x = as_array("x", x)
+        check_blenet_input(
+            shape=x.shape,
+            dtype=x.dtype.name,
+            layout="NHWC",
+            image=self.image_shape,
+            train=train and not self.is_initializing(),
+        )
+
+        def affine(layer: type[nn.Module], fan_in: int, *args, **kwargs) -> nn.Module:
+            return layer(
+                *args, kernel_init=kernel_init, bias_init=bias_init(fan_in), param_dtype=self.param_dtype, **kwargs
+            )
+
+        def norm() -> nn.Module:
+            return BatchNorm(
+                use_running_average=not train,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                param_dtype=self.param_dtype,
+                axis_name=self.axis_name,
+            )
+
+        x = affine(nn.Conv, 25 * self.channels, 6, (5, 5), padding=2)(x)
+        x = _average_pool(nn.sigmoid(norm()(x)))
+        x = affine(nn.Conv, 25 * 6, 16, (5, 5), padding="VALID")(x)
+        x = _average_pool(nn.sigmoid(norm()(x)))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.sigmoid(norm()(affine(nn.Dense, x.shape[-1], 120)(x)))
+        x = nn.sigmoid(norm()(affine(nn.Dense, 120, 84)(x)))
+        return affine(nn.Dense, 84, self.num_class)(x)

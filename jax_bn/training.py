@@ -1,0 +1,219 @@
+"""Training BLeNet: the state, one step, evaluation, the loop. `torch_bn/training.py` is the same in PyTorch.
+
+The data stay on the device as uint8; a step is given the indices of its batch, and is one jitted function whose
+state is donated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from jax import Array
+from numpy.typing import NDArray
+
+from bn_common.config import NUM_CLASS, Config
+from bn_common.run_folder import RunFolder, Totals
+from image_data import ImageDataset, epoch_batches, padded_batches, pixel_mean_and_std, steps_per_epoch
+from jax_bn.blenet import BLeNet
+
+EVAL_BATCH_SIZE = 1000
+# Steps that may be under way at once: the device always has the next one, and the progress bar stays honest.
+STEPS_IN_FLIGHT = 4
+
+Variables = dict[str, Any]
+"""{"params": ..., "batch_stats": ...}"""
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+      params: BLeNet's parameters.
+      batch_stats: its moving statistics.
+      opt_state: the optimiser's state, which counts the steps for the schedule.
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+
+    @property
+    def variables(self) -> Variables:
+        """What `BLeNet.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+class Metrics(NamedTuple):
+    """Sums over examples: `loss` of the cross-entropy, `correct` of the right predictions, `examples` their number."""
+
+    loss: Array
+    correct: Array
+    examples: Array
+
+
+class DeviceData(NamedTuple):
+    """A data set on the device.
+
+    Attributes:
+      images: uint8 [N, H, W].
+      labels: int32 [N].
+      mean, std: float32 [], of the training set's pixels (one channel is one feature).
+    """
+
+    images: Array
+    labels: Array
+    mean: Array
+    std: Array
+
+    def batch(self, indices: Array) -> tuple[Array, Array]:
+        """Standardised images float32 [B, H, W, 1] and labels int32 [B]."""
+        x = (self.images[indices].astype(jnp.float32) - self.mean) / self.std
+        return x[..., None], self.labels[indices]
+
+
+def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate at step t (from 0), with W steps of warm-up and T steps in all.
+
+    lr * t / W in the warm-up; then lr (constant) or lr * (1 + cos(pi * (t - W) / (T - W))) / 2 (cosine).
+    """
+    lr, warmup, total = config.lr, round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
+    assert lr is not None, "Config.resolved() gives it"
+    after = optax.constant_schedule(lr)
+    if config.schedule == "cosine" and warmup < total:
+        after = optax.cosine_decay_schedule(lr, total - warmup)
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup]) if warmup else after
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """The optimiser that the config names; weight decay is decoupled in adamw and added to the gradient elsewhere."""
+    schedule, decay = learning_rate_schedule(config, steps_per_epoch), config.weight_decay
+    assert decay is not None, "Config.resolved() gives it"
+    if config.optimizer == "adamw":
+        return optax.adamw(schedule, weight_decay=decay)
+    plain = {
+        "sgd": lambda: optax.sgd(schedule),
+        "momentum": lambda: optax.sgd(schedule, momentum=0.9, nesterov=True),
+        "adam": lambda: optax.adam(schedule),
+    }[config.optimizer]()
+    return optax.chain(optax.add_decayed_weights(decay), plain) if decay else plain
+
+
+def init_state(model: BLeNet, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Fresh weights from the seed, and the optimiser's state for them."""
+    x = jnp.zeros((1, *model.image_shape), model.param_dtype)
+    variables = model.init(jax.random.key(seed), x, train=False)
+    return TrainState(variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
+
+
+def train_step(
+    model: BLeNet, optimizer: optax.GradientTransformation, state: TrainState, x: Array, labels: Array
+) -> tuple[TrainState, Metrics]:
+    """One step on the mean cross-entropy of a batch: images x [B, H, W, C], labels int32 [B]. Pure."""
+
+    def loss_fn(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), (updated["batch_stats"], logits, losses)
+
+    gradients, (batch_stats, logits, losses) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, batch_stats, opt_state), _metrics(logits, labels, losses, jnp.ones_like(losses))
+
+
+def eval_step(model: BLeNet, variables: Variables, x: Array, labels: Array, weights: Array) -> Metrics:
+    """Metrics of a batch in prediction; weights float [B] are 1 for an example that counts and 0 for padding."""
+    logits: Any = model.apply(variables, x, train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return _metrics(logits, labels, losses, weights)
+
+
+def _metrics(logits: Array, labels: Array, losses: Array, weights: Array) -> Metrics:
+    correct = (logits.argmax(-1) == labels).astype(weights.dtype)
+    return Metrics((losses * weights).sum(), (correct * weights).sum(), weights.sum())
+
+
+def to_device(dataset: ImageDataset) -> tuple[DeviceData, DeviceData]:
+    """The training and the test set on the default device, both standardised by the training set."""
+    mean, std = map(jnp.float32, pixel_mean_and_std(dataset.train_images))
+
+    def put(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> DeviceData:
+        return DeviceData(jnp.asarray(images), jnp.asarray(labels.astype(np.int32)), mean, std)
+
+    return put(dataset.train_images, dataset.train_labels), put(dataset.test_images, dataset.test_labels)
+
+
+def evaluate(eval_batch: Callable[..., Metrics], variables: Variables, data: DeviceData) -> Totals:
+    """Metrics over a whole data set, in batches of one size, the last one padded."""
+    batches = padded_batches(len(data.labels), EVAL_BATCH_SIZE)
+    return totals([eval_batch(variables, data, *batch) for batch in batches])
+
+
+def totals(found: list[Metrics]) -> Totals:
+    """The sum of all batches' metrics, fetched from the device in one go."""
+    return Totals(*np.asarray(jax.device_get(found), np.float64).sum(0).tolist())
+
+
+def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
+    """Train BLeNet as the config says; metrics, weights and curves go to the run folder after every epoch.
+
+    Raises:
+      FloatingPointError: the loss is no longer finite; the run folder holds the epochs before.
+    """
+    train_data, test_data = to_device(dataset)
+    num_train, steps = len(dataset.train_labels), steps_per_epoch(len(dataset.train_labels), config.batch_size)
+    model = BLeNet(
+        fig_size=dataset.train_images.shape[1], num_class=NUM_CLASS, momentum=config.bn_momentum, epsilon=config.bn_eps
+    )
+    optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
+    state = init_state(model, optimizer, config.seed)
+    run.say(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, data: {dataset.name}")
+
+    def train_batch(state: TrainState, data: DeviceData, indices: Array) -> tuple[TrainState, Metrics]:
+        return train_step(model, optimizer, state, *data.batch(indices))
+
+    def eval_batch(variables: Variables, data: DeviceData, indices: Array, weights: Array) -> Metrics:
+        return eval_step(model, variables, *data.batch(indices), weights)
+
+    # Compiled before the clock starts, so that the first epoch's images/s mean the same as the others'.
+    indices = next(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=0))
+    compiled_step = jax.jit(train_batch, donate_argnums=0).lower(state, train_data, indices).compile()
+    jitted_eval = jax.jit(eval_batch)
+
+    for epoch in range(config.epochs):
+        started, found = time.perf_counter(), []
+        with run.progress(epoch + 1, steps) as advance:
+            for indices in epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch):
+                state, metrics = compiled_step(state, train_data, indices)
+                found.append(metrics)
+                if len(found) > STEPS_IN_FLIGHT:
+                    jax.block_until_ready(found[-STEPS_IN_FLIGHT - 1])
+                advance()
+            train_totals = totals(found)
+        seconds = time.perf_counter() - started
+        run.check(epoch, train_totals)
+        run.save_weights(named_weights(state.variables), {"format": "flax"})
+        step = (epoch + 1) * steps
+        run.log(
+            epoch=epoch,
+            step=step,
+            train=train_totals,
+            test=evaluate(jitted_eval, state.variables, test_data),
+            seconds=seconds,
+            learning_rate=float(schedule(step - 1)),
+        )
+    run.finish()
+    return state
+
+
+def named_weights(variables: Variables) -> dict[str, NDArray]:
+    """The variables by name, as weights.safetensors holds them: "params/Conv_0/kernel" and so on."""
+    return {name: np.asarray(value) for name, value in flatten_dict(variables, sep="/").items()}

@@ -1,0 +1,40 @@
+"""Error measures, and the bounds with the reason for each."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+# One step from the same weights, float64. A sum of m products of float64 carries about sqrt(m) eps of rounding;
+# BLeNet's largest sums (a batch of convolution outputs) have 1e5 terms: 300 * 2.2e-16 = 7e-14, times the network's
+# depth of 13 layers.
+FLOAT64 = 1e-12
+# The same in float32 would be 300 * 6e-8 = 2e-5 for a worst sum; both frameworks sum blockwise, which leaves a few eps
+# in the forward pass (2e-6 = 17 eps) and, with twice the depth, in the gradients.
+FLOAT32_LOGITS = 2e-6
+FLOAT32_GRADIENTS = 5e-6
+# Steps from the same weights on the same batches: rounding differences of each step are carried along; training on a
+# cross-entropy neither damps nor blows them up much, so that they grow with the number of steps.
+FLOAT64_LOSSES_200_STEPS = 1e-11
+FLOAT64_PARAMETERS_200_STEPS = 1e-10
+FLOAT32_PARAMETERS_200_SGD_STEPS = 2e-6
+FLOAT32_LOGITS_200_SGD_STEPS = 1e-5
+
+
+def relative_error(given: ArrayLike, truth: ArrayLike, scale: float | None = None) -> float:
+    """max|given - truth| / max|truth|: one number a tensor, so that a small element beside large ones may round.
+
+    Args:
+      given: any shape.
+      truth: the same shape, in float64 or exact.
+      scale: in place of max|truth|, where the truth is 0 by cancellation: the size of what cancelled.
+
+    Returns:
+      The error; 0 if both are all 0; infinity if either holds a NaN or an infinity, or the shapes differ.
+    """
+    a, b = np.asarray(given, np.float64), np.asarray(truth, np.float64)
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    worst = float(np.abs(a - b).max(initial=0.0))
+    scale = float(np.abs(b).max(initial=0.0)) if scale is None else scale
+    return 0.0 if worst == 0 else worst / scale if scale > 0 else float("inf")

@@ -1,0 +1,7 @@
+"""The PyTorch wing: batch normalisation, its nn.Module, BLeNet and its training. Never imports jax."""
+
+from torch_bn.batch_norm import batch_norm
+from torch_bn.blenet import BLeNet
+from torch_bn.layers import BatchNorm
+
+__all__ = ["BLeNet", "BatchNorm", "batch_norm"]

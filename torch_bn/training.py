@@ -1,0 +1,179 @@
+"""Training BLeNet in PyTorch: one step, evaluation, the loop. `jax_bn/training.py` is the same in JAX.
+
+    python -m torch_bn.training                      10 epochs on Fashion-MNIST
+    python -m torch_bn.training --data sample --epochs 2 --out runs/sample
+
+Same options, same order of the data, same run folder as train_jax.py. The data stay on the device as uint8.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from bn_common.config import NUM_CLASS, Config
+from bn_common.run_folder import RunFolder, Totals
+from image_data import ImageDataset, epoch_batches, pixel_mean_and_std, steps_per_epoch
+from torch_bn.blenet import BLeNet
+
+EVAL_BATCH_SIZE = 1000
+
+
+class Metrics(NamedTuple):
+    """Sums over examples: `loss` of the cross-entropy, `correct` of the right predictions, `examples` their number."""
+
+    loss: Tensor
+    correct: Tensor
+    examples: Tensor
+
+
+class DeviceData(NamedTuple):
+    """A data set on the device.
+
+    Attributes:
+      images: uint8 [N, H, W].
+      labels: int64 [N].
+      mean, std: float32 [], of the training set's pixels (one channel is one feature).
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardised images float32 [B, 1, H, W] and labels int64 [B]."""
+        x = (self.images[indices].to(torch.float32) - self.mean) / self.std
+        return x[:, None], self.labels[indices]
+
+
+def learning_rate_factor(config: Config, steps_per_epoch: int, step: int) -> float:
+    """Learning rate at step t (from 0) relative to the config's, with W steps of warm-up and T steps in all.
+
+    t / W in the warm-up; then 1 (constant) or (1 + cos(pi * (t - W) / (T - W))) / 2 (cosine).
+    """
+    warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
+    if step < warmup:
+        return step / warmup
+    if config.schedule == "constant" or warmup == total:
+        return 1.0
+    return (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup)))) / 2
+
+
+def make_optimizer(config: Config, steps_per_epoch: int, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The optimiser that the config names, and its schedule; weight decay as `torch.optim` has it."""
+    lr, decay = config.lr, config.weight_decay
+    assert lr is not None, "Config.resolved() gives it"
+    assert decay is not None, "Config.resolved() gives it"
+    optimizer = {
+        "sgd": lambda p: torch.optim.SGD(p, lr, weight_decay=decay),
+        "momentum": lambda p: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True, weight_decay=decay),
+        "adam": lambda p: torch.optim.Adam(p, lr, weight_decay=decay),
+        "adamw": lambda p: torch.optim.AdamW(p, lr, weight_decay=decay),
+    }[config.optimizer](model.parameters())
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(config, steps_per_epoch, step))
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> Metrics:
+    """One step on the mean cross-entropy of a batch: images x [B, C, H, W], labels int64 [B]."""
+    model.train()
+    optimizer.zero_grad()
+    logits = model(x)
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    losses.mean().backward()
+    optimizer.step()
+    return _metrics(logits, labels, losses)
+
+
+@torch.no_grad()
+def eval_step(model: nn.Module, x: Tensor, labels: Tensor) -> Metrics:
+    """Metrics of a batch in prediction."""
+    model.eval()
+    logits = model(x)
+    return _metrics(logits, labels, nn.functional.cross_entropy(logits, labels, reduction="none"))
+
+
+def _metrics(logits: Tensor, labels: Tensor, losses: Tensor) -> Metrics:
+    correct = (logits.argmax(-1) == labels).sum()
+    return Metrics(losses.detach().sum(), correct, torch.full_like(correct, len(labels)))
+
+
+def to_device(dataset: ImageDataset, device: torch.device) -> tuple[DeviceData, DeviceData]:
+    """The training and the test set on the device, both standardised by the training set."""
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in pixel_mean_and_std(dataset.train_images))
+
+    def put(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> DeviceData:
+        return DeviceData(
+            torch.from_numpy(images).to(device), torch.from_numpy(labels.astype(np.int64)).to(device), mean, std
+        )
+
+    return put(dataset.train_images, dataset.train_labels), put(dataset.test_images, dataset.test_labels)
+
+
+def evaluate(model: nn.Module, data: DeviceData) -> Totals:
+    """Metrics over a whole data set."""
+    batches = torch.arange(len(data.labels), device=data.labels.device).split(EVAL_BATCH_SIZE)
+    return totals([eval_step(model, *data.batch(indices)) for indices in batches])
+
+
+def totals(found: list[Metrics]) -> Totals:
+    """The sum of all batches' metrics, fetched from the device in one go."""
+    return Totals(*torch.tensor(list(zip(*found, strict=True)), dtype=torch.float64).sum(1).tolist())
+
+
+def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
+    """Train BLeNet as the config says; metrics, weights and curves go to the run folder after every epoch.
+
+    Raises:
+      FloatingPointError: the loss is no longer finite; the run folder holds the epochs before.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train_data, test_data = to_device(dataset, device)
+    num_train, steps = len(dataset.train_labels), steps_per_epoch(len(dataset.train_labels), config.batch_size)
+    torch.manual_seed(config.seed)
+    model = BLeNet(
+        channels=1,
+        fig_size=dataset.train_images.shape[1],
+        num_class=NUM_CLASS,
+        momentum=config.bn_momentum,
+        eps=config.bn_eps,
+    ).to(device)
+    optimizer, scheduler = make_optimizer(config, steps, model)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    run.say(f"1 x {name}, torch {torch.__version__}, data: {dataset.name}")
+
+    for epoch in range(config.epochs):
+        started, found = time.perf_counter(), []
+        with run.progress(epoch + 1, steps) as advance:
+            for indices in epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch):
+                learning_rate = optimizer.param_groups[0]["lr"]
+                found.append(train_step(model, optimizer, *train_data.batch(torch.from_numpy(indices).to(device))))
+                scheduler.step()
+                advance()
+            train_totals = totals(found)
+        seconds = time.perf_counter() - started
+        run.check(epoch, train_totals)
+        run.save_weights({name: v.cpu().numpy() for name, v in model.state_dict().items()}, {"format": "pt"})
+        run.log(
+            epoch=epoch,
+            step=(epoch + 1) * steps,
+            train=train_totals,
+            test=evaluate(model, test_data),
+            seconds=seconds,
+            learning_rate=learning_rate,
+        )
+    run.finish()
+    return model
+
+
+if __name__ == "__main__":
+    from bn_common.command_line import main
+
+    main(lambda: train, prog="python -m torch_bn.training", description=__doc__ or "")

@@ -1,0 +1,27 @@
+"""Train BLeNet (LeNet-5 with batch norm before every sigmoid) on Fashion-MNIST with JAX, on CPU, GPU or TPU.
+
+    python train_jax.py                                          10 epochs on the full data set
+    python train_jax.py --data sample --epochs 2                 a minute's look, no download
+    python train_jax.py --optimizer adamw --batch-size 128 --out runs/adamw
+    python train_jax.py --data-dir ~/kmnist                      any four IDX files named like MNIST's
+
+Prints a line per epoch and leaves a run folder: config.json, metrics.jsonl (a line per epoch), weights.safetensors and
+curves.png. Same options, same order of the data as `python -m torch_bn.training`, its twin in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bn_common.command_line import main
+
+
+def _load_train() -> Callable:
+    # Only now: a mistake on the command line is answered before JAX has looked for its devices.
+    from jax_bn.training import train
+
+    return train
+
+
+if __name__ == "__main__":
+    main(_load_train, prog="train_jax.py", description=__doc__ or "")
