@@ -1,0 +1,53 @@
+# Each target sets up what it needs in .venv by itself, and does so again only when pyproject.toml or constraints.txt
+# have changed. Options:
+#   make train ARGS="--epochs 3 --out runs/first"     options of train_jax.py
+#   make train EXTRA=cuda                             with JAX for NVIDIA GPUs (or EXTRA=tpu)
+#   make test PYTHON=python3.12                       another Python, 3.11 or newer
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(name)),$(name))))
+ARGS ?=
+EXTRA ?=
+VENV := .venv
+# Without a Python of its own any more (an upgrade of the system's), a .venv is of no use: it is made anew.
+VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
+INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: train test lint format clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+train: $(VENV)/installed-train$(EXTRA)
+	$(VENV)/bin/python train_jax.py $(ARGS)
+
+test: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
+
+format: $(VENV)/installed-test
+	$(VENV)/bin/python -m ruff format .
+	$(VENV)/bin/python -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/created: $(if $(VENV_WORKS),,remake)
+	@echo "setting up $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+.PHONY: remake
+remake:
+
+$(VENV)/installed-train$(EXTRA): $(VENV)/created pyproject.toml constraints.txt
+	@echo "installing what training needs: some 150 MB to download, once"
+	$(INSTALL) '.$(if $(EXTRA),[$(EXTRA)])'
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/created pyproject.toml constraints.txt
+	@echo "installing what the tests need, PyTorch included, once"
+	$(INSTALL) '.[test]'
+	@touch $@
