@@ -88,7 +88,10 @@ def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedu
     after = optax.constant_schedule(lr)
     if config.schedule == "cosine" and warmup < total:
         after = optax.cosine_decay_schedule(lr, total - warmup)
-    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup]) if warmup else after
+    if warmup:
+        after = optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup])
+    # From an int32 step optax makes a float32 rate, from a float as wide as JAX has them one just as wide.
+    return lambda step: after(jnp.asarray(step, float))
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -137,7 +140,7 @@ def eval_step(model: BLeNet, variables: Variables, x: Array, labels: Array, weig
 
 
 def _metrics(logits: Array, labels: Array, losses: Array, weights: Array) -> Metrics:
-    correct = (logits.argmax(-1) == labels).astype(weights.dtype)
+    correct = (logits.argmax(-1).astype(labels.dtype) == labels).astype(weights.dtype)
     return Metrics((losses * weights).sum(), (correct * weights).sum(), weights.sum())
 
 

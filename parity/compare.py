@@ -9,16 +9,20 @@ from numpy.typing import ArrayLike
 # BLeNet's largest sums (a batch of convolution outputs) have 1e5 terms: 300 * 2.2e-16 = 7e-14, times the network's
 # depth of 13 layers.
 FLOAT64 = 1e-12
-# The same in float32 would be 300 * 6e-8 = 2e-5 for a worst sum; both frameworks sum blockwise, which leaves a few eps
-# in the forward pass (2e-6 = 17 eps) and, with twice the depth, in the gradients.
+# The same in float32: a few eps a layer, 17 eps for the logits and the statistics. The gradient goes through twice the
+# depth; its error is that of the whole gradient as one vector (`relative_norm_error`), since single tensors may be
+# small by cancellation: a beta's gradient is a sum over a whole batch of images.
 FLOAT32_LOGITS = 2e-6
 FLOAT32_GRADIENTS = 5e-6
 # Steps from the same weights on the same batches: rounding differences of each step are carried along; training on a
-# cross-entropy neither damps nor blows them up much, so that they grow with the number of steps.
+# cross-entropy neither damps nor blows them up much, so that they grow with the number of steps. Absolute, for
+# parameters and logits of size 1.
 FLOAT64_LOSSES_200_STEPS = 1e-11
 FLOAT64_PARAMETERS_200_STEPS = 1e-10
 FLOAT32_PARAMETERS_200_SGD_STEPS = 2e-6
 FLOAT32_LOGITS_200_SGD_STEPS = 1e-5
+# Neither wing is farther from the float64 referee than this many times the other: then neither rounds carelessly.
+FARTHEST_FROM_REFEREE = 4
 
 
 def relative_error(given: ArrayLike, truth: ArrayLike, scale: float | None = None) -> float:
@@ -38,3 +42,20 @@ def relative_error(given: ArrayLike, truth: ArrayLike, scale: float | None = Non
     worst = float(np.abs(a - b).max(initial=0.0))
     scale = float(np.abs(b).max(initial=0.0)) if scale is None else scale
     return 0.0 if worst == 0 else worst / scale if scale > 0 else float("inf")
+
+
+def relative_norm_error(given: ArrayLike, truth: ArrayLike) -> float:
+    """||given - truth|| / ||truth|| (Euclidean): for a gradient, whose direction counts.
+
+    Args:
+      given: any shape.
+      truth: the same shape, in float64 or exact.
+
+    Returns:
+      The error; 0 if both are all 0; infinity if either holds a NaN or an infinity, or the shapes differ.
+    """
+    a, b = np.asarray(given, np.float64), np.asarray(truth, np.float64)
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    difference, size = float(np.linalg.norm((a - b).ravel())), float(np.linalg.norm(b.ravel()))
+    return 0.0 if difference == 0 else difference / size if size > 0 else float("inf")

@@ -1,0 +1,1 @@
+"""The parity suite and every other test, laid out like the packages; what compares the wings stands at the top."""

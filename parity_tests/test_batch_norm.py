@@ -1,0 +1,236 @@
+"""Batch norm alone, both wings against exact arithmetic, in this project's, PyTorch's and Flax's conventions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.test_util import check_grads
+
+import jax_bn
+import torch_bn
+from parity_tests import exact
+from parity_tests.wings import WINGS, channels_last, channels_second
+
+SHAPES = {"rank 2": (16, 5), "rank 3": (6, 3, 7), "rank 4": (4, 3, 5, 6), "rank 5": (2, 2, 3, 2, 4), "m = 2": (2, 3)}
+# Eps of the channel's largest true value: DESIGN.md, Numerics. The gradients with respect to x and gamma pass through
+# the normalised values a second time.
+BOUNDS = {"y": 8, "moving_mean": 8, "moving_var": 8, "dx": 32, "dgamma": 32, "dbeta": 8}
+
+
+def draw(shape, dtype, *, mean=0.0, std=1.0, seed=0):
+    """x, gamma, beta, moving_mean, moving_var, dy."""
+    rng = np.random.default_rng(seed)
+    c = shape[1]
+    arrays = (
+        rng.normal(mean, std, shape),
+        rng.uniform(0.5, 2, c),
+        rng.normal(size=c),
+        rng.normal(size=c),
+        rng.uniform(0.5, 2, c),
+        rng.normal(size=shape),
+    )
+    return tuple(a.astype(dtype) for a in arrays)
+
+
+def check(wing, arrays, dtype, **options):
+    """Every output of a wing within BOUNDS of the truth.
+
+    Where terms cancel, their size counts and not what is left: the largest x for the mean, gamma dy / sqrt(var + eps)
+    for dx, dy for the sums. A sum of m terms of random sign and size 1, added one by one, has partial sums of sqrt(k)
+    and is off by eps * sqrt(sum_k k / 12), about m / 5 eps: m / 5 where that is more than the bound.
+    """
+    given, truth = WINGS[wing](*arrays, **options), exact.batch_norm(*arrays, **options)
+    x, gamma, _, moving_mean, _, dy = arrays
+    axes = tuple(a for a in range(x.ndim) if a != 1)
+    m, largest_dy = x.size // x.shape[1], np.abs(dy).max(axes)
+    scales = {
+        "moving_mean": np.maximum(np.abs(x).max(axes), np.abs(moving_mean)),
+        "dx": np.abs(gamma) * largest_dy / np.sqrt(truth.var.astype(float) + options.get("eps", 1e-5)),
+        "dgamma": np.maximum(largest_dy, np.abs(truth.dgamma.astype(float))),
+        "dbeta": np.maximum(largest_dy, np.abs(truth.dbeta.astype(float))),
+    }
+    for name, bound in BOUNDS.items():
+        value = getattr(given, name)
+        assert value.dtype == dtype, name
+        error = exact.error_in_eps(value, getattr(truth, name), dtype, scales.get(name))
+        bound = max(bound, m / 5) if name in ("dgamma", "dbeta") else bound
+        assert error <= bound, f"{name}: {error:.1f} eps, bound {bound}"
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_exact(wing, shape, train, dtype):
+    check(wing, draw(shape, dtype), dtype, train=train)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize(
+    "options",
+    [{"unbiased_moving_var": True}, {"momentum": 0.0}, {"momentum": 1.0}, {"momentum": 0.25, "eps": 1e-2}],
+    ids=str,
+)
+def test_options(wing, options, dtype):
+    check(wing, draw((4, 3, 5, 6), dtype), dtype, train=True, **options)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize(("mean", "std"), [(1e2, 1e-3), (1e4, 1.0), (1e6, 0.1), (-1e5, 1e-2)])
+def test_large_mean(wing, mean, std, dtype):
+    """Where E[x^2] - E[x]^2 and x * a + b lose everything."""
+    check(wing, draw((64, 3, 4, 4), dtype, mean=mean, std=std), dtype, train=True)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_large_mean_in_prediction(wing, dtype):
+    x, gamma, beta, _, var, dy = draw((64, 3), dtype, mean=1e6, std=0.1)
+    mean = np.full(3, 1e6, dtype)
+    check(wing, (x, gamma, beta, mean, var / 100, dy), dtype, train=False)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1e6, 1e20])
+def test_constant_channel(wing, value, dtype):
+    """y is beta, and the gradients are finite."""
+    x, *rest = draw((8, 3, 4, 4), dtype)
+    x[:, 1] = value
+    result = WINGS[wing](x, *rest, train=True)
+    np.testing.assert_allclose(result.y[:, 1], rest[1][1], rtol=8 * np.finfo(dtype).eps)
+    assert all(np.isfinite(v).all() for v in result)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_identity(wing, dtype):
+    """With gamma = sqrt(var + eps) and beta = mean the layer is the identity."""
+    x, _, _, mean, var, dy = draw((32, 3, 4, 4), dtype)
+    axes = (0, 2, 3)
+    mu, sigma2 = x.astype(np.float64).mean(axes), x.astype(np.float64).var(axes)
+    result = WINGS[wing](x, np.sqrt(sigma2 + 1e-5).astype(dtype), mu.astype(dtype), mean, var, dy, train=True)
+    np.testing.assert_allclose(result.y, x, atol=8 * np.finfo(dtype).eps * np.abs(x).max(), rtol=0)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_chain_of_batches(wing, dtype):
+    """The moving statistics after 30 batches, from 0 and 0."""
+    state, truth = (np.zeros(3, dtype), np.zeros(3, dtype)), (np.zeros(3), np.zeros(3))
+    for seed in range(30):
+        x, gamma, beta, _, _, dy = draw((8, 3, 2, 2), dtype, mean=3, seed=seed)
+        result = WINGS[wing](x, gamma, beta, *state, dy, train=True)
+        state = result.moving_mean, result.moving_var
+        wide = x.astype(np.float64)
+        truth = 0.9 * truth[0] + 0.1 * wide.mean((0, 2, 3)), 0.9 * truth[1] + 0.1 * wide.var((0, 2, 3))
+    # Each step rounds once in eps of the value, and forgets a tenth: at most 10 such errors beside each other.
+    np.testing.assert_allclose(state, truth, rtol=10 * 4 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_half_precision(wing, half):
+    """Statistics in float32 and y in x's dtype, within one eps of it."""
+    x, gamma, beta, mean, var, _ = draw((16, 3, 4, 4), "float32", mean=2)
+    if wing == "jax":
+        low = jnp.asarray(channels_last(x)).astype(half)
+        stats = jax_bn.BatchStats(jnp.asarray(mean), jnp.asarray(var))
+        y, stats = jax_bn.batch_norm(low, jnp.asarray(gamma), jnp.asarray(beta), stats, train=True)
+        assert y.dtype == half
+        assert stats.mean.dtype == stats.var.dtype == "float32"
+        low, y = channels_second(low.astype("float32")), channels_second(y.astype("float32"))
+    else:
+        low = torch.tensor(x).to(getattr(torch, half))
+        y, *stats = torch_bn.batch_norm(low, *map(torch.tensor, (gamma, beta, mean, var)), train=True)
+        assert y.dtype == low.dtype
+        assert all(s.dtype == torch.float32 for s in stats)
+        low, y = low.float().numpy(), y.float().numpy()
+    wide = low.astype(np.float64)
+    mu, sigma2 = wide.mean((0, 2, 3), keepdims=True), wide.var((0, 2, 3), keepdims=True)
+    truth = gamma[:, None, None] * (wide - mu) / np.sqrt(sigma2 + 1e-5) + beta[:, None, None]
+    eps = float(jnp.finfo(half).eps)
+    assert np.abs(y - truth).max() <= eps * np.abs(truth).max()
+
+
+def test_statistics_have_gradients(x64):
+    """What comes back as new statistics depends on x, on both sides by the formula."""
+    x, gamma, beta, mean, var, _ = draw((6, 2), "float64")
+    weights = np.array([0.3, -2.0])
+    tx = torch.tensor(x, requires_grad=True)
+    _, tm, tv = torch_bn.batch_norm(tx, *map(torch.tensor, (gamma, beta, mean, var)), train=True)
+    ((tm + 3 * tv) * torch.tensor(weights)).sum().backward()
+
+    def loss(x):
+        stats = jax_bn.BatchStats(jnp.asarray(mean), jnp.asarray(var))
+        _, stats = jax_bn.batch_norm(x, jnp.asarray(gamma), jnp.asarray(beta), stats, train=True)
+        return ((stats.mean + 3 * stats.var) * jnp.asarray(weights)).sum()
+
+    truth = 0.1 * weights * (1 + 3 * 2 * (x - x.mean(0))) / 6
+    np.testing.assert_allclose(tx.grad.numpy(), truth, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(x)), truth, rtol=1e-12)
+
+
+def test_second_derivatives(x64):
+    """PyTorch's check of the double backward; in JAX, Hessian against finite differences of the gradient."""
+    x, gamma, beta, mean, var, _ = draw((5, 2), "float64")
+    arguments = [torch.tensor(v, requires_grad=True) for v in (x, gamma, beta)]
+    stats = torch.tensor(mean), torch.tensor(var)
+
+    def torch_fn(x, gamma, beta):
+        return torch_bn.batch_norm(x, gamma, beta, *stats, train=True)
+
+    assert torch.autograd.gradcheck(torch_fn, arguments)
+    assert torch.autograd.gradgradcheck(torch_fn, arguments)
+
+    def jax_fn(x, gamma, beta):
+        y, new = jax_bn.batch_norm(x, gamma, beta, jax_bn.BatchStats(jnp.asarray(mean), jnp.asarray(var)), train=True)
+        return y, new
+
+    check_grads(jax_fn, tuple(map(jnp.asarray, (x, gamma, beta))), order=2, modes=["fwd", "rev"])
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("rank", [2, 4])
+def test_native_torch(rank, train, x64):
+    """`nn.BatchNorm1d/2d` is this batch norm in PyTorch's convention: 1 - momentum, unbiased, variance from 1."""
+    shape = (16, 5) if rank == 2 else (8, 5, 6, 6)
+    x, gamma, beta, mean, var, dy = draw(shape, "float64")
+    native = (torch.nn.BatchNorm1d if rank == 2 else torch.nn.BatchNorm2d)(5, momentum=0.3).double().train(train)
+    with torch.no_grad():
+        for name, value in zip(("weight", "bias", "running_mean", "running_var"), (gamma, beta, mean, var), strict=True):
+            getattr(native, name).copy_(torch.tensor(value))
+    tx = torch.tensor(x, requires_grad=True)
+    y = native(tx)
+    y.backward(torch.tensor(dy))
+    for run in WINGS.values():
+        ours = run(x, gamma, beta, mean, var, dy, train=train, momentum=0.7, unbiased_moving_var=True)
+        pairs = zip(
+            ours,
+            (y, native.running_mean, native.running_var, tx.grad, native.weight.grad, native.bias.grad),
+            strict=True,
+        )
+        for a, b in pairs:
+            np.testing.assert_allclose(a, b.detach().numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("rank", [2, 4])
+def test_native_flax(rank, train, x64):
+    """`flax.linen.BatchNorm` is this batch norm with momentum as it stands, biased, variance from 1."""
+    shape = (16, 5) if rank == 2 else (8, 5, 6, 6)
+    x, gamma, beta, mean, var, dy = draw(shape, "float64")
+    layer = nn.BatchNorm(use_running_average=not train, momentum=0.7, use_fast_variance=False)
+    stats = {"mean": jnp.asarray(mean), "var": jnp.asarray(var)}
+
+    def loss(x, scale, bias):
+        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+        y, new = layer.apply(variables, x, mutable=["batch_stats"])
+        return (y * jnp.asarray(channels_last(dy))).sum(), (y, new["batch_stats"])
+
+    arguments = tuple(map(jnp.asarray, (channels_last(x), gamma, beta)))
+    # Flax itself promotes implicitly.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        (dx, dgamma, dbeta), (y, new) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arguments)
+    theirs = channels_second(y), new["mean"], new["var"], channels_second(dx), dgamma, dbeta
+    for run in WINGS.values():
+        ours = run(x, gamma, beta, mean, var, dy, train=train, momentum=0.7)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)

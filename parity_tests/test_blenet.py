@@ -1,0 +1,170 @@
+"""BLeNet with shared weights: both wings against float64, and against each other, at the bounds of parity.compare."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import image_data
+import jax_bn
+import torch_bn
+from parity import compare, weights
+from parity_tests.wings import channels_second
+
+BATCH_SIZE = 32
+SIZES = [(1, 12), (1, 28), (1, 33), (3, 12), (3, 28), (3, 33)]
+MODES = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+OVER_SIZES = pytest.mark.parametrize(("channels", "fig_size"), SIZES, ids=str)
+
+
+class Outcome(NamedTuple):
+    """A step's outcome by PyTorch's names. Gauges' gradients (true value 0) stand apart, under "gauges"."""
+
+    logits: NDArray
+    input_gradient: NDArray
+    gradients: dict[str, NDArray]
+    gauges: dict[str, NDArray]
+    statistics: dict[str, NDArray]
+
+
+def outcome(logits, input_gradient, named_gradients, statistics) -> Outcome:
+    by_kind: tuple[dict, dict] = ({}, {})
+    for name, value in named_gradients.items():
+        by_kind[name in weights.BLENET_GAUGES][name] = np.asarray(value)
+    return Outcome(
+        np.asarray(logits), np.asarray(input_gradient), *by_kind, {k: np.asarray(v) for k, v in statistics.items()}
+    )
+
+
+def make(channels, fig_size, dtype, seed=0):
+    """A PyTorch BLeNet with moved statistics and gamma, beta off their initial values; images and labels."""
+    torch.manual_seed(seed)
+    model = torch_bn.BLeNet(channels=channels, fig_size=fig_size, num_class=10).to(getattr(torch, dtype))
+    for name, value in model.state_dict().items():
+        if "gamma" in name or "moving_var" in name:
+            value.uniform_(0.5, 1.5)
+        elif "beta" in name or "moving_mean" in name:
+            value.normal_(0, 0.3)
+    rng = np.random.default_rng(seed)
+    if (channels, fig_size) == (1, 28):
+        sample = image_data.load_sample()
+        mean, std = image_data.pixel_mean_and_std(sample.train_images)
+        x = ((sample.train_images[:BATCH_SIZE] - mean) / std)[:, None]
+    else:
+        x = rng.normal(size=(BATCH_SIZE, channels, fig_size, fig_size))
+    return model, x.astype(dtype), rng.integers(0, 10, BATCH_SIZE)
+
+
+def torch_outcome(state_dict, x, labels, train) -> Outcome:
+    model = torch_bn.BLeNet(channels=x.shape[1], fig_size=x.shape[2], num_class=10).to(torch.tensor(x).dtype)
+    model.load_state_dict(state_dict)
+    model.train(train)
+    x = torch.tensor(x, requires_grad=True)
+    logits = model(x)
+    torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return outcome(logits.detach(), x.grad, gradients, dict(model.named_buffers()))
+
+
+def jax_outcome(model, x, labels, train) -> Outcome:
+    flax_model = jax_bn.BLeNet(channels=x.shape[1], fig_size=x.shape[2], num_class=10)
+    variables = weights.to_flax(model, flax_model)
+
+    def loss(params, x):
+        given = {"params": params, "batch_stats": variables["batch_stats"]}
+        logits, new = flax_model.apply(given, x, train=train, mutable=["batch_stats"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels, jnp.int32))
+        return losses.mean(), (logits, new["batch_stats"])
+
+    nhwc = jnp.asarray(np.moveaxis(x, 1, -1))
+    (gradients, dx), (logits, stats) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], nhwc)
+    both = weights.to_torch({"params": gradients, "batch_stats": stats}, model)
+    statistics = {name: both[name] for name, _ in model.named_buffers()}
+    return outcome(logits, channels_second(dx), {n: both[n] for n, _ in model.named_parameters()}, statistics)
+
+
+def as_vector(named: dict[str, NDArray]) -> NDArray:
+    return np.concatenate([named[name].ravel().astype(np.float64) for name in sorted(named)])
+
+
+@MODES
+@OVER_SIZES
+def test_float64(channels, fig_size, train, x64):
+    """Tensor by tensor: this is where a mistake in the mathematics shows."""
+    model, x, labels = make(channels, fig_size, "float64")
+    a, b = torch_outcome(model.state_dict(), x, labels, train), jax_outcome(model, x, labels, train)
+    assert compare.relative_error(a.logits, b.logits) <= compare.FLOAT64
+    assert compare.relative_error(a.input_gradient, b.input_gradient) <= compare.FLOAT64
+    for kind in ("gradients", "statistics"):
+        for name, value in getattr(a, kind).items():
+            assert compare.relative_error(value, getattr(b, kind)[name]) <= compare.FLOAT64, name
+    if train:
+        for wing in (a, b):
+            largest = np.abs(as_vector(wing.gradients)).max()
+            for name, value in wing.gauges.items():
+                assert compare.relative_error(value, np.zeros_like(value), largest) <= compare.FLOAT64, name
+    else:
+        for name, value in a.gauges.items():
+            assert compare.relative_error(value, b.gauges[name]) <= compare.FLOAT64, name
+
+
+@MODES
+@OVER_SIZES
+def test_float32(channels, fig_size, train, x64):
+    """Each wing in float32 against float64 from the same weights and images; the gradient as one vector."""
+    model, x, labels = make(channels, fig_size, "float32")
+    truth = torch_outcome(model.state_dict(), x.astype(np.float64), labels, train)
+    for wing in (torch_outcome(model.state_dict(), x, labels, train), jax_outcome(model, x, labels, train)):
+        assert wing.logits.dtype == np.float32
+        assert compare.relative_error(wing.logits, truth.logits) <= compare.FLOAT32_LOGITS
+        error = compare.relative_norm_error(as_vector(wing.gradients), as_vector(truth.gradients))
+        assert error <= compare.FLOAT32_GRADIENTS
+        error = compare.relative_norm_error(wing.input_gradient, truth.input_gradient)
+        assert error <= compare.FLOAT32_GRADIENTS
+        for name, value in truth.statistics.items():
+            assert compare.relative_error(wing.statistics[name], value) <= compare.FLOAT32_LOGITS, name
+
+
+def test_parameter_count():
+    """62,158 on both sides."""
+    model = torch_bn.BLeNet()
+    assert sum(p.numel() for p in model.parameters()) == 62_158
+    variables = jax_bn.BLeNet().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 62_158
+
+
+@pytest.mark.parametrize("wing", ["jax", "torch"])
+def test_initial_weights(wing):
+    """Uniform in +-1/sqrt(fan_in): inside, up to the edge, and with its variance; gamma 1, beta 0, statistics 0."""
+    if wing == "torch":
+        torch.manual_seed(0)
+        state = torch_bn.BLeNet().state_dict()
+    else:
+        variables = jax_bn.BLeNet().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
+        state = weights.to_torch(variables, torch_bn.BLeNet())
+    fan_in = {"conv.0": 25, "conv.4": 150, "fc.0": 400, "fc.3": 120, "fc.6": 84}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        if layer in fan_in:
+            bound = fan_in[layer] ** -0.5
+            assert value.abs().max() <= bound, name
+            if value.numel() >= 100:
+                # The largest of n uniform values: below 1 - 10/n with probability e^-10. The variance is 1/3.
+                assert value.abs().max() >= bound * (1 - 10 / value.numel()), name
+                assert abs(float((value / bound).square().mean()) * 3 - 1) < 4 / value.numel() ** 0.5, name
+        else:
+            assert (value == (1 if kind == "gamma" else 0)).all(), name
+
+
+def test_largest_differences_of_a_wrong_network_are_seen(x64):
+    """The test above can fail: one gamma off by 1e-9 is found."""
+    model, x, labels = make(1, 12, "float64")
+    a = torch_outcome(model.state_dict(), x, labels, True)
+    model.conv[1].gamma.data[0] *= 1 + 1e-9
+    b = jax_outcome(model, x, labels, True)
+    assert compare.relative_error(a.logits, b.logits) > compare.FLOAT64
