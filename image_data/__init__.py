@@ -2,7 +2,6 @@
 
 from image_data.batches import epoch_batches, epoch_order, padded_batches, steps_per_epoch
 from image_data.dataset import ImageDataset, load_folder, read_images, read_labels
-from image_data.download import download
 from image_data.idx import read_idx, write_idx
 from image_data.sources import load_fashion_mnist, load_sample
 from image_data.standardization import (
@@ -16,7 +15,6 @@ from image_data.standardization import (
 __all__ = [
     "FeatureStatistics",
     "ImageDataset",
-    "download",
     "epoch_batches",
     "epoch_order",
     "feature_statistics",

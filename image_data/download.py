@@ -40,7 +40,7 @@ def download(
     folder: str | os.PathLike[str],
     *,
     progress: Progress | None = None,
-    mirrors: Sequence[str] = MIRRORS,
+    mirrors: Sequence[str] | None = None,
     sha256: Mapping[str, str] = SHA256,
 ) -> None:
     """Download what is missing of the four files into `folder`.
@@ -52,13 +52,13 @@ def download(
     Args:
       folder: created if missing.
       progress: see `Progress`.
-      mirrors: addresses that hold the files, tried in order.
+      mirrors: addresses that hold the files, tried in order (default: `MIRRORS`).
       sha256: file name -> checksum.
 
     Raises:
       OSError: no mirror gave a file, or the folder can't be written; the message holds each reason.
     """
-    folder = Path(folder)
+    folder, mirrors = Path(folder), MIRRORS if mirrors is None else mirrors
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         for name, checksum in sha256.items():

@@ -72,7 +72,9 @@ def error_in_eps(given: NDArray, truth: NDArray, dtype: str, scale: NDArray | No
     if not np.isfinite(given).all():
         return float("inf")
     axis = 1 if given.ndim > 1 else 0
-    error, size = (np.moveaxis(np.abs(a), axis, 0).reshape(given.shape[axis], -1).max(1) for a in (_to_mp(given) - truth, truth))
+    error, size = (
+        np.moveaxis(np.abs(a), axis, 0).reshape(given.shape[axis], -1).max(1) for a in (_to_mp(given) - truth, truth)
+    )
     size = size if scale is None else scale
     eps = float(np.finfo(dtype).eps)
     return max(float(e / (s * eps)) if e else 0.0 for e, s in zip(error, size, strict=True))

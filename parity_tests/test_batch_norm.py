@@ -195,7 +195,9 @@ def test_native_torch(rank, train, x64):
     x, gamma, beta, mean, var, dy = draw(shape, "float64")
     native = (torch.nn.BatchNorm1d if rank == 2 else torch.nn.BatchNorm2d)(5, momentum=0.3).double().train(train)
     with torch.no_grad():
-        for name, value in zip(("weight", "bias", "running_mean", "running_var"), (gamma, beta, mean, var), strict=True):
+        for name, value in zip(
+            ("weight", "bias", "running_mean", "running_var"), (gamma, beta, mean, var), strict=True
+        ):
             getattr(native, name).copy_(torch.tensor(value))
     tx = torch.tensor(x, requires_grad=True)
     y = native(tx)

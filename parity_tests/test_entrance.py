@@ -22,8 +22,8 @@ def call_both(shape=(4, 3), dtype="float32", per_channel=3, train=True, **option
     messages.append(str(caught.value))
     options = {{"eps": "epsilon"}.get(name, name): value for name, value in options.items()}
     jax_x = jnp.asarray(channels_last(x) if len(shape) > 1 else x, dtype)
+    stats = jax_bn.BatchStats(jnp.asarray(v), jnp.asarray(v))
     with pytest.raises(ValueError, match="allowed") as caught:
-        stats = jax_bn.BatchStats(jnp.asarray(v), jnp.asarray(v))
         jax_bn.batch_norm(jax_x, jnp.asarray(v), jnp.asarray(v), stats, train=train, **options)
     messages.append(str(caught.value))
     unified = []
@@ -105,7 +105,10 @@ def test_blenet_sizes(sizes):
 
 @pytest.mark.parametrize("fig_size", [12, 13])
 def test_smallest_fig_size(fig_size):
-    assert torch_bn.BLeNet(channels=1, fig_size=fig_size, num_class=2)(torch.zeros(2, 1, fig_size, fig_size)).shape == (2, 2)
+    assert torch_bn.BLeNet(channels=1, fig_size=fig_size, num_class=2)(torch.zeros(2, 1, fig_size, fig_size)).shape == (
+        2,
+        2,
+    )
     model, x = jax_bn.BLeNet(1, fig_size, 2), jnp.zeros((2, fig_size, fig_size, 1))
     assert model.init_with_output(jax.random.key(0), x, train=True)[0].shape == (2, 2)
 

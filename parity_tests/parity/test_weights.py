@@ -99,7 +99,12 @@ def test_all_problems_in_one_error():
     state["head.weight"] = torch.zeros(1)
     with pytest.raises(ValueError, match="4 problem") as caught:
         weights.to_flax(state, jax_bn.BLeNet())
-    for part in ("conv.1.gamma is missing", "fc.6.bias has shape (11,)", "fc.3.weight has shape", "head.weight is left"):
+    for part in (
+        "conv.1.gamma is missing",
+        "fc.6.bias has shape (11,)",
+        "fc.3.weight has shape",
+        "head.weight is left",
+    ):
         assert part in str(caught.value)
 
     variables = weights.to_flax(torch_bn.BLeNet(), jax_bn.BLeNet())
@@ -113,9 +118,9 @@ def test_all_problems_in_one_error():
 
 
 def test_another_size_is_refused():
-    with pytest.raises(ValueError, match="fc.0.weight has shape"):
+    with pytest.raises(ValueError, match=r"fc.0.weight has shape"):
         weights.to_flax(torch_bn.BLeNet(fig_size=32), jax_bn.BLeNet(fig_size=28))
-    with pytest.raises(ValueError, match="fc.6.weight has shape"):
+    with pytest.raises(ValueError, match=r"fc.6.weight has shape"):
         weights.to_flax(torch_bn.BLeNet(num_class=9), jax_bn.BLeNet())
     with pytest.raises(ValueError, match="shape"):
         weights.to_flax(torch.nn.Linear(3, 4), nn.Dense(5))

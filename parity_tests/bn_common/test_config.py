@@ -1,0 +1,103 @@
+"""The configuration and the command line: what is refused, with which words."""
+
+import dataclasses
+import math
+
+import pytest
+
+from bn_common.command_line import parse
+from bn_common.config import DEFAULTS, Config
+
+BAD = {
+    "epochs": (0, -1, 1.5, True),
+    "batch_size": (1, 0, 2.5),
+    "optimizer": ("rmsprop", "SGD", ""),
+    "lr": (0.0, -0.1, math.nan, math.inf, 1e7),
+    "weight_decay": (-1e-4, math.nan, math.inf),
+    "schedule": ("linear",),
+    "warmup_epochs": (-1, 11, math.nan),
+    "seed": (-1, 2**32, 0.5),
+    "bn_momentum": (-0.1, 1.01, math.nan),
+    "bn_eps": (0.0, -1e-5, math.nan, math.inf),
+    "data": ("mnist",),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in BAD.items() for v in values])
+def test_refused_in_code(field, value):
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} is .*; allowed: "):
+        Config(**{field: value})
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().epochs = 3
+
+
+@pytest.mark.parametrize("optimizer", DEFAULTS)
+def test_resolved(optimizer):
+    config = Config(optimizer=optimizer).resolved()
+    assert (config.lr, config.weight_decay) == DEFAULTS[optimizer]
+    assert Config(optimizer=optimizer, lr=0.25, weight_decay=0.0).resolved().lr == 0.25
+    assert Config(optimizer=optimizer, weight_decay=0.0).resolved().weight_decay == 0
+
+
+def test_help_tells_the_defaults(capsys):
+    """The numbers in the help text are those of the table."""
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"], prog="train_jax.py", description="")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for optimizer, (lr, decay) in DEFAULTS.items():
+        assert f"{lr:g}" in text.partition("Highest learning rate")[2].partition("(default")[0], optimizer
+        assert f"{decay:g}".replace("0.0001", "1e-4") in text.partition("Weight decay")[2].partition("(default")[0]
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+COMMANDS = {
+    "no number": (["--epochs", "ten"], "--epochs: invalid literal", "--epochs INT"),
+    "out of range": (["--lr", "-1"], "--lr is -1.0; allowed: a number > 0"),
+    "no such choice": (["--optimizer", "lion"], "'lion'", "'sgd', 'momentum', 'adam', 'adamw'"),
+    "no such option": (["--learning-rate", "1"], "--learning-rate", "--help"),
+    "no value": (["--seed"], "--seed"),
+    "left over": (["sample"], "sample"),
+    "sample in a folder": (["--data", "sample", "--data-dir", "/tmp"], "--data-dir is /tmp with --data sample"),
+    "warm-up": (["--epochs", "2", "--warmup-epochs", "3"], "--warmup-epochs is 3.0; allowed: 0 to --epochs, 2"),
+}
+
+
+@pytest.mark.parametrize(("args", "words"), [(c[0], c[1:]) for c in COMMANDS.values()], ids=COMMANDS)
+def test_one_line_and_exit_status_2(args, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(args, prog="train_jax.py", description="")
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("train_jax.py: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    for word in words:
+        assert word in captured.err
+
+
+def test_every_option_reaches_the_config():
+    args = "--epochs 3 --batch-size 7 --optimizer adam --lr 0.125 --weight-decay 0.5 --schedule constant"
+    args += " --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
+    config = parse(args.split(), prog="", description="")
+    given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
+    assert given == {
+        "epochs": "3",
+        "batch_size": "7",
+        "optimizer": "adam",
+        "lr": "0.125",
+        "weight_decay": "0.5",
+        "schedule": "constant",
+        "warmup_epochs": "0.5",
+        "seed": "9",
+        "bn_momentum": "0.75",
+        "bn_eps": "0.001",
+        "data": "fashion-mnist",
+        "data_dir": "a",
+        "out": "b",
+    }

@@ -1,0 +1,169 @@
+"""jax_bn.BatchNorm as a drop-in for flax.linen.BatchNorm, and statistics across devices."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+import jax_bn
+
+
+def x_like(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(2, 3, shape), jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (4, 5, 3), (2, 5, 5, 3)])
+def test_same_variables_as_flax(shape):
+    x = x_like(shape)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        theirs = nn.BatchNorm(use_running_average=False).init(jax.random.key(0), x)
+    ours = jax_bn.BatchNorm(use_running_average=False).init(jax.random.key(0), x)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    shapes = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), ours, theirs)
+    assert jax.tree.all(shapes)
+    assert (ours["batch_stats"]["var"] == 0).all()
+    assert (theirs["batch_stats"]["var"] == 1).all()
+
+
+def test_checkpoint_of_flax_is_taken():
+    """The same variables in either: the same y and the same new statistics, with Flax's defaults given."""
+    x = x_like((6, 4, 4, 3))
+    layer = nn.BatchNorm(use_fast_variance=False)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        variables = layer.init(jax.random.key(0), x, use_running_average=False)
+        y, new = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        z = layer.apply(variables, x, use_running_average=True)
+    ours = jax_bn.BatchNorm(momentum=0.99)
+    our_y, our_new = ours.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    np.testing.assert_allclose(our_y, y, atol=2e-6)
+    np.testing.assert_allclose(ours.apply(variables, x, use_running_average=True), z, atol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), our_new, new)
+
+
+def test_initialising_moves_nothing():
+    """Also with a batch of one, from which Flax's users like to initialise."""
+    for x in (x_like((1, 3)), x_like((9, 3))):
+        variables = jax_bn.BatchNorm(use_running_average=False).init(jax.random.key(0), x)
+        assert not variables["batch_stats"]["mean"].any()
+        assert not variables["batch_stats"]["var"].any()
+
+
+def test_mode_is_given_once():
+    layer, x = jax_bn.BatchNorm(), x_like((4, 3))
+    with pytest.raises(ValueError, match="use_running_average"):
+        layer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="use_running_average"):
+        jax_bn.BatchNorm(use_running_average=True).init(jax.random.key(0), x, use_running_average=True)
+
+
+def test_options():
+    x = x_like((4, 3))
+    layer = jax_bn.BatchNorm(
+        use_running_average=False, use_scale=False, use_bias=False, initial_moving_var=1.0, momentum=0.5
+    )
+    variables = layer.init(jax.random.key(0), x)
+    assert "params" not in variables
+    y, new = layer.apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(new["batch_stats"]["var"], 0.5 + 0.5 * np.var(x, 0), rtol=1e-6)
+    low = jax_bn.BatchNorm(use_running_average=False, dtype=jnp.bfloat16)
+    y, variables = low.init_with_output(jax.random.key(0), x)
+    assert y.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def sharded(transform, layout):
+    """BLeNet-like use: loss, gradients and statistics of a batch spread over two devices."""
+    x = jnp.asarray(np.random.default_rng(0).normal(1e3, 1, layout), jnp.float32)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=layout), jnp.float32)
+    scale, bias = jnp.asarray([2.0, 0.5, 1.0]), jnp.asarray([0.1, 0.2, 0.3])
+    stats = jax_bn.BatchStats(jnp.zeros(3), jnp.zeros(3))
+    return transform(x, dy, scale, bias, stats)
+
+
+def loss(x, dy, scale, bias, stats, axis_name):
+    y, stats = jax_bn.batch_norm(x, scale, bias, stats, train=True, axis_name=axis_name, unbiased_moving_var=True)
+    return (y * dy).sum(), (y, stats)
+
+
+def grad_of(axis_name):
+    return jax.grad(lambda *a: loss(*a, axis_name), argnums=0, has_aux=True)
+
+
+def check_against_whole(dx, y, stats):
+    """As if the two halves had been one batch; a mean of 1e3 would show E[x^2] - E[x]^2."""
+    whole_dx, (whole_y, whole_stats) = sharded(grad_of(None), (8, 4, 3))
+    np.testing.assert_allclose(y, whole_y, atol=4e-6)
+    np.testing.assert_allclose(dx, whole_dx, atol=4e-6)
+    np.testing.assert_allclose(stats.mean, whole_stats.mean, rtol=3e-7)
+    np.testing.assert_allclose(stats.var, whole_stats.var, rtol=1e-6)
+
+
+def test_vmap_axis():
+    def run(x, dy, scale, bias, stats):
+        split = jax.vmap(grad_of("batch"), in_axes=(0, 0, None, None, None), axis_name="batch")
+        return split(x.reshape(2, 4, 4, 3), dy.reshape(2, 4, 4, 3), scale, bias, stats)
+
+    dx, (y, stats) = sharded(run, (8, 4, 3))
+    for device in range(2):
+        check_against_whole(
+            dx.reshape(8, 4, 3), y.reshape(8, 4, 3), jax.tree.map(lambda s, device=device: s[device], stats)
+        )
+
+
+def test_shard_map():
+    """Two devices; the statistics come out as replicated, and with one collective a layer in the forward pass."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    split, whole = PartitionSpec("data"), PartitionSpec()
+
+    def run(x, dy, scale, bias, stats):
+        fn = jax.shard_map(
+            grad_of("data"), mesh=mesh, in_specs=(split, split, whole, whole, whole), out_specs=(split, (split, whole))
+        )
+        return jax.jit(fn)(x, dy, scale, bias, stats)
+
+    dx, (y, stats) = sharded(run, (8, 4, 3))
+    check_against_whole(dx, y, stats)
+
+    def forward(*arguments):
+        return loss(*arguments, "data")[1]
+
+    fn = jax.shard_map(forward, mesh=mesh, in_specs=(split, split, whole, whole, whole), out_specs=(split, whole))
+    text = sharded(jax.jit(fn).lower, (8, 4, 3)).as_text()
+    assert text.count("all_reduce") + text.count("all_gather") == 1
+
+
+def test_one_value_a_device_is_enough_for_two_devices():
+    x = x_like((2, 3))
+    stats = jax_bn.BatchStats(jnp.zeros(3), jnp.zeros(3))
+    fn = jax.vmap(
+        lambda x: jax_bn.batch_norm(x, jnp.ones(3), jnp.zeros(3), stats, train=True, axis_name="i")[0], axis_name="i"
+    )
+    np.testing.assert_allclose(fn(x[:, None]).mean(0), 0, atol=1e-6)
+
+
+def test_transformations():
+    """jit with donation, scan over batches, vmap over models, checkpoint: the same numbers as without."""
+    xs = x_like((5, 8, 3))
+    ones, zeros = jnp.ones(3), jnp.zeros(3)
+    stats = jax_bn.BatchStats(zeros, zeros)
+
+    def step(stats, x):
+        y, stats = jax_bn.batch_norm(x, ones, zeros, stats, train=True)
+        return stats, y
+
+    scanned, ys = jax.lax.scan(step, stats, xs)
+    looped = stats
+    for x, y in zip(xs, ys, strict=True):
+        looped, z = jax.jit(step)(looped, x)
+        np.testing.assert_allclose(y, z, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scanned, looped)
+
+    def total(x, scale):
+        return (jax_bn.batch_norm(x, scale, zeros, stats, train=True)[0] ** 3).sum()
+
+    scales = jnp.stack([ones, 2 * ones])
+    both = jax.vmap(jax.grad(total), in_axes=(None, 0))(xs[0], scales)
+    np.testing.assert_allclose(both[1], jax.grad(jax.checkpoint(total))(xs[0], scales[1]), rtol=2e-5, atol=1e-5)

@@ -1,0 +1,147 @@
+"""The two training programs from outside, and what each package may import."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from flax.traverse_util import unflatten_dict
+
+import image_data
+import jax_bn
+import torch_bn
+from image_data.dataset import FILES
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {"jax": ["train_jax.py"], "torch": ["-m", "torch_bn.training"]}
+
+
+def run(program, *args, **environment):
+    return subprocess.run(
+        [sys.executable, *PROGRAMS[program], *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | environment,
+    )
+
+
+def small_folder(folder):
+    """200 + 50 images of the sample, in the naming of MNIST, as plain files."""
+    sample = image_data.load_sample()
+    folder.mkdir()
+    for name, array in zip(FILES, sample[:4], strict=True):
+        image_data.write_idx(folder / name, array[:200] if "train" in name else array[:50])
+    return folder
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_run_on_the_sample(program, tmp_path):
+    """Learns something, and leaves weights that predict as the last line says."""
+    done = run(program, "--data", "sample", "--epochs", 2, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "Notice: this is the sample" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert all(line["data"] == "sample" and "sample" in line["notice"] for line in lines)
+    assert lines[1]["test_accuracy"] > 0.75
+    for line in lines:
+        assert f"test accuracy {line['test_accuracy']:.4f}" in done.stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["epochs"] == 2
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    tensors = safetensors.numpy.load_file(tmp_path / "run" / "weights.safetensors")
+    sample = image_data.load_sample()
+    mean, std = image_data.pixel_mean_and_std(sample.train_images)
+    x = ((sample.test_images.astype(np.float32) - np.float32(mean)) / np.float32(std))[:, None]
+    if program == "jax":
+        variables = unflatten_dict(tensors, sep="/")
+        logits = jax_bn.BLeNet().apply(variables, jnp.asarray(np.moveaxis(x, 1, -1)), train=False)
+    else:
+        model = torch_bn.BLeNet().eval()
+        model.load_state_dict({name: torch.from_numpy(v) for name, v in tensors.items()})
+        with torch.no_grad():
+            logits = model(torch.from_numpy(x))
+    accuracy = (np.asarray(logits).argmax(-1) == sample.test_labels).mean()
+    # A prediction whose two largest logits are an ulp apart may fall either way.
+    assert abs(accuracy - lines[1]["test_accuracy"]) <= 0.002
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_any_folder_of_four_files(program, tmp_path):
+    folder = small_folder(tmp_path / "data")
+    done = run(program, "--data-dir", folder, "--epochs", 1, "--batch-size", 50, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["data"] == str(folder)
+    assert "notice" not in line
+    assert "Notice" not in done.stdout
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_refused_before_any_work(program, tmp_path):
+    folder = small_folder(tmp_path / "data")
+    image_data.write_idx(folder / FILES[3], np.full(50, 10, np.uint8))
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "metrics.jsonl").write_text("")
+    cases = [
+        (["--data-dir", folder], "label 10"),
+        (["--data-dir", tmp_path / "nothing"], "no such folder"),
+        (["--data", "sample", "--batch-size", 6001], "6001"),
+        (["--data", "sample", "--out", occupied], "another run"),
+        (["--data", "sample", "--epochs", "0"], "--epochs is 0"),
+    ]
+    for args, words in cases if program == "jax" else cases[:1]:
+        done = run(program, "--out", tmp_path / "run", *args)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert words in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_run_that_diverges(program, tmp_path):
+    """One line, exit status 1, and no NaN in any file."""
+    # Every step multiplies the weights by -1e12: infinite after four.
+    bad = ["--optimizer", "sgd", "--lr", 1e6, "--weight-decay", 1e6, "--warmup-epochs", 0]
+    done = run(program, "--data", "sample", "--epochs", 1, *bad, "--out", tmp_path)
+    assert done.returncode == 1
+    assert "stopped: the loss is nan in epoch 1" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_two_runs_are_the_same_bit_for_bit(tmp_path):
+    folder = small_folder(tmp_path / "data")
+    for name in "ab":
+        done = run("jax", "--data-dir", folder, "--epochs", 2, "--batch-size", 50, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / name / "weights.safetensors").read_bytes() for name in "ab")
+    assert first == second
+
+
+FORBIDDEN = {
+    "image_data": {"jax", "torch", "flax", "matplotlib", "rich", "tyro"},
+    "bn_common": {"jax", "torch", "flax"},
+    "jax_bn": {"torch", "torch_bn"},
+    "torch_bn": {"jax", "jaxlib", "flax", "optax", "jax_bn"},
+}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports(package):
+    """A wing works where the other framework is not installed; image_data needs numpy only."""
+    modules = [f"{package}.{p.stem}" for p in (ROOT / package).glob("*.py") if p.stem != "__init__"]
+    code = f"import sys, {package}, {', '.join(modules)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not FORBIDDEN[package] & set(done.stdout.split())
