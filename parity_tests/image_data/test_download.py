@@ -165,7 +165,7 @@ def test_several_at_once(tmp_path):
 @pytest.mark.skipif(not is_complete(DEBIAN_FOLDER), reason="the package dataset-fashion-mnist is not installed")
 @pytest.mark.parametrize("name", SHA256)
 def test_the_official_checksums(name):
-    """Debian stripped the name and the time (August 2017) from the official gzip headers: put back, the checksums hold."""
+    """Debian took name and time (August 2017) out of the gzip headers: put back, the checksums hold."""
     modified = 1504176606 if name.startswith("train") else 1504176627
     header = b"\x1f\x8b\x08\x08" + struct.pack("<I", modified) + b"\x00\x03" + name.removesuffix(".gz").encode() + b"\0"
     body = (DEBIAN_FOLDER / name).read_bytes()[10:]
