@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,8 @@ class Config:
     weight_decay: float | None = None
     """Weight decay, >= 0: decoupled and multiplied by the learning rate in adamw, added to the gradient in the others.
     None: 1e-4 for sgd and momentum, 0 for adam, 0.01 for adamw."""
+    label_smoothing: float = 0.05
+    """Share of the label that is spread evenly over the classes in the training objective, >= 0 and < 1."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or falling to 0 along half a cosine."""
     warmup_epochs: float = 1.0
@@ -62,6 +65,7 @@ class Config:
             check_real("--lr", self.lr, 0, 1e6, "a number > 0, at most 1e6", open_low=True)
         if self.weight_decay is not None:
             check_real("--weight-decay", self.weight_decay, 0, 1e6, "a number >= 0, at most 1e6")
+        check_real("--label-smoothing", self.label_smoothing, 0, math.nextafter(1, 0), "a number >= 0 and < 1")
         check_real("--warmup-epochs", self.warmup_epochs, 0, self.epochs, f"0 to --epochs, {self.epochs}")
         check_int("--seed", self.seed, 0)
         require(self.seed < 2**32, "--seed", self.seed, "at most 2^32 - 1")

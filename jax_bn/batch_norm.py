@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from bn_common.checks import check_batch_norm
 
@@ -83,7 +85,7 @@ def batch_norm(
         epsilon=epsilon,
         shards=shards,
     )
-    dtype = jnp.float64 if any(v.dtype == jnp.float64 for v in (x, *named.values())) else jnp.float32
+    dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
     wide_x, gamma, beta = x.astype(dtype), gamma.astype(dtype), beta.astype(dtype)
     if not train:
         y = _normalize(wide_x, mean.astype(dtype), var.astype(dtype), gamma, beta, epsilon)
@@ -104,9 +106,14 @@ def as_array(name: str, value: Array) -> Array:
     return jnp.asarray(value)
 
 
+def wide_dtype(*dtypes: DTypeLike) -> np.dtype:
+    """The dtype to compute in: float64 if one of them is, else float32."""
+    return np.dtype(np.float64 if any(jnp.dtype(dtype) == np.float64 for dtype in dtypes) else np.float32)
+
+
 def _moving_average(old: Array, new: Array, momentum: float) -> Array:
     """momentum * old + (1 - momentum) * new, in old's dtype but at least float32."""
-    dtype = jnp.float64 if old.dtype == jnp.float64 else jnp.float32
+    dtype = wide_dtype(old.dtype)
     return momentum * old.astype(dtype) + (1 - momentum) * new.astype(dtype)
 
 

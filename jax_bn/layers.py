@@ -10,7 +10,7 @@ from flax.typing import Initializer
 from jax import Array
 
 from bn_common.checks import require
-from jax_bn.batch_norm import BatchStats, as_array, batch_norm
+from jax_bn.batch_norm import BatchStats, as_array, batch_norm, wide_dtype
 
 
 class BatchNorm(nn.Module):
@@ -27,7 +27,7 @@ class BatchNorm(nn.Module):
         in the call.
       momentum: weight of the OLD value.
       epsilon: added to the variance.
-      dtype: x is cast to it first, and y has it (None: x's own).
+      dtype: of y (None: x's own).
       param_dtype: dtype of scale and bias; the statistics have it too, but at least float32.
       use_bias, use_scale: have beta, have gamma.
       bias_init, scale_init: initialisers of beta and gamma.
@@ -60,17 +60,16 @@ class BatchNorm(nn.Module):
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = as_array("x", x)
         require(x.ndim >= 2, "the rank of x", f"{x.ndim} (shape {x.shape})", "2 or more: a batch and channels")
-        shape, param_dtype = (x.shape[-1],), jnp.dtype(self.param_dtype)
-        stats_dtype = jnp.dtype(jnp.float64) if param_dtype == jnp.float64 else jnp.dtype(jnp.float32)
+        shape, stats_dtype = (x.shape[-1],), wide_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.full, shape, self.initial_moving_var, stats_dtype)
-        gamma = self.param("scale", self.scale_init, shape, param_dtype) if self.use_scale else jnp.ones(shape)
-        beta = self.param("bias", self.bias_init, shape, param_dtype) if self.use_bias else jnp.zeros(shape)
+        gamma = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else jnp.ones(shape)
+        beta = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else jnp.zeros(shape)
         # Initialising only asks for shapes, often with a batch of one, which has no variance.
         initializing = self.is_initializing()
         single = x.size == x.shape[-1]
         y, moved = batch_norm(
-            x if self.dtype is None else x.astype(self.dtype),
+            x if self.dtype is None else x.astype(wide_dtype(x.dtype, self.dtype)),
             gamma,
             beta,
             BatchStats(mean.value, var.value),
@@ -82,4 +81,4 @@ class BatchNorm(nn.Module):
         )
         if not use_running_average and not initializing:
             mean.value, var.value = moved
-        return y
+        return y if self.dtype is None else y.astype(self.dtype)

@@ -116,30 +116,48 @@ def init_state(model: BLeNet, optimizer: optax.GradientTransformation, seed: int
 
 
 def train_step(
-    model: BLeNet, optimizer: optax.GradientTransformation, state: TrainState, x: Array, labels: Array
+    model: BLeNet,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    x: Array,
+    labels: Array,
+    *,
+    label_smoothing: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """One step on the mean cross-entropy of a batch: images x [B, H, W, C], labels int32 [B]. Pure."""
+    """One step on the mean cross-entropy of a batch. Pure.
+
+    Args:
+      model: the network.
+      optimizer: as in `init_state`.
+      state: before the step.
+      x: images [B, H, W, C].
+      labels: int32 [B].
+      label_smoothing: a; the target is (1 - a) * one_hot(labels) + a / num_class.
+
+    Returns:
+      (the new state, the metrics before the step; their loss is against the labels as they are).
+    """
 
     def loss_fn(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), (updated["batch_stats"], logits, losses)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets).mean(), (updated["batch_stats"], logits)
 
-    gradients, (batch_stats, logits, losses) = jax.grad(loss_fn, has_aux=True)(state.params)
+    gradients, (batch_stats, logits) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, batch_stats, opt_state), _metrics(logits, labels, losses, jnp.ones_like(losses))
+    return TrainState(params, batch_stats, opt_state), _metrics(logits, labels, jnp.ones(len(labels), logits.dtype))
 
 
 def eval_step(model: BLeNet, variables: Variables, x: Array, labels: Array, weights: Array) -> Metrics:
     """Metrics of a batch in prediction; weights float [B] are 1 for an example that counts and 0 for padding."""
     logits: Any = model.apply(variables, x, train=False)
+    return _metrics(logits, labels, weights)
+
+
+def _metrics(logits: Array, labels: Array, weights: Array) -> Metrics:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return _metrics(logits, labels, losses, weights)
-
-
-def _metrics(logits: Array, labels: Array, losses: Array, weights: Array) -> Metrics:
     correct = (logits.argmax(-1).astype(labels.dtype) == labels).astype(weights.dtype)
     return Metrics((losses * weights).sum(), (correct * weights).sum(), weights.sum())
 
@@ -181,7 +199,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     run.say(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, data: {dataset.name}")
 
     def train_batch(state: TrainState, data: DeviceData, indices: Array) -> tuple[TrainState, Metrics]:
-        return train_step(model, optimizer, state, *data.batch(indices))
+        x, labels = data.batch(indices)
+        return train_step(model, optimizer, state, x, labels, label_smoothing=config.label_smoothing)
 
     def eval_batch(variables: Variables, data: DeviceData, indices: Array, weights: Array) -> Metrics:
         return eval_step(model, variables, *data.batch(indices), weights)

@@ -69,7 +69,7 @@ def batch_norm(
         epsilon_name="eps",
         epsilon=eps,
     )
-    dtype = torch.float64 if any(v.dtype == torch.float64 for v in (x, *named.values())) else torch.float32
+    dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
     wide_x, gamma, beta = x.to(dtype), gamma.to(dtype), beta.to(dtype)
     if not train:
         y = _normalize(wide_x, moving_mean.to(dtype), moving_var.to(dtype), gamma, beta, eps)
@@ -95,9 +95,14 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is {type(value).__name__}; allowed: a tensor")
 
 
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float64 if one of them is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def _moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
     """momentum * old + (1 - momentum) * new, in old's dtype but at least float32."""
-    dtype = torch.float64 if old.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(old.dtype)
     return momentum * old.to(dtype) + (1 - momentum) * new.to(dtype)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_common.checks import check_epsilon, check_int, check_momentum, require
-from torch_bn.batch_norm import batch_norm, check_tensor
+from torch_bn.batch_norm import batch_norm, check_tensor, wide_dtype
 
 
 class BatchNorm(nn.Module):
@@ -57,8 +57,7 @@ class BatchNorm(nn.Module):
         self.unbiased_moving_var, self.initial_moving_var = unbiased_moving_var, initial_moving_var
         self.gamma = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-        stats_dtype = torch.float64 if self.gamma.dtype == torch.float64 else torch.float32
-        mean = torch.zeros(num_features, device=device, dtype=stats_dtype)
+        mean = torch.zeros(num_features, device=device, dtype=wide_dtype(self.gamma.dtype))
         self.register_buffer("moving_mean", mean)
         self.register_buffer("moving_var", torch.full_like(mean, initial_moving_var))
 

@@ -81,15 +81,27 @@ def make_optimizer(config: Config, steps_per_epoch: int, model: nn.Module) -> tu
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(config, steps_per_epoch, step))
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> Metrics:
-    """One step on the mean cross-entropy of a batch: images x [B, C, H, W], labels int64 [B]."""
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
+) -> Metrics:
+    """One step on the mean cross-entropy of a batch.
+
+    Args:
+      model: the network; the step changes it.
+      optimizer: as from `make_optimizer`.
+      x: images [B, C, H, W].
+      labels: int64 [B].
+      label_smoothing: a; the target is (1 - a) * one_hot(labels) + a / num_class.
+
+    Returns:
+      The metrics before the step; their loss is against the labels as they are.
+    """
     model.train()
     optimizer.zero_grad()
     logits = model(x)
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    losses.mean().backward()
+    nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing).backward()
     optimizer.step()
-    return _metrics(logits, labels, losses)
+    return _metrics(logits.detach(), labels)
 
 
 @torch.no_grad()
@@ -97,12 +109,13 @@ def eval_step(model: nn.Module, x: Tensor, labels: Tensor) -> Metrics:
     """Metrics of a batch in prediction."""
     model.eval()
     logits = model(x)
-    return _metrics(logits, labels, nn.functional.cross_entropy(logits, labels, reduction="none"))
+    return _metrics(logits, labels)
 
 
-def _metrics(logits: Tensor, labels: Tensor, losses: Tensor) -> Metrics:
+def _metrics(logits: Tensor, labels: Tensor) -> Metrics:
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(-1) == labels).sum()
-    return Metrics(losses.detach().sum(), correct, torch.full_like(correct, len(labels)))
+    return Metrics(loss, correct, torch.full_like(correct, len(labels)))
 
 
 def to_device(dataset: ImageDataset, device: torch.device) -> tuple[DeviceData, DeviceData]:
@@ -154,7 +167,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
         with run.progress(epoch + 1, steps) as advance:
             for indices in epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch):
                 learning_rate = optimizer.param_groups[0]["lr"]
-                found.append(train_step(model, optimizer, *train_data.batch(torch.from_numpy(indices).to(device))))
+                x, labels = train_data.batch(torch.from_numpy(indices).to(device))
+                found.append(train_step(model, optimizer, x, labels, label_smoothing=config.label_smoothing))
                 scheduler.step()
                 advance()
             train_totals = totals(found)

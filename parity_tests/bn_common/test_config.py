@@ -14,6 +14,7 @@ BAD = {
     "optimizer": ("rmsprop", "SGD", ""),
     "lr": (0.0, -0.1, math.nan, math.inf, 1e7),
     "weight_decay": (-1e-4, math.nan, math.inf),
+    "label_smoothing": (-0.1, 1.0, math.nan),
     "schedule": ("linear",),
     "warmup_epochs": (-1, 11, math.nan),
     "seed": (-1, 2**32, 0.5),
@@ -83,7 +84,9 @@ def test_one_line_and_exit_status_2(args, words, capsys):
 
 def test_every_option_reaches_the_config():
     args = "--epochs 3 --batch-size 7 --optimizer adam --lr 0.125 --weight-decay 0.5 --schedule constant"
-    args += " --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
+    args += (
+        " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
+    )
     config = parse(args.split(), prog="", description="")
     given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
     assert given == {
@@ -92,6 +95,7 @@ def test_every_option_reaches_the_config():
         "optimizer": "adam",
         "lr": "0.125",
         "weight_decay": "0.5",
+        "label_smoothing": "0.25",
         "schedule": "constant",
         "warmup_epochs": "0.5",
         "seed": "9",
