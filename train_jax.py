@@ -2,7 +2,7 @@
 
     python train_jax.py                                          10 epochs on the full data set
     python train_jax.py --data sample --epochs 2                 a minute's look, no download
-    python train_jax.py --optimizer adamw --batch-size 128 --out runs/adamw
+    python train_jax.py --optimizer momentum --batch-size 128 --out runs/momentum
     python train_jax.py --data-dir ~/kmnist                      any four IDX files named like MNIST's
 
 Prints a line per epoch and leaves a run folder: config.json, metrics.jsonl (a line per epoch), weights.safetensors and
