@@ -10,6 +10,8 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 
+SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
+LARGEST = math.nextafter(math.inf, 0)
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # 5x5 convolution with padding keeps 12, pool 6, 5x5 without padding 2, pool 1: one pixel is left for the linear layer.
@@ -22,11 +24,10 @@ def require(condition: bool, what: str, given: object, allowed: str) -> None:
         raise ValueError(f"{what} is {given}; allowed: {allowed}")
 
 
-def check_real(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:
-    """`value` is a Python or numpy real number (no bool, no NaN) in [low, high], or (low, high] with open_low."""
+def check_real(name: str, value: object, low: float, high: float, allowed: str) -> None:
+    """`value` is a Python or numpy real number (no bool, no NaN) from low to high."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    in_range = is_real and low <= float(value) <= high and not (open_low and float(value) == low)  # type: ignore[arg-type]
-    require(in_range, name, repr(value), allowed)
+    require(is_real and low <= float(value) <= high, name, repr(value), allowed)  # type: ignore[arg-type]
 
 
 def check_int(name: str, value: object, low: int) -> None:
@@ -40,9 +41,18 @@ def check_momentum(momentum: object, name: str = "momentum") -> None:
     check_real(name, momentum, 0.0, 1.0, "a number from 0 to 1 (the weight of the old value)")
 
 
-def check_epsilon(name: str, epsilon: object) -> None:
-    """The number added to the variance: positive and finite. `name` is what this wing calls it."""
-    check_real(name, epsilon, 0.0, math.nextafter(math.inf, 0), "a finite number > 0", open_low=True)
+def check_epsilon(name: str, epsilon: object, dtype: str = "float64") -> None:
+    """The number added to the variance: finite, and not below the smallest normal number of the dtype computed in.
+
+    (Below that it may count as 0, and a constant channel becomes 0 / 0.) `name` is what this wing calls it.
+    """
+    allowed = f"a finite number >= {SMALLEST_NORMAL[dtype]:.8g}, the smallest normal {dtype}"
+    check_real(name, epsilon, SMALLEST_NORMAL[dtype], LARGEST, allowed)
+
+
+def check_initial_moving_var(value: object) -> None:
+    """What a moving variance starts with: a finite number >= 0."""
+    check_real("initial_moving_var", value, 0.0, LARGEST, "a finite number >= 0")
 
 
 def check_batch_norm(
@@ -72,10 +82,12 @@ def check_batch_norm(
 
     Raises:
       ValueError: rank below 2; a dtype that is no float; a wrong channel count; momentum outside [0, 1]; epsilon not
-        positive and finite; in training, fewer than two values per channel (the variance of one value says nothing).
+        finite or below the smallest normal number of the dtype computed in; in training, fewer than two values per
+        channel (the variance of one value says nothing).
     """
     check_momentum(momentum)
-    check_epsilon(epsilon_name, epsilon)
+    widest = "float64" if "float64" in {dtype, *(given for _, given in per_channel.values())} else "float32"
+    check_epsilon(epsilon_name, epsilon, widest)
     require(len(shape) >= 2, "the rank of x", f"{len(shape)} (shape {tuple(shape)})", "2 or more: a batch and channels")
     require(dtype in FLOAT_DTYPES, "the dtype of x", dtype, ", ".join(FLOAT_DTYPES))
     channels = shape[channel_axis]
@@ -105,7 +117,9 @@ def check_blenet(*, channels: object, fig_size: object, num_class: object) -> No
     check_int("num_class", num_class, 1)
 
 
-def check_blenet_input(*, shape: Sequence[int], dtype: str, layout: str, image: Sequence[int], train: bool) -> None:
+def check_blenet_input(
+    *, shape: Sequence[int], dtype: str, layout: str, image: Sequence[int], train: bool, shards: int = 1
+) -> None:
     """A batch of images for BLeNet, checked as a whole before any layer has seen it.
 
     In training a batch of one image is refused here: the convolutions' batch norms would still find many values per
@@ -117,10 +131,11 @@ def check_blenet_input(*, shape: Sequence[int], dtype: str, layout: str, image: 
       layout: "NCHW" or "NHWC".
       image: the expected shape of one image in that layout.
       train: whether statistics are taken from x.
+      shards: over how many devices the batch is spread: every one holds a piece of this shape.
     """
     expected = f"({layout[0]}, {', '.join(map(str, image))}), that is {layout}"
     require(len(shape) == 4 and tuple(shape[1:]) == tuple(image), "the shape of x", tuple(shape), expected)
     require(dtype in FLOAT_DTYPES, "the dtype of x", dtype, ", ".join(FLOAT_DTYPES))
     if train:
         allowed = "2 or more images in training: behind the flatten a channel has one value an image"
-        require(shape[0] >= 2, "the batch size", shape[0], allowed)
+        require(shape[0] * shards >= 2, "the batch size", shape[0] * shards, allowed)

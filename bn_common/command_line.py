@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,10 +14,10 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from bn_common.checks import check_blenet
+from bn_common.checks import check_blenet, require
 from bn_common.config import NUM_CLASS, Config
-from bn_common.run_folder import RunFolder
-from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample, steps_per_epoch
+from bn_common.run_folder import RunFolder, refuse_used
+from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample
 
 
 def parse(args: Sequence[str] | None, *, prog: str, description: str) -> Config:
@@ -56,9 +57,14 @@ def start(args: Sequence[str] | None, *, prog: str, description: str) -> tuple[C
     """
     config, console = parse(args, prog=prog, description=description), Console()
     try:
+        if config.out is not None:
+            refuse_used(config.out)  # before a download
         dataset = load(config, console)
         check_blenet(channels=1, fig_size=dataset.train_images.shape[1], num_class=NUM_CLASS)
-        steps_per_epoch(len(dataset.train_images), config.batch_size)
+        num_train = len(dataset.train_images)
+        require(
+            config.batch_size <= num_train, "--batch-size", config.batch_size, f"2 to {num_train}, the training set"
+        )
         about = {"data": dataset.name} | ({"notice": dataset.notice} if dataset.notice else {})
         run = RunFolder(config, about, console)
     except ValueError as error:
@@ -94,12 +100,18 @@ def main(load_train: Callable[[], Callable], *, prog: str, description: str) -> 
       prog: the program's name in messages.
       description: of the program, for --help.
     """
-    config, dataset, run = start(None, prog=prog, description=description)
+    run = None
     try:
+        config, dataset, run = start(None, prog=prog, description=description)
         load_train()(config, dataset, run)
     except FloatingPointError as error:
-        sys.stderr.write(f"{prog}: stopped: {error}; {run.path} holds the epochs before\n")
+        sys.stderr.write(f"{prog}: stopped: {error}; {run.path if run else ''} holds the epochs before\n")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: interrupted; {run.path} holds the epochs that were finished\n")
-        raise SystemExit(130) from None
+        sys.stderr.write(
+            f"{prog}: interrupted; {f'{run.path} holds the finished epochs' if run else 'nothing begun'}\n"
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not by way of Python's own end: XLA's threads may still be in the midst of a step, and would crash there.
+        os._exit(130)

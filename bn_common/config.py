@@ -63,7 +63,7 @@ class Config:
                     getattr(self, name) in get_args(kind), f"--{name}", getattr(self, name), ", ".join(get_args(kind))
                 )
         if self.lr is not None:
-            check_real("--lr", self.lr, 0, 1e6, "a number > 0, at most 1e6", open_low=True)
+            check_real("--lr", self.lr, math.nextafter(0, 1), 1e6, "a number > 0, at most 1e6")
         if self.weight_decay is not None:
             check_real("--weight-decay", self.weight_decay, 0, 1e6, "a number >= 0, at most 1e6")
         check_real("--label-smoothing", self.label_smoothing, 0, math.nextafter(1, 0), "a number >= 0 and < 1")
@@ -71,7 +71,7 @@ class Config:
         check_int("--seed", self.seed, 0)
         require(self.seed < 2**32, "--seed", self.seed, "at most 2^32 - 1")
         check_momentum(self.bn_momentum, "--bn-momentum")
-        check_epsilon("--bn-eps", self.bn_eps)
+        check_epsilon("--bn-eps", self.bn_eps, "float32")
         both = self.data == "sample" and self.data_dir is not None
         require(not both, "--data-dir", f"{self.data_dir} with --data sample", "one of the two")
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -72,13 +71,18 @@ class RunFolder:
             task = bar.add_task(f"epoch {epoch}/{self.config.epochs}", total=steps)
             yield lambda: bar.advance(task)
 
-    def check(self, epoch: int, train: Totals) -> None:
-        """Raise FloatingPointError if the training loss of an epoch (from 0) is not finite."""
-        if not math.isfinite(train.loss):
-            raise FloatingPointError(f"the loss is {train.loss} in epoch {epoch + 1}; a smaller --lr may help")
-
-    def log(self, *, epoch: int, step: int, train: Totals, test: Totals, seconds: float, learning_rate: float) -> None:
-        """Print a line for an epoch and add it to metrics.jsonl.
+    def end_epoch(
+        self,
+        *,
+        epoch: int,
+        step: int,
+        train: Totals,
+        test: Totals,
+        seconds: float,
+        learning_rate: float,
+        weights: Mapping[str, np.ndarray],
+    ) -> None:
+        """Write weights.safetensors, add a line to metrics.jsonl and print it.
 
         Args:
           epoch: from 0; printed and written from 1.
@@ -87,7 +91,17 @@ class RunFolder:
           test: sums over the test set after the epoch.
           seconds: wall time of the training steps.
           learning_rate: of the last step.
+          weights: name -> array, after the epoch.
+
+        Raises:
+          FloatingPointError: a loss, a weight or a statistic is not finite; nothing has been written.
         """
+        broken = [name for name, v in weights.items() if not np.isfinite(v).all()]
+        if broken or not (math.isfinite(train.loss) and math.isfinite(test.loss)):
+            what = f"{broken[0]} is no longer finite" if broken else "the loss is no longer finite"
+            raise FloatingPointError(f"{what} in epoch {epoch + 1}; a smaller --lr may help")
+        content = safetensors.numpy.save({name: np.ascontiguousarray(v) for name, v in weights.items()})
+        write_whole(self.path / WEIGHTS, content)
         line = {
             "epoch": epoch + 1,
             "step": step,
@@ -100,23 +114,15 @@ class RunFolder:
             "learning_rate": learning_rate,
         }
         self.metrics.append({**line, **self.about})
-        write_whole(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in self.metrics).encode())
+        write_whole(
+            self.path / METRICS, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.metrics).encode()
+        )
         epochs = str(self.config.epochs)
         self.say(
             f"epoch {line['epoch']:{len(epochs)}d}/{epochs}  loss {line['loss']:.4f}"
             f"  train accuracy {line['train_accuracy']:.4f}  test accuracy {line['test_accuracy']:.4f}"
             f"  {line['images_per_second']:,.0f} images/s"
         )
-
-    def save_weights(self, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-        """Write weights.safetensors.
-
-        Args:
-          tensors: name -> array.
-          about: the file's metadata.
-        """
-        content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, dict(about))
-        write_whole(self.path / WEIGHTS, content)
 
     def finish(self) -> None:
         """Draw the curves and say where everything is."""
@@ -125,7 +131,7 @@ class RunFolder:
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line, never wrapped: it may be read by a program."""
-        self.console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
+        self.console.print(_as_text(text), style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def _new_folder(out: Path | None) -> Path:
@@ -133,9 +139,7 @@ def _new_folder(out: Path | None) -> Path:
     if path is None:
         base = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         path = next(p for p in (base, *(Path(f"{base}-{i}") for i in range(2, 1000))) if not p.exists())
-    held = [name for name in (CONFIG, METRICS, WEIGHTS, CURVES) if (path / name).exists()]
-    if held:
-        raise ValueError(f"--out is {path}, which holds {held[0]} of another run; allowed: a folder without a run")
+    refuse_used(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / METRICS, b"")
@@ -144,8 +148,23 @@ def _new_folder(out: Path | None) -> Path:
     return path
 
 
+def _as_text(name: str) -> str:
+    """The name with "?" for what is no text: a folder's name is any bytes."""
+    return name.encode(errors="replace").decode()
+
+
+def refuse_used(path: Path) -> None:
+    """Raise ValueError if the folder holds a run: nothing is overwritten."""
+    held = [name for name in (CONFIG, METRICS, WEIGHTS, CURVES) if os.path.exists(path / name)]
+    if held:
+        raise ValueError(f"--out is {path}, which holds {held[0]} of another run; allowed: a folder without a run")
+
+
 def draw_curves(metrics: list[dict[str, Any]], data: str) -> bytes:
     """Loss and accuracy over the epochs, as a PNG."""
+    # Only now: what is refused or interrupted before has not waited half a second for it.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     epochs = [line["epoch"] for line in metrics]
@@ -161,7 +180,7 @@ def draw_curves(metrics: list[dict[str, Any]], data: str) -> bytes:
         axes.grid(alpha=0.3)
         axes.legend()
     best = f", test accuracy {metrics[-1]['test_accuracy']:.4f}" if metrics else ""
-    figure.suptitle(f"BLeNet on {data}{best}", fontsize=10)
+    figure.suptitle(f"BLeNet on {_as_text(data)}{best}", fontsize=10, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

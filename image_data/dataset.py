@@ -65,7 +65,8 @@ def read_labels(path: str | os.PathLike[str], num_class: int = 10) -> NDArray[np
 def find_file(folder: str | os.PathLike[str], name: str) -> Path | None:
     """`name`.gz or `name` in the folder, the first that exists; None if neither does."""
     candidates = (Path(folder) / f"{name}.gz", Path(folder) / name)
-    return next((path for path in candidates if path.exists()), None)
+    # os.path.exists: False, and no exception, for what may not be looked at
+    return next((path for path in candidates if os.path.exists(path)), None)
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
@@ -81,8 +82,8 @@ def load_folder(folder: str | os.PathLike[str], *, num_class: int = 10) -> Image
         `read_images`, `read_labels`); image and label counts differ; the images are not square, or not of one size.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "no such folder"
+    if not os.path.isdir(folder):
+        what = "a file" if os.path.exists(folder) else "no such folder"
         raise ValueError(f"{folder}: found {what}; expected a folder with {', '.join(FILES)} (.gz or plain)")
     paths = {name: find_file(folder, name) for name in FILES}
     missing = [name for name, path in paths.items() if path is None]
@@ -95,7 +96,9 @@ def load_folder(folder: str | os.PathLike[str], *, num_class: int = 10) -> Image
         raise ValueError(f"{paths[FILES[2]]}: found images of {test_images.shape[1:]}; expected {size}, as in training")
     if train_images.shape[1] != train_images.shape[2]:
         raise ValueError(f"{paths[FILES[0]]}: found images of {train_images.shape[1:]}; expected square ones")
-    return ImageDataset(train_images, train_labels, test_images, test_labels, name=str(folder))
+    return ImageDataset(
+        train_images, train_labels, test_images, test_labels, name=os.fsencode(folder).decode(errors="replace")
+    )
 
 
 def _read_pair(images_path, labels_path, num_class: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -45,8 +45,10 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray:
         what was expected. A header that promises more than the file holds costs no memory.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path}: found a folder; expected an IDX file")
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r}: found a name with a null byte; expected the name of an IDX file")
     try:
         with open(path, "rb") as raw:
             compressed = raw.read(2) == _GZIP_MAGIC
@@ -84,7 +86,11 @@ def _parse(path: Path, stream: BinaryIO) -> NDArray:
     if len(payload) != expected:
         found = f"{len(payload)} bytes" if len(payload) < expected else "trailing bytes"
         raise ValueError(f"{path}: found {found} behind the header; expected {expected} for shape {shape}")
-    return np.frombuffer(payload, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+    try:
+        array = np.frombuffer(payload, dtype).reshape(shape)
+    except ValueError as error:  # no element at all in a huge shape, or too many dimensions
+        raise ValueError(f"{path}: found shape {shape}; expected one that numpy can hold ({error})") from None
+    return array.astype(dtype.newbyteorder("="), copy=False)
 
 
 def write_idx(path: str | os.PathLike[str], array: NDArray) -> None:

@@ -58,7 +58,7 @@ def batch_norm(
       batch_stats: the moving statistics, each [C].
       train: take the statistics from x (and move batch_stats), or take batch_stats.
       momentum: weight of the OLD value, in [0, 1]. PyTorch's momentum is the weight of the new one.
-      epsilon: added to the variance, > 0.
+      epsilon: added to the variance, > 0 (not below the smallest normal number of that dtype).
       unbiased_moving_var: move batch_stats.var with var * m / (m - 1), as PyTorch does. y always uses the biased var.
       axis_name: a mapped axis (`jax.pmap`, `jax.shard_map`, `jax.vmap`) whose devices hold equal pieces of the batch;
         their statistics are merged from (mean, var), never from sums of squares, in one collective.
@@ -85,6 +85,7 @@ def batch_norm(
         epsilon=epsilon,
         shards=shards,
     )
+    momentum, epsilon = float(momentum), float(epsilon)  # a numpy float64 would widen what it meets
     dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
     wide_x, gamma, beta = x.astype(dtype), gamma.astype(dtype), beta.astype(dtype)
     if not train:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_common.checks import check_blenet, check_blenet_input
+from bn_common.checks import check_blenet, check_blenet_input, check_epsilon, check_momentum
 from jax_bn.batch_norm import as_array
 from jax_bn.layers import BatchNorm
 
@@ -49,7 +49,8 @@ class BLeNet(nn.Module):
       param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: channels, fig_size or num_class is no integer or too small.
+      ValueError: channels, fig_size or num_class is no integer or too small; a momentum or epsilon that
+        `jax_bn.batch_norm` refuses.
     """
 
     channels: int = 1
@@ -62,6 +63,8 @@ class BLeNet(nn.Module):
 
     def __post_init__(self) -> None:
         check_blenet(channels=self.channels, fig_size=self.fig_size, num_class=self.num_class)
+        check_momentum(self.momentum)
+        check_epsilon("epsilon", self.epsilon)
         super().__post_init__()
 
     @property
@@ -87,6 +90,7 @@ class BLeNet(nn.Module):
             layout="NHWC",
             image=self.image_shape,
             train=train and not self.is_initializing(),
+            shards=1 if self.axis_name is None or self.is_initializing() else lax.axis_size(self.axis_name),
         )
 
         def affine(layer: type[nn.Module], fan_in: int, *args, **kwargs) -> nn.Module:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 from jax import Array
 
-from bn_common.checks import require
+from bn_common.checks import check_epsilon, check_initial_moving_var, check_momentum, require
 from jax_bn.batch_norm import BatchStats, as_array, batch_norm, wide_dtype
 
 
@@ -34,6 +34,9 @@ class BatchNorm(nn.Module):
       initial_moving_var: value that batch_stats/var starts with.
       axis_name: see `jax_bn.batch_norm`.
       unbiased_moving_var: see `jax_bn.batch_norm`.
+
+    Raises:
+      ValueError: a momentum or epsilon that `jax_bn.batch_norm` refuses, or a negative initial_moving_var.
     """
 
     use_running_average: bool | None = None
@@ -48,6 +51,12 @@ class BatchNorm(nn.Module):
     axis_name: str | None = None
     unbiased_moving_var: bool = False
     initial_moving_var: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_momentum(self.momentum)
+        check_epsilon("epsilon", self.epsilon)
+        check_initial_moving_var(self.initial_moving_var)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:

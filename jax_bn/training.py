@@ -187,7 +187,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     """Train BLeNet as the config says; metrics, weights and curves go to the run folder after every epoch.
 
     Raises:
-      FloatingPointError: the loss is no longer finite; the run folder holds the epochs before.
+      FloatingPointError: a loss or a weight is no longer finite; the run folder holds the epochs before.
     """
     train_data, test_data = to_device(dataset)
     num_train, steps = len(dataset.train_labels), steps_per_epoch(len(dataset.train_labels), config.batch_size)
@@ -221,16 +221,15 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
                 advance()
             train_totals = totals(found)
         seconds = time.perf_counter() - started
-        run.check(epoch, train_totals)
-        run.save_weights(named_weights(state.variables), {"format": "flax"})
         step = (epoch + 1) * steps
-        run.log(
+        run.end_epoch(
             epoch=epoch,
             step=step,
             train=train_totals,
             test=evaluate(jitted_eval, state.variables, test_data),
             seconds=seconds,
             learning_rate=float(schedule(step - 1)),
+            weights=named_weights(state.variables),
         )
     run.finish()
     return state

@@ -107,15 +107,19 @@ def to_flax(torch_module_or_state_dict: torch.nn.Module | Mapping[str, Any], fla
 
     Raises:
       TypeError: an argument of another kind.
-      ValueError: a tensor is missing, left over, of the wrong shape, or float64 while jax_enable_x64 is off (it would
-        be rounded); one message lists all problems.
+      ValueError: a tensor is missing, left over, of the wrong shape, no floating point, or float64 while
+        jax_enable_x64 is off (it would be rounded); one message lists all problems.
     """
     source = torch_module_or_state_dict
     state = source.state_dict() if isinstance(source, torch.nn.Module) else source
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise TypeError(f"the source is {type(source).__name__}; allowed: a torch module or its state_dict")
     arrays = {name: _to_numpy(v) for name, v in state.items() if not _is_counter(name)}
-    layers = _layers_of_flax(flax_module)
+    kind = _flax_kind(flax_module)
+    # A layer must be of the kind that its target is; BLeNet's names and shapes say enough.
+    if kind != "blenet" and isinstance(source, torch.nn.Module) and _torch_kind(source) != kind:
+        raise TypeError(f"the torch module is {source!r:.80}; allowed for {type(flax_module).__name__}: its like")
+    layers = _layers(kind, getattr(flax_module, "fig_size", 0))
     expected = _flax_shapes(flax_module, arrays)
     pairs = [
         Pair(torch_name, flax_name, layout.to_flax, layout.to_torch)
@@ -144,12 +148,13 @@ def to_torch(variables: Mapping[str, Any], torch_module: torch.nn.Module) -> dic
 
     Raises:
       TypeError: an argument of another kind.
-      ValueError: an array is missing, left over or of the wrong shape; one message lists all problems.
+      ValueError: an array is missing, left over, of the wrong shape or no floating point; one message lists all
+        problems.
     """
     if not isinstance(variables, Mapping):
         raise TypeError(f"the variables are {type(variables).__name__}; allowed: a dict of collections")
     arrays = {name: np.asarray(a) for name, a in flatten_dict(dict(variables), sep="/").items()}
-    layers = _layers_of_torch(torch_module)
+    layers = _layers(_torch_kind(torch_module), getattr(torch_module, "fig_size", 0))
     state = torch_module.state_dict()
     expected = {name: tuple(v.shape) for name, v in state.items() if not _is_counter(name)}
     pairs = [
@@ -180,6 +185,8 @@ def _carry(
         shape = move_back(np.empty(expected[target], np.bool_)).shape
         if source not in arrays:
             problems.append(f"{source} is missing (for {target})")
+        elif not jnp.issubdtype(arrays[source].dtype, jnp.floating):
+            problems.append(f"{source} is {arrays[source].dtype}; allowed: floating point (for {target})")
         elif arrays[source].shape != shape:
             problems.append(f"{source} has shape {arrays[source].shape}; allowed: {shape} (for {target})")
         else:
@@ -197,33 +204,35 @@ Layers = dict[str, tuple[str, tuple[Rule, ...]]]
 """PyTorch's layer -> Flax's, and the rules for its tensors."""
 
 
-def _blenet_layers(fig_size: int) -> Layers:
+def _layers(kind: str, fig_size: int = 0) -> Layers:
+    if kind != "blenet":
+        return {"": ("", RULES[kind])}
     f = (fig_size // 2 - 4) // 2
     rules = RULES | {"flatten": (RULES["linear"][0]._replace(layout=behind_flatten(16, f, f)), BIAS)}
     return {torch_layer: (flax_layer, rules[kind]) for torch_layer, (flax_layer, kind) in BLENET.items()}
 
 
-def _layers_of_flax(module: nn.Module) -> Layers:
+def _flax_kind(module: nn.Module) -> str:
     if isinstance(module, jax_bn.BLeNet):
-        return _blenet_layers(module.fig_size)
+        return "blenet"
     if isinstance(module, jax_bn.BatchNorm | nn.BatchNorm):
-        return {"": ("", RULES["batch_norm"])}
+        return "batch_norm"
     if isinstance(module, nn.Dense):
-        return {"": ("", RULES["linear"])}
+        return "linear"
     if isinstance(module, nn.Conv) and len(_kernel_size(module)) == 2:
-        return {"": ("", RULES["conv"])}
+        return "conv"
     raise TypeError(f"the Flax module is {module!r:.80}; allowed: BLeNet, BatchNorm, Dense, Conv of two dimensions")
 
 
-def _layers_of_torch(module: torch.nn.Module) -> Layers:
+def _torch_kind(module: torch.nn.Module) -> str:
     if isinstance(module, torch_bn.BLeNet):
-        return _blenet_layers(module.fig_size)
+        return "blenet"
     if isinstance(module, torch_bn.BatchNorm | torch.nn.modules.batchnorm._BatchNorm):
-        return {"": ("", RULES["batch_norm"])}
+        return "batch_norm"
     if isinstance(module, torch.nn.Linear):
-        return {"": ("", RULES["linear"])}
+        return "linear"
     if isinstance(module, torch.nn.Conv2d):
-        return {"": ("", RULES["conv"])}
+        return "conv"
     raise TypeError(f"the torch module is {module!r:.80}; allowed: BLeNet, BatchNorm, Linear, Conv2d")
 
 
@@ -241,7 +250,7 @@ def _tensors(layers: Layers, torch_names: Mapping[str, Any]) -> list[tuple[str, 
 
 def _flax_shapes(module: nn.Module, arrays: Mapping[str, NDArray]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every variable. A layer learns its input's channels from the weights that it is given."""
-    weight = next(iter(arrays.values()), np.empty(0))
+    weight = arrays.get("weight", np.empty(0))
     kwargs: dict[str, Any] = {}
     shape: tuple[int, ...]
     if isinstance(module, jax_bn.BLeNet):
@@ -253,7 +262,7 @@ def _flax_shapes(module: nn.Module, arrays: Mapping[str, NDArray]) -> dict[str, 
     elif isinstance(module, nn.Dense):
         shape = (1, weight.shape[1] if weight.ndim == 2 else 1)
     else:
-        shape = (2, max(weight.size, 1))
+        shape = (2, max((a.size for a in arrays.values()), default=1))
         kwargs = {} if module.use_running_average is not None else {"use_running_average": True}
     variables = jax.eval_shape(
         lambda key: module.init(key, jnp.zeros(shape, module.param_dtype), **kwargs), jax.random.key(0)

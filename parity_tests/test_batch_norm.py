@@ -168,8 +168,9 @@ def test_statistics_have_gradients(x64):
     np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(x)), truth, rtol=1e-12)
 
 
-def test_second_derivatives(x64):
-    """PyTorch's check of the double backward; in JAX, Hessian against finite differences of the gradient."""
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's forward mode
+def test_derivatives_of_both_orders_and_modes(x64):
+    """Against finite differences: forward and reverse mode, and the derivative of the derivative."""
     x, gamma, beta, mean, var, _ = draw((5, 2), "float64")
     arguments = [torch.tensor(v, requires_grad=True) for v in (x, gamma, beta)]
     stats = torch.tensor(mean), torch.tensor(var)
@@ -177,7 +178,7 @@ def test_second_derivatives(x64):
     def torch_fn(x, gamma, beta):
         return torch_bn.batch_norm(x, gamma, beta, *stats, train=True)
 
-    assert torch.autograd.gradcheck(torch_fn, arguments)
+    assert torch.autograd.gradcheck(torch_fn, arguments, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(torch_fn, arguments)
 
     def jax_fn(x, gamma, beta):

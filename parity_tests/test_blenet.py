@@ -157,8 +157,31 @@ def test_initial_weights(wing):
                 # The largest of n uniform values: below 1 - 10/n with probability e^-10. The variance is 1/3.
                 assert value.abs().max() >= bound * (1 - 10 / value.numel()), name
                 assert abs(float((value / bound).square().mean()) * 3 - 1) < 4 / value.numel() ** 0.5, name
+            else:
+                # No two alike, and not all near 0: that none of 6 is above 0.2 has probability 6e-5.
+                assert value.unique().numel() == value.numel(), name
+                assert value.abs().max() > 0.2 * bound, name
         else:
             assert (value == (1 if kind == "gamma" else 0)).all(), name
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_options(train, x64):
+    """momentum and epsilon reach every batch norm of both networks."""
+    source, x, labels = make(1, 12, "float64")
+    model = torch_bn.BLeNet(channels=1, fig_size=12, momentum=0.25, eps=0.5).double().train(train)
+    model.load_state_dict(source.state_dict())
+    flax_model = jax_bn.BLeNet(fig_size=12, momentum=0.25, epsilon=0.5)
+    variables = weights.to_flax(model, flax_model)
+    logits, new = flax_model.apply(variables, jnp.asarray(np.moveaxis(x, 1, -1)), train=train, mutable=["batch_stats"])
+    default = torch_outcome(source.state_dict(), x, labels, train)
+    ours = model(torch.tensor(x)).detach()
+    assert compare.relative_error(logits, ours) <= compare.FLOAT64
+    assert compare.relative_error(ours, default.logits) > 0.01
+    for name, value in weights.to_torch(variables | new, model).items():
+        assert compare.relative_error(value, model.state_dict()[name]) <= compare.FLOAT64, name
+        if "moving" in name and train:
+            assert compare.relative_error(value, default.statistics[name]) > 0.01, name
 
 
 def test_largest_differences_of_a_wrong_network_are_seen(x64):

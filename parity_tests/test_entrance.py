@@ -1,6 +1,7 @@
 """Bad input: a ValueError on both sides, in the same words, before any state has changed."""
 
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ BAD = {
     "one value": {"shape": (1, 3)},
     "one pixel": {"shape": (1, 3, 1, 1)},
     "no value": {"shape": (0, 3)},
-    **{f"eps {v}": {"eps": v} for v in (0.0, -1e-5, math.nan, math.inf, "1e-5", None, True)},
+    **{f"eps {v}": {"eps": v} for v in (0.0, -1e-5, 1e-60, 1e-40, math.nan, math.inf, "1e-5", None, True)},
     **{f"momentum {v}": {"momentum": v} for v in (-0.1, 1.1, math.nan, "0.9", False)},
 }
 
@@ -56,6 +57,37 @@ def test_batch_norm(bad):
     with jax.enable_x64(True):  # so that JAX knows every dtype
         first, second = call_both(**bad)
     assert first == second
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, Fraction])
+def test_any_real_number_will_do(number, x64):
+    """And a numpy float64 does not widen the statistics of float32."""
+    x, v = np.ones((4, 3), np.float32), np.ones(3, np.float32)
+    _, mean, var = torch_bn.batch_norm(
+        torch.tensor(x), *[torch.tensor(v)] * 4, train=True, momentum=number(0.5), eps=number(0.25)
+    )
+    stats = jax_bn.BatchStats(jnp.asarray(v), jnp.asarray(v))
+    _, stats = jax_bn.batch_norm(
+        *map(jnp.asarray, (x, v, v)), stats, train=True, momentum=number(0.5), epsilon=number(0.25)
+    )
+    assert mean.dtype == var.dtype == torch.float32
+    assert stats.mean.dtype == stats.var.dtype == np.float32
+    assert (var == 0.5).all()
+    assert (stats.var == 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_smallest_epsilon(dtype, x64):
+    """What is accepted does what it says: a constant channel becomes beta, also where the moving variance is 0."""
+    eps = float(np.finfo(dtype).smallest_normal)
+    x, one, zero = np.ones((4, 3), dtype), np.ones(3, dtype), np.zeros(3, dtype)
+    for train in (True, False):
+        mean = zero if train else one
+        y, *_ = torch_bn.batch_norm(*map(torch.tensor, (x, one, one, mean, zero)), train=train, eps=eps)
+        stats = jax_bn.BatchStats(jnp.asarray(mean), jnp.asarray(zero))
+        z, _ = jax_bn.batch_norm(*map(jnp.asarray, (x, one, one)), stats, train=train, epsilon=eps)
+        assert (y == 1).all()
+        assert (z == 1).all()
 
 
 def test_one_value_is_enough_in_prediction():
@@ -152,8 +184,30 @@ def test_layer_keeps_its_statistics_when_it_refuses():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_features": 0}, {"num_dims": 1}, {"momentum": 2}, {"eps": 0}, {"num_features": "3"}], ids=str
+    "bad",
+    [
+        {"num_features": 0},
+        {"num_features": "3"},
+        {"num_dims": 1},
+        {"momentum": 2},
+        {"eps": 0},
+        {"initial_moving_var": -1.0},
+    ],
+    ids=str,
 )
-def test_torch_layer_arguments(bad):
+def test_layer_arguments(bad):
+    """At construction, on both sides where both have the argument."""
     with pytest.raises(ValueError, match="allowed"):
         torch_bn.BatchNorm(**{"num_features": 3, "num_dims": 2} | bad)
+    bad = {{"eps": "epsilon"}.get(name, name): value for name, value in bad.items() if not name.startswith("num")}
+    if bad:
+        with pytest.raises(ValueError, match="allowed"):
+            jax_bn.BatchNorm(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"momentum": -1}, {"eps": math.nan}], ids=str)
+def test_blenet_options(bad):
+    with pytest.raises(ValueError, match="allowed"):
+        torch_bn.BLeNet(**bad)
+    with pytest.raises(ValueError, match="allowed"):
+        jax_bn.BLeNet(**{{"eps": "epsilon"}.get(name, name): value for name, value in bad.items()})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_refused_before_any_work(program, tmp_path):
     cases = [
         (["--data-dir", folder], "label 10"),
         (["--data-dir", tmp_path / "nothing"], "no such folder"),
-        (["--data", "sample", "--batch-size", 6001], "6001"),
+        (["--data", "sample", "--batch-size", 6001], "--batch-size is 6001; allowed: 2 to 6000"),
         (["--data", "sample", "--out", occupied], "another run"),
         (["--data", "sample", "--epochs", "0"], "--epochs is 0"),
     ]
@@ -111,14 +112,40 @@ def test_refused_before_any_work(program, tmp_path):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_run_that_diverges(program, tmp_path):
-    """One line, exit status 1, and no NaN in any file."""
-    # Every step multiplies the weights by -1e12: infinite after four.
-    bad = ["--optimizer", "sgd", "--lr", 1e6, "--weight-decay", 1e6, "--warmup-epochs", 0]
-    done = run(program, "--data", "sample", "--epochs", 1, *bad, "--out", tmp_path)
+    """One line, exit status 1, and no NaN in any file, wherever it first appears."""
+    folder = small_folder(tmp_path / "data")
+    # Every step multiplies the weights by -1e12, and an epoch has two steps: infinite in the second.
+    bad = ["--optimizer", "sgd", "--schedule", "constant", "--lr", 1e6, "--weight-decay", 1e6, "--warmup-epochs", 0]
+    args = ["--data-dir", folder, "--batch-size", 100, "--epochs", 3, "--out", tmp_path / "run"]
+    done = run(program, *args, *bad)
     assert done.returncode == 1
-    assert "stopped: the loss is nan in epoch 1" in done.stderr
+    assert "no longer finite in epoch" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in metrics
+    assert "Infinity" not in metrics
+    written = tmp_path / "run" / "weights.safetensors"
+    assert written.exists() == bool(metrics)
+    if metrics:
+        assert all(np.isfinite(v).all() for v in safetensors.numpy.load_file(written).values())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_interrupted(program, tmp_path):
+    """Ctrl-C in the midst of an epoch: one line, exit status 130, the finished epochs are there."""
+    command = [sys.executable, *PROGRAMS[program], "--data", "sample", "--epochs", "500", "--out", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch   2/500"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.count("\n") == 1
+    assert "interrupted" in errors
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 2
+    assert (tmp_path / "weights.safetensors").exists()
 
 
 def test_two_runs_are_the_same_bit_for_bit(tmp_path):

@@ -46,7 +46,7 @@ def batch_norm(
       moving_var: [C].
       train: take the statistics from x (and move the moving ones), or take the moving ones.
       momentum: weight of the OLD value, in [0, 1]. `torch.nn.BatchNorm2d`'s momentum is the weight of the new one.
-      eps: added to the variance, > 0.
+      eps: added to the variance, > 0 (not below the smallest normal number of that dtype).
       unbiased_moving_var: move moving_var with var * m / (m - 1), as PyTorch does. y always uses the biased var.
 
     Returns:
@@ -69,12 +69,14 @@ def batch_norm(
         epsilon_name="eps",
         epsilon=eps,
     )
+    momentum, eps = float(momentum), float(eps)  # a numpy float64 would widen what it meets
     dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
     wide_x, gamma, beta = x.to(dtype), gamma.to(dtype), beta.to(dtype)
     if not train:
         y = _normalize(wide_x, moving_mean.to(dtype), moving_var.to(dtype), gamma, beta, eps)
         return y.to(x.dtype), moving_mean, moving_var
-    y, shift, rest, batch_var = _NormalizeBatch.apply(wide_x, gamma, beta, eps)
+    function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
+    y, shift, rest, batch_var = function.apply(wide_x, gamma, beta, eps)
     count = x.numel() // x.shape[1]
     moved_var = batch_var * (count / (count - 1)) if unbiased_moving_var else batch_var
     return (
@@ -156,6 +158,7 @@ class _NormalizeBatch(torch.autograd.Function):
         # The mean's derivative is shift's; rest is only what rounding left of it.
         ctx.mark_non_differentiable(rest)
         ctx.save_for_backward(x, gamma, shift, rest, var)
+        ctx.save_for_forward(x, gamma, shift, rest, var)
 
     @staticmethod
     def backward(ctx, dy: Tensor, dshift: Tensor, drest: Tensor, dvar: Tensor):
@@ -175,3 +178,21 @@ class _NormalizeBatch(torch.autograd.Function):
         along = _mean(x_hat * g) - 2 * dvar / (r * m)
         dx = g - x_hat * _second(along, x) + _second(dshift / m, x)
         return dx, m * _mean(dy * x_hat), m * _mean(dy), None
+
+
+class _NormalizeBatchForward(_NormalizeBatch):
+    """The same with forward mode. A class of its own: `torch.compile` traces no Function that defines a jvp."""
+
+    @staticmethod
+    def jvp(ctx, x_dot: Tensor | None, gamma_dot: Tensor | None, beta_dot: Tensor | None, _):
+        """The tangent map, of which `backward` is the transpose."""
+        x, gamma, shift, rest, var = ctx.saved_tensors
+        r = torch.rsqrt(var + ctx.eps)
+        x_hat = _x_hat(x, shift, rest, r)
+        x_dot = torch.zeros_like(x) if x_dot is None else x_dot
+        gamma_dot = torch.zeros_like(gamma) if gamma_dot is None else gamma_dot
+        beta_dot = torch.zeros_like(gamma) if beta_dot is None else beta_dot
+        along = _mean(x_hat * x_dot)
+        z = x_dot - x_hat * _second(along, x)
+        y_dot = (z - _second(_mean(z), x)) * _second(gamma * r, x) + _second(gamma_dot, x) * x_hat
+        return y_dot + _second(beta_dot, x), _mean(x_dot), None, 2 * along / r

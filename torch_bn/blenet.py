@@ -27,7 +27,8 @@ class BLeNet(nn.Module):
       eps: of every batch norm.
 
     Raises:
-      ValueError: channels, fig_size or num_class is no integer or too small.
+      ValueError: channels, fig_size or num_class is no integer or too small; a momentum or eps that
+        `torch_bn.batch_norm` refuses.
     """
 
     def __init__(

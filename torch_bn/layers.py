@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bn_common.checks import check_epsilon, check_int, check_momentum, require
+from bn_common.checks import check_epsilon, check_initial_moving_var, check_int, check_momentum, require
 from torch_bn.batch_norm import batch_norm, check_tensor, wide_dtype
 
 
@@ -13,8 +13,8 @@ class BatchNorm(nn.Module):
     """Batch normalisation over every axis but axis 1.
 
     Parameters gamma and beta, buffers moving_mean and moving_var, each [C]: all four are in the state_dict, move with
-    `.to(device)` and survive `torch.save`. In training mode a call moves the moving statistics as
-    `torch_bn.batch_norm` says; in eval mode it predicts with them.
+    `.to(device)` and survive `torch.save`; `.half()` leaves the statistics in float32. In training mode a call moves
+    the moving statistics as `torch_bn.batch_norm` says; in eval mode it predicts with them.
 
     The defaults are this project's convention: momentum 0.9 is the weight of the OLD value, moving_var starts at 0 and
     is kept from the biased variance (PyTorch: 0.1 as weight of the new value, 1, unbiased).
@@ -29,7 +29,8 @@ class BatchNorm(nn.Module):
       device, dtype: of the parameters; the statistics have that dtype too, but at least float32.
 
     Raises:
-      ValueError: num_features < 1, num_dims < 2, or a momentum or eps that `torch_bn.batch_norm` refuses.
+      ValueError: num_features < 1, num_dims < 2, a momentum or eps that `torch_bn.batch_norm` refuses, or a negative
+        initial_moving_var.
     """
 
     moving_mean: Tensor
@@ -52,6 +53,7 @@ class BatchNorm(nn.Module):
         check_int("num_dims", num_dims, 2)
         check_momentum(momentum)
         check_epsilon("eps", eps)
+        check_initial_moving_var(initial_moving_var)
         self.num_features, self.num_dims = num_features, num_dims
         self.momentum, self.eps = momentum, eps
         self.unbiased_moving_var, self.initial_moving_var = unbiased_moving_var, initial_moving_var
@@ -85,6 +87,16 @@ class BatchNorm(nn.Module):
                 self.moving_mean.copy_(moving_mean)
                 self.moving_var.copy_(moving_var)
         return y
+
+    def _apply(self, fn, recurse: bool = True) -> BatchNorm:
+        # `.half()` and `.to(torch.bfloat16)` come through here: the statistics follow to the device, but stay wide.
+        before = {"moving_mean": self.moving_mean, "moving_var": self.moving_var}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != wide_dtype(new.dtype):
+                setattr(self, name, old.to(new.device))
+        return self
 
     def extra_repr(self) -> str:
         """What print(module) shows in the brackets."""

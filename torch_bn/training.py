@@ -145,7 +145,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
     """Train BLeNet as the config says; metrics, weights and curves go to the run folder after every epoch.
 
     Raises:
-      FloatingPointError: the loss is no longer finite; the run folder holds the epochs before.
+      FloatingPointError: a loss or a weight is no longer finite; the run folder holds the epochs before.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_data, test_data = to_device(dataset, device)
@@ -173,15 +173,14 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
                 advance()
             train_totals = totals(found)
         seconds = time.perf_counter() - started
-        run.check(epoch, train_totals)
-        run.save_weights({name: v.cpu().numpy() for name, v in model.state_dict().items()}, {"format": "pt"})
-        run.log(
+        run.end_epoch(
             epoch=epoch,
             step=(epoch + 1) * steps,
             train=train_totals,
             test=evaluate(model, test_data),
             seconds=seconds,
             learning_rate=learning_rate,
+            weights={name: v.cpu().numpy() for name, v in model.state_dict().items()},
         )
     run.finish()
     return model

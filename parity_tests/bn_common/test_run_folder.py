@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 from rich.console import Console
 
-from bn_common import run_folder
+from bn_common import command_line, run_folder
 from bn_common.config import Config
 from bn_common.run_folder import RunFolder, Totals, write_whole
 
@@ -18,16 +18,17 @@ def open_run(path, **options):
     return RunFolder(Config(out=path, **options), {"data": "sample", "notice": "a notice"}, console)
 
 
-def log(run, epoch):
-    train, test = Totals(50.0, 80.0, 100.0), Totals(6.0, 9.0, 10.0)
-    run.log(epoch=epoch, step=7 * (epoch + 1), train=train, test=test, seconds=0.5, learning_rate=0.1)
+def end_epoch(run, epoch, *, train_loss=50.0, test_loss=6.0, weights=None):
+    weights = {"w": np.arange(6.0).reshape(2, 3).T} if weights is None else weights
+    train, test = Totals(train_loss, 80.0, 100.0), Totals(test_loss, 9.0, 10.0)
+    step = 7 * (epoch + 1)
+    run.end_epoch(epoch=epoch, step=step, train=train, test=test, seconds=0.5, learning_rate=0.1, weights=weights)
 
 
 def test_a_run(tmp_path):
     run = open_run(tmp_path / "a" / "b", epochs=12)
-    log(run, 0)
-    log(run, 1)
-    run.save_weights({"w": np.arange(6.0).reshape(2, 3).T}, {"format": "flax"})
+    end_epoch(run, 0)
+    end_epoch(run, 1)
     run.finish()
     assert sorted(p.name for p in run.path.iterdir()) == [
         "config.json",
@@ -72,7 +73,7 @@ def test_another_run_is_not_overwritten(tmp_path, name):
 
 def test_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("a" * 300)):
         with pytest.raises(ValueError, match=r"--out is .*; allowed: a folder that can be written"):
             open_run(path)
 
@@ -98,12 +99,33 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_loss_that_is_not_finite(tmp_path):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_written(tmp_path, bad):
+    """Neither a loss nor a weight; the epoch before stays as it was."""
     run = open_run(tmp_path)
-    run.check(0, Totals(1.0, 1.0, 1.0))
-    for loss in (float("nan"), float("inf")):
-        with pytest.raises(FloatingPointError, match="in epoch 3"):
-            run.check(2, Totals(loss, 1.0, 1.0))
+    end_epoch(run, 0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for broken in ({"train_loss": bad}, {"test_loss": bad}, {"weights": {"a": np.ones(2), "b": np.array([0, bad])}}):
+        with pytest.raises(FloatingPointError, match="no longer finite in epoch 2"):
+            end_epoch(run, 1, **broken)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["a$\\foo$b", ":cat:", "[red]", "\udcff", "ünï"])
+def test_names_are_only_names(tmp_path, name):
+    """Neither the plot nor the screen sees mathematics, emojis, markup or broken text in a folder's name."""
+    assert run_folder.draw_curves([], name).startswith(b"\x89PNG")
+    run = open_run(tmp_path)
+    run.say(f"run folder: {name}")
+    assert run.console.file.getvalue() == f"run folder: {name}\n".encode(errors="replace").decode()
+
+
+def test_refused_before_the_download(tmp_path, monkeypatch):
+    """A slip in --out does not cost 30 MB."""
+    monkeypatch.setattr(command_line, "load", lambda *_: pytest.fail("the data were asked for"))
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(SystemExit):
+        command_line.start(["--out", str(tmp_path)], prog="", description="")
 
 
 def test_progress_bar_on_a_terminal(tmp_path):

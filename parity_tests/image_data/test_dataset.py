@@ -32,6 +32,8 @@ def test_load_folder(tmp_path, suffix):
 def test_folder_problems(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         image_data.load_folder(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no such folder"):
+        image_data.load_folder(tmp_path / ("a" * 300))
     folder = write_folder(tmp_path / "a")
     with pytest.raises(ValueError, match="found a file"):
         image_data.load_folder(folder / f"{FILES[0]}.gz")
@@ -110,6 +112,12 @@ def test_places_in_their_order(tmp_path, no_network, monkeypatch):
     assert image_data.load_fashion_mnist().name == str(cache)
     (cache / f"{FILES[3]}.gz").unlink()  # incomplete: passed over
     assert image_data.load_fashion_mnist().name == str(system)
+
+
+def test_places_that_may_not_be_looked_at(tmp_path, no_network, monkeypatch):
+    """Passed over like missing ones (a name too long for the file system stands for every refusal of it)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("a" * 300)))
+    assert image_data.load_fashion_mnist().name == "sample"
 
 
 def test_a_damaged_cache_is_no_reason_for_the_sample(no_network):

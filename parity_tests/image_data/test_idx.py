@@ -58,6 +58,8 @@ DAMAGED = {
     "trailing": (raw(IMAGES, extra=b"x"), "trailing bytes"),
     "huge header": (raw(IMAGES, shape=(2**32 - 1,) * 3), "24 bytes behind the header; expected 79228162458924105385"),
     "huge header, 255 dimensions": (raw(IMAGES, magic=(0, 0, 14, 255), shape=(2**32 - 1,) * 255), "24 bytes"),
+    "nothing in a huge shape": (raw(IMAGES[:0], shape=(0, 2**32 - 1, 2**32 - 1)), "one that numpy can hold"),
+    "100 dimensions": (raw(IMAGES[0, 0, :1], magic=(0, 0, 8, 100), shape=(1,) * 100), "one that numpy can hold"),
     "truncated gzip": (WHOLE[:-12], "ends too soon"),
     "gzip without its trailer": (WHOLE[:-8], "ends too soon"),
     "gzip header only": (WHOLE[:10], "ends too soon"),
@@ -93,6 +95,12 @@ def test_missing_and_folder(tmp_path):
         read_idx(tmp_path / "nothing")
     with pytest.raises(ValueError, match="found a folder"):
         read_idx(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("loop", "a" * 300):
+        with pytest.raises(ValueError, match="a file that can't be read"):
+            read_idx(tmp_path / name)
+    with pytest.raises(ValueError, match="null byte"):
+        read_idx(f"{tmp_path}/a\0b")
 
 
 def test_images_and_labels(tmp_path):

@@ -68,6 +68,10 @@ def test_options():
     y, new = layer.apply(variables, x, mutable=["batch_stats"])
     np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(new["batch_stats"]["var"], 0.5 + 0.5 * np.var(x, 0), rtol=1e-6)
+    layer = jax_bn.BatchNorm(use_running_average=False, unbiased_moving_var=True, epsilon=0.25)
+    y, new = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    np.testing.assert_allclose(new["batch_stats"]["var"], 0.1 * np.var(x, 0, ddof=1), rtol=1e-6)
+    np.testing.assert_allclose(y.var(0), np.var(x, 0) / (np.var(x, 0) + 0.25), rtol=1e-6)
     low = jax_bn.BatchNorm(use_running_average=False, dtype=jnp.bfloat16)
     y, variables = low.init_with_output(jax.random.key(0), x)
     assert y.dtype == jnp.bfloat16
@@ -142,6 +146,19 @@ def test_one_value_a_device_is_enough_for_two_devices():
         lambda x: jax_bn.batch_norm(x, jnp.ones(3), jnp.zeros(3), stats, train=True, axis_name="i")[0], axis_name="i"
     )
     np.testing.assert_allclose(fn(x[:, None]).mean(0), 0, atol=1e-6)
+
+
+def test_blenet_over_two_devices():
+    """One image on each device is a batch of two."""
+    x = x_like((2, 12, 12, 1))
+    model, spread = jax_bn.BLeNet(fig_size=12), jax_bn.BLeNet(fig_size=12, axis_name="i")
+    variables = model.init(jax.random.key(0), x, train=False)
+    whole, _ = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    one_each = jax.vmap(
+        lambda x: spread.apply(variables, x[None], train=True, mutable=["batch_stats"])[0][0], axis_name="i"
+    )
+    # Two images make every normalised value of the linear layers +-1 but for eps: rounding is blown up.
+    np.testing.assert_allclose(one_each(x), whole, atol=1e-4)
 
 
 def test_transformations():

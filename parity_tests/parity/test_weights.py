@@ -139,6 +139,25 @@ def test_wrong_kind_of_argument(bad):
         weights.to_torch({"params": {}}, bad)
 
 
+def test_order_does_not_count():
+    for source, target in ((torch.nn.Linear(3, 4), nn.Dense(4)), (torch.nn.Conv2d(3, 4, 2), nn.Conv(4, (2, 2)))):
+        variables = weights.to_flax(dict(sorted(source.state_dict().items())), target)
+        assert torch.equal(weights.to_torch(variables, source)["weight"], source.weight)
+
+
+def test_kinds_are_not_mixed_up():
+    """Names and shapes fit, but the layer computes something else."""
+    with pytest.raises(TypeError, match="allowed"):
+        weights.to_flax(torch.nn.ConvTranspose2d(3, 3, 3), nn.Conv(3, (3, 3)))
+    with pytest.raises(TypeError, match="allowed for Dense"):
+        weights.to_flax(torch.nn.BatchNorm1d(3), nn.Dense(3))
+
+
+def test_only_floating_point():
+    with pytest.raises(ValueError, match="bias is int64; allowed: floating point"):
+        weights.to_flax({"weight": torch.zeros(2, 2), "bias": torch.zeros(2, dtype=torch.int64)}, nn.Dense(2))
+
+
 def test_unknown_module():
     with pytest.raises(TypeError, match="allowed: BLeNet, BatchNorm"):
         weights.to_flax(torch.nn.Linear(2, 2), nn.LayerNorm())

@@ -43,6 +43,40 @@ def test_move_with_the_module(layer):
     assert layer.double().moving_var.dtype == torch.float64
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_statistics_stay_wide(layer, half):
+    """Values that float16 has no place for; the parameters follow."""
+    with torch.no_grad():
+        layer.moving_var.fill_(1e6)
+        layer.moving_mean.fill_(0.1)
+    before = layer.moving_mean.clone()
+    layer.to(half)
+    assert layer.gamma.dtype == half
+    assert layer.moving_mean.dtype == torch.float32
+    assert torch.equal(layer.moving_mean, before)
+    assert (layer.moving_var == 1e6).all()
+    assert layer(torch.randn(4, 3, 2, 2, dtype=half)).dtype == half
+    assert layer.double().moving_var.dtype == torch.float64
+
+
+def test_options():
+    layer = torch_bn.BatchNorm(
+        num_features=2, num_dims=2, momentum=0.5, eps=0.25, unbiased_moving_var=True, initial_moving_var=3.0
+    )
+    y = layer(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+    torch.testing.assert_close(layer.moving_var, torch.tensor([0.5 * 3 + 0.5 * 2, 0.5 * 3]))
+    torch.testing.assert_close(y[:, 0], torch.tensor([-1.0, 1.0]) / 1.25**0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by PyTorch's own tracer
+def test_compiled_as_one_graph(layer):
+    """Traced and differentiated ahead of time; "inductor" would need a C++ compiler."""
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(compiled(x), layer(x), atol=2e-6, rtol=0)
+    torch.testing.assert_close(compiled.moving_var, layer.moving_var)
+
+
 def test_train_and_eval(layer):
     before = layer.moving_mean.clone()
     x = torch.randn(2, 3, 4, 4)
@@ -82,6 +116,17 @@ def test_functional_transformations():
 
     grads = torch.func.vmap(torch.func.grad(total))(gammas)
     torch.testing.assert_close(grads, torch.stack([torch.func.grad(total)(g) for g in gammas]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's forward mode
+def test_hessian_in_either_mode():
+    x, gamma = torch.randn(5, 2, dtype=torch.float64), torch.rand(2, dtype=torch.float64) + 0.5
+    zeros = torch.zeros(2, dtype=torch.float64)
+
+    def total(x):
+        return (torch_bn.batch_norm(x, gamma, zeros, zeros, zeros, train=True)[0] ** 3).sum()
+
+    torch.testing.assert_close(torch.func.hessian(total)(x), torch.func.jacrev(torch.func.jacrev(total))(x))
 
 
 def test_printed():
