@@ -84,6 +84,25 @@ def test_large_mean(wing, mean, std, dtype):
 
 
 @pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize("shape", [(64, 3, 28, 28), (100_000, 3)], ids=str)
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1e4, 1.0), (1e6, 0.1)])
+def test_long_sums(wing, shape, mean, std):
+    """float32 sums of 5e4 and 1e5 terms; float64 of the same formula is truth enough, 1e9 eps finer."""
+    x, gamma, beta, *_, dy = draw(shape, "float32", mean=mean, std=std)
+    zero = np.zeros(3, "float32")
+    result = WINGS[wing](x, gamma, beta, zero, zero, dy, train=True, momentum=0.0)
+    axes = tuple(a for a in range(x.ndim) if a != 1)
+    wide, to_x = x.astype(np.float64), (3,) + (1,) * (x.ndim - 2)
+    mu = wide.mean(axes)
+    sigma2 = ((wide - mu.reshape(to_x)) ** 2).mean(axes)
+    y = (wide - mu.reshape(to_x)) * (gamma / np.sqrt(sigma2 + 1e-5)).reshape(to_x) + beta.reshape(to_x)
+    eps = np.finfo("float32").eps
+    assert np.abs(result.y - y).max() <= 8 * eps * np.abs(y).max(axes).min()
+    assert (np.abs(result.moving_var - sigma2) <= 8 * eps * sigma2).all()
+    assert (np.abs(result.moving_mean - mu) <= 8 * eps * np.abs(x).max(axes)).all()
+
+
+@pytest.mark.parametrize("wing", WINGS)
 def test_large_mean_in_prediction(wing, dtype):
     x, gamma, beta, _, var, dy = draw((64, 3), dtype, mean=1e6, std=0.1)
     mean = np.full(3, 1e6, dtype)
