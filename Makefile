@@ -11,9 +11,15 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: train test lint format clean
+.PHONY: help train test lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
+
+help:
+	@echo "make train   train BLeNet on Fashion-MNIST with JAX; options: make train ARGS=--help"
+	@echo "make test    run the whole suite, PyTorch included"
+	@echo "make lint    check format, lint and types; make format puts the format right"
+	@echo "make clean   remove .venv"
 
 train: $(VENV)/installed-train$(EXTRA)
 	$(VENV)/bin/python train_jax.py $(ARGS)

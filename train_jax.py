@@ -1,12 +1,12 @@
 """Train BLeNet (LeNet-5 with batch norm before every sigmoid) on Fashion-MNIST with JAX, on CPU, GPU or TPU.
 
     python train_jax.py                                          10 epochs on the full data set
-    python train_jax.py --data sample --epochs 2                 a minute's look, no download
+    python train_jax.py --data sample --epochs 2                 a quick look, no download
     python train_jax.py --optimizer momentum --batch-size 128 --out runs/momentum
     python train_jax.py --data-dir ~/kmnist                      any four IDX files named like MNIST's
 
-Prints a line per epoch and leaves a run folder: config.json, metrics.jsonl (a line per epoch), weights.safetensors and
-curves.png. Same options, same order of the data as `python -m torch_bn.training`, its twin in PyTorch.
+Prints a line per epoch and leaves a run folder: config.json, metrics.jsonl (a line per epoch), weights.safetensors and,
+at the end, curves.png. Same options, same order of the data as `python -m torch_bn.training`, its twin in PyTorch.
 """
 
 from __future__ import annotations
@@ -24,4 +24,4 @@ def _load_train() -> Callable:
 
 
 if __name__ == "__main__":
-    main(_load_train, prog="train_jax.py", description=__doc__ or "")
+    main(_load_train, framework="jax", prog="train_jax.py", description=__doc__ or "")

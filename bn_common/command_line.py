@@ -49,7 +49,9 @@ def refuse(prog: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def start(args: Sequence[str] | None, *, prog: str, description: str) -> tuple[Config, ImageDataset, RunFolder]:
+def start(
+    args: Sequence[str] | None, *, framework: str, prog: str, description: str
+) -> tuple[Config, ImageDataset, RunFolder]:
     """Parse the command line, load the data, open the run folder.
 
     Everything that can be refused is refused here, before a framework is even imported: exit status 2 and one line
@@ -66,7 +68,7 @@ def start(args: Sequence[str] | None, *, prog: str, description: str) -> tuple[C
             config.batch_size <= num_train, "--batch-size", config.batch_size, f"2 to {num_train}, the training set"
         )
         about = {"data": dataset.name} | ({"notice": dataset.notice} if dataset.notice else {})
-        run = RunFolder(config, about, console)
+        run = RunFolder(config, framework, about, console)
     except ValueError as error:
         refuse(prog, str(error))
     if dataset.notice:
@@ -92,17 +94,18 @@ def load(config: Config, console: Console) -> ImageDataset:
         return load_fashion_mnist(progress=progress)
 
 
-def main(load_train: Callable[[], Callable], *, prog: str, description: str) -> None:
+def main(load_train: Callable[[], Callable], *, framework: str, prog: str, description: str) -> None:
     """A training program: the command line, then the training loop of one wing.
 
     Args:
       load_train: gives `train(config, dataset, run)`; called once the run can begin, and imports the framework then.
+      framework: "jax" or "torch".
       prog: the program's name in messages.
       description: of the program, for --help.
     """
     run = None
     try:
-        config, dataset, run = start(None, prog=prog, description=description)
+        config, dataset, run = start(None, framework=framework, prog=prog, description=description)
         load_train()(config, dataset, run)
     except FloatingPointError as error:
         sys.stderr.write(f"{prog}: stopped: {error}; {run.path if run else ''} holds the epochs before\n")

@@ -30,7 +30,7 @@ class Config:
     lr: float | None = None
     """Highest learning rate, > 0. None: 0.5 for sgd and momentum, 0.01 for adam, 0.03 for adamw."""
     weight_decay: float | None = None
-    """Weight decay, >= 0: decoupled and multiplied by the learning rate in adamw, added to the gradient in the others.
+    """Weight decay, >= 0. adamw: decoupled, times the learning rate. The others: added to the gradient.
     None: 1e-4 for sgd and momentum, 0 for adam, 0.01 for adamw."""
     label_smoothing: float = 0.05
     """Share of the label that is spread evenly over the classes in the training objective, >= 0 and < 1."""
@@ -45,13 +45,13 @@ class Config:
     bn_eps: float = 1e-5
     """Batch norm: added to the variance, > 0."""
     data: Literal["fashion-mnist", "sample"] = "fashion-mnist"
-    """fashion-mnist: from the cache folder, Debian's package dataset-fashion-mnist, or the official download; if there
-    is none of these, the sample. sample: the 6,000 + 1,000 images that ship with the project."""
+    """fashion-mnist: from the cache folder, Debian's package dataset-fashion-mnist, the download, or else the sample.
+    sample: the 6,000 + 1,000 images that ship with the project."""
     data_dir: Path | None = None
     """Use the four IDX files in this folder (named as MNIST, Fashion-MNIST and KMNIST name them) instead of --data."""
     out: Path | None = None
     """Run folder for config.json, metrics.jsonl, weights.safetensors and curves.png; must not hold a run yet.
-    None: a new folder below runs/."""
+    None: a new folder below runs/, named by the framework and the time."""
 
     def __post_init__(self) -> None:
         check_int("--epochs", self.epochs, 1)
@@ -76,10 +76,12 @@ class Config:
         require(not both, "--data-dir", f"{self.data_dir} with --data sample", "one of the two")
 
     def resolved(self) -> Config:
-        """The same with the optimiser's defaults in place of None."""
+        """The same with the optimiser's defaults in place of None, and with ~ in paths expanded."""
         lr, weight_decay = DEFAULTS[self.optimizer]
         return dataclasses.replace(
             self,
             lr=lr if self.lr is None else self.lr,
             weight_decay=weight_decay if self.weight_decay is None else self.weight_decay,
+            data_dir=None if self.data_dir is None else self.data_dir.expanduser(),
+            out=None if self.out is None else self.out.expanduser(),
         )

@@ -48,7 +48,8 @@ class RunFolder:
     """Records a run on the screen and in its folder.
 
     Args:
-      config: the run's; `out` names the folder (None: a new one below runs/, named by the time).
+      config: the run's; `out` names the folder (None: a new one below runs/, named by framework and time).
+      framework: "jax" or "torch", whose names the weights have.
       about: added to every line of the metrics: {"data": ..., "notice": ...}.
       console: where to print.
 
@@ -56,12 +57,15 @@ class RunFolder:
       ValueError: the folder holds a run already (nothing is overwritten), is a file, or can't be written.
     """
 
-    def __init__(self, config: Config, about: Mapping[str, str], console: Console) -> None:
-        self.path = _new_folder(config.out)
+    def __init__(self, config: Config, framework: str, about: Mapping[str, str], console: Console) -> None:
+        self.path = _new_folder(config.out, framework)
         self.config, self.about, self.console = config, dict(about), console
         self.metrics: list[dict[str, Any]] = []
         fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
-        write_whole(self.path / CONFIG, (json.dumps(fields | {"out": str(self.path)}, indent=2) + "\n").encode())
+        write_whole(
+            self.path / CONFIG,
+            (json.dumps({"framework": framework, **fields, "out": str(self.path)}, indent=2) + "\n").encode(),
+        )
 
     @contextlib.contextmanager
     def progress(self, epoch: int, steps: int) -> Iterator[Callable[[], None]]:
@@ -134,10 +138,10 @@ class RunFolder:
         self.console.print(_as_text(text), style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def _new_folder(out: Path | None) -> Path:
+def _new_folder(out: Path | None, framework: str) -> Path:
     path = out
     if path is None:
-        base = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+        base = Path("runs") / f"{framework}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = next(p for p in (base, *(Path(f"{base}-{i}") for i in range(2, 1000))) if not p.exists())
     refuse_used(path)
     try:

@@ -189,4 +189,4 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
 if __name__ == "__main__":
     from bn_common.command_line import main
 
-    main(lambda: train, prog="python -m torch_bn.training", description=__doc__ or "")
+    main(lambda: train, framework="torch", prog="python -m torch_bn.training", description=__doc__ or "")

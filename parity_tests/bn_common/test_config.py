@@ -43,6 +43,13 @@ def test_resolved(optimizer):
     assert Config(optimizer=optimizer, weight_decay=0.0).resolved().weight_decay == 0
 
 
+def test_home(monkeypatch):
+    """A ~ that the shell has left alone."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = parse(["--data-dir", "~/kmnist", "--out=~/runs/a"], prog="", description="")
+    assert (str(config.data_dir), str(config.out)) == ("/home/somebody/kmnist", "/home/somebody/runs/a")
+
+
 def test_help_tells_the_defaults(capsys):
     """The numbers in the help text are those of the table."""
     with pytest.raises(SystemExit) as stop:

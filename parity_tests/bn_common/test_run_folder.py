@@ -15,7 +15,7 @@ from bn_common.run_folder import RunFolder, Totals, write_whole
 
 def open_run(path, **options):
     console = Console(file=io.StringIO(), width=40)
-    return RunFolder(Config(out=path, **options), {"data": "sample", "notice": "a notice"}, console)
+    return RunFolder(Config(out=path, **options), "jax", {"data": "sample", "notice": "a notice"}, console)
 
 
 def end_epoch(run, epoch, *, train_loss=50.0, test_loss=6.0, weights=None):
@@ -38,6 +38,7 @@ def test_a_run(tmp_path):
     ]
     config = json.loads((run.path / "config.json").read_text())
     assert config["epochs"] == 12
+    assert config["framework"] == "jax"
     assert config["out"] == str(run.path)
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert lines[1] == {
@@ -83,6 +84,7 @@ def test_new_folders_below_runs(tmp_path, monkeypatch):
     first, second = open_run(None), open_run(None)
     assert first.path != second.path
     assert first.path.parent.name == second.path.parent.name == "runs"
+    assert first.path.name.startswith("jax-")
 
 
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -125,12 +127,12 @@ def test_refused_before_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(command_line, "load", lambda *_: pytest.fail("the data were asked for"))
     (tmp_path / "config.json").write_text("")
     with pytest.raises(SystemExit):
-        command_line.start(["--out", str(tmp_path)], prog="", description="")
+        command_line.start(["--out", str(tmp_path)], framework="jax", prog="", description="")
 
 
 def test_progress_bar_on_a_terminal(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    run = RunFolder(Config(out=tmp_path), {"data": "sample"}, console)
+    run = RunFolder(Config(out=tmp_path), "jax", {"data": "sample"}, console)
     with run.progress(3, 10) as advance:
         for _ in range(10):
             advance()
