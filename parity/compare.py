@@ -19,6 +19,9 @@ FLOAT32_GRADIENTS = 5e-6
 # parameters and logits of size 1.
 FLOAT64_LOSSES_200_STEPS = 1e-11
 FLOAT64_PARAMETERS_200_STEPS = 1e-10
+# Adam makes steps out of a gauge's rounding noise. The moving mean follows the bias some ten batches behind, and this
+# lag reaches the logits of a prediction multiplied by gamma / sqrt(var) of the layers: ten times the parameters' bound.
+FLOAT64_LOGITS_200_STEPS = 1e-9
 FLOAT32_PARAMETERS_200_SGD_STEPS = 2e-6
 FLOAT32_LOGITS_200_SGD_STEPS = 1e-5
 # Neither wing is farther from the float64 referee than this many times the other: then neither rounds carelessly.
