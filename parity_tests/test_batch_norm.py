@@ -34,8 +34,8 @@ def draw(shape, dtype, *, mean=0.0, std=1.0, seed=0):
     return tuple(a.astype(dtype) for a in arrays)
 
 
-def check(wing, arrays, dtype, **options):
-    """Every output of a wing within BOUNDS of the truth.
+def check(wing, arrays, dtype, *, y_bound=BOUNDS["y"], **options):
+    """Every output of a wing within BOUNDS of the truth, y within y_bound.
 
     Where terms cancel, their size counts and not what is left: the largest x for the mean, gamma dy / sqrt(var + eps)
     for dx, dy for the sums. A sum of m terms of random sign and size 1, added one by one, has partial sums of sqrt(k)
@@ -55,7 +55,7 @@ def check(wing, arrays, dtype, **options):
         value = getattr(given, name)
         assert value.dtype == dtype, name
         error = exact.error_in_eps(value, getattr(truth, name), dtype, scales.get(name))
-        bound = max(bound, m / 5) if name in ("dgamma", "dbeta") else bound
+        bound = {"y": y_bound, "dgamma": max(bound, m / 5), "dbeta": max(bound, m / 5)}.get(name, bound)
         assert error <= bound, f"{name}: {error:.1f} eps, bound {bound}"
 
 
@@ -63,7 +63,8 @@ def check(wing, arrays, dtype, **options):
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_exact(wing, shape, train, dtype):
-    check(wing, draw(shape, dtype), dtype, train=train)
+    """N(0, 1): DESIGN.md has 4 eps for y here, 8 for the hard inputs below."""
+    check(wing, draw(shape, dtype), dtype, train=train, y_bound=4)
 
 
 @pytest.mark.parametrize("wing", WINGS)

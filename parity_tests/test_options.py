@@ -1,0 +1,55 @@
+"""Every option of the configuration does something, in both training loops."""
+
+import contextlib
+import io
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from rich.console import Console
+
+import image_data
+import jax_bn.training
+import torch_bn.training
+from bn_common.config import Config
+from bn_common.run_folder import RunFolder
+
+LOOPS = {"jax": jax_bn.training.train, "torch": torch_bn.training.train}
+OTHER = {
+    "batch_size": 8,
+    "optimizer": "adam",
+    "lr": 0.002,
+    "weight_decay": 0.1,
+    "label_smoothing": 0.3,
+    "schedule": "constant",
+    "warmup_epochs": 0.5,
+    "seed": 1,
+    "bn_momentum": 0.5,
+    "bn_eps": 0.1,
+}
+
+
+def trained_weights(loop, folder, **options):
+    """The weights after two epochs on 64 images of 12x12."""
+    sample = image_data.load_sample()
+    cut = sample._replace(train_images=sample.train_images[:64, 8:20, 8:20], train_labels=sample.train_labels[:64])
+    cut = cut._replace(test_images=sample.test_images[:10, 8:20, 8:20], test_labels=sample.test_labels[:10])
+    defaults = {"epochs": 2, "batch_size": 16, "optimizer": "adamw", "lr": 0.001, "out": folder}
+    config = Config(**defaults | options).resolved()
+    run = RunFolder(config, loop, {"data": "cut"}, Console(file=io.StringIO()))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))  # optax relies on it
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        LOOPS[loop](config, cut, run)
+    tensors = safetensors.numpy.load_file(folder / "weights.safetensors")
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_option_counts(loop, tmp_path):
+    base, again = (trained_weights(loop, tmp_path / name) for name in ("base", "again"))
+    np.testing.assert_array_equal(base, again)
+    for name, value in OTHER.items():
+        other = trained_weights(loop, tmp_path / name, **{name: value})
+        assert (other != base).any(), name
