@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 LARGEST = math.nextafter(math.inf, 0)
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+COMPLEX_DTYPES = ("complex64", "complex128")
 
 # 5x5 convolution with padding keeps 12, pool 6, 5x5 without padding 2, pool 1: one pixel is left for the linear layer.
 SMALLEST_FIG_SIZE = 12
@@ -37,8 +39,9 @@ def check_int(name: str, value: object, low: int) -> None:
 
 
 def check_momentum(momentum: object, name: str = "momentum") -> None:
-    """The weight of the old value: a number in [0, 1]."""
-    check_real(name, momentum, 0.0, 1.0, "a number from 0 to 1 (the weight of the old value)")
+    """The weight of the old value: a number in [0, 1], or None (all batches weigh the same)."""
+    if momentum is not None:
+        check_real(name, momentum, 0.0, 1.0, "a number from 0 to 1 (the weight of the old value), or None")
 
 
 def check_epsilon(name: str, epsilon: object, dtype: str = "float64") -> None:
@@ -59,47 +62,66 @@ def check_batch_norm(
     *,
     shape: Sequence[int],
     dtype: str,
-    channel_axis: int,
+    axis: object,
     per_channel: Mapping[str, tuple[Sequence[int], str]],
+    mask: tuple[Sequence[int], str] | None,
     train: bool,
     momentum: object,
+    num_batches_tracked: object,
     epsilon_name: str,
     epsilon: object,
     shards: int = 1,
-) -> None:
+    dtypes: Sequence[str] = FLOAT_DTYPES,
+) -> tuple[int, ...]:
     """Everything `batch_norm` asks of its arguments.
 
     Args:
       shape: shape of x.
       dtype: name of x's dtype.
-      channel_axis: 1 in PyTorch, -1 in JAX.
+      axis: the channel axis of x, or several.
       per_channel: name -> (shape, dtype name) of the arguments with one value per channel.
+      mask: (shape, dtype name), or None.
       train: whether statistics are taken from x.
-      momentum: weight of the old value in the moving statistics.
+      momentum: weight of the old value in the moving statistics, or None.
+      num_batches_tracked: how many batches the moving statistics hold; needed where momentum is None.
       epsilon_name: this wing's name of epsilon.
       epsilon: added to the variance.
       shards: over how many devices the batch is spread: every one holds a piece of this shape.
+      dtypes: what x may be.
+
+    Returns:
+      The channel axes, from 0 on, ascending.
 
     Raises:
-      ValueError: rank below 2; a dtype that is no float; a wrong channel count; momentum outside [0, 1]; epsilon not
-        finite or below the smallest normal number of the dtype computed in; in training, fewer than two values per
-        channel (the variance of one value says nothing).
+      ValueError: rank below 2; a dtype that is no float; a channel axis that x does not have; a wrong channel count;
+        a mask of another dtype than bool or an integer, or not broadcastable to x; momentum outside [0, 1], or None
+        without num_batches_tracked; epsilon not finite or below the smallest normal number of the dtype computed in;
+        in training, fewer than two values per channel (the variance of one value says nothing).
     """
     check_momentum(momentum)
-    widest = "float64" if "float64" in {dtype, *(given for _, given in per_channel.values())} else "float32"
+    if momentum is None:
+        counted = num_batches_tracked is not None
+        require(counted, "num_batches_tracked", None, "a number of batches, where momentum is None")
+    widest = (
+        "float64" if {"float64", "complex128"} & {dtype, *(given for _, given in per_channel.values())} else "float32"
+    )
     check_epsilon(epsilon_name, epsilon, widest)
     require(len(shape) >= 2, "the rank of x", f"{len(shape)} (shape {tuple(shape)})", "2 or more: a batch and channels")
-    require(dtype in FLOAT_DTYPES, "the dtype of x", dtype, ", ".join(FLOAT_DTYPES))
-    channels = shape[channel_axis]
+    require(dtype in dtypes, "the dtype of x", dtype, ", ".join(dtypes))
+    axes = channel_axes(axis, len(shape))
+    channel_shape = tuple(shape[a] for a in axes)
+    channels = math.prod(channel_shape)
     require(channels >= 1, "the number of channels of x", f"{channels} (shape {tuple(shape)})", "1 or more")
     for name, (given_shape, given_dtype) in per_channel.items():
         require(
-            tuple(given_shape) == (channels,),
+            tuple(given_shape) == channel_shape,
             f"the shape of {name}",
             tuple(given_shape),
-            f"({channels},), one value for each channel of x, whose shape is {tuple(shape)}",
+            f"{channel_shape}, one value for each channel of x, whose shape is {tuple(shape)}",
         )
-        require(given_dtype in FLOAT_DTYPES, f"the dtype of {name}", given_dtype, ", ".join(FLOAT_DTYPES))
+        require(given_dtype in dtypes, f"the dtype of {name}", given_dtype, ", ".join(dtypes))
+    if mask is not None:
+        check_mask(*mask, shape)
     if train:
         values = math.prod(shape) // channels * shards
         require(
@@ -108,6 +130,32 @@ def check_batch_norm(
             f"{values} (shape {tuple(shape)})",
             "2 or more in training: the variance of fewer says nothing",
         )
+    return axes
+
+
+def channel_axes(axis: object, rank: int) -> tuple[int, ...]:
+    """The channel axes from 0 on, ascending; `axis` is one or several, counted from the end where negative.
+
+    Raises:
+      ValueError: no integer, not an axis of an array of that rank, twice the same, none at all, or all of them.
+    """
+    given: list[Any] = list(axis) if isinstance(axis, Sequence) else [axis]
+    allowed = f"an axis of x, from {-rank} to {rank - 1}, or several"
+    for one in given:
+        is_int = isinstance(one, numbers.Integral) and type(one) is not bool
+        require(is_int and -rank <= one < rank, "axis", repr(axis), allowed)
+    axes = tuple(sorted({int(one) % rank for one in given}))
+    require(0 < len(axes) == len(given), "axis", repr(axis), f"{allowed}, each once")
+    require(len(axes) < rank, "axis", repr(axis), f"{allowed}; one at least is left for the batch")
+    return axes
+
+
+def check_mask(mask_shape: Sequence[int], mask_dtype: str, shape: Sequence[int]) -> None:
+    """The positions of x that count: bool or integers, in a shape that broadcasts to x's."""
+    require(mask_dtype == "bool" or "int" in mask_dtype, "the dtype of mask", mask_dtype, "bool or an integer")
+    behind = shape[len(shape) - len(mask_shape) :]
+    fits = len(mask_shape) <= len(shape) and all(m in (1, s) for m, s in zip(mask_shape, behind, strict=True))
+    require(fits, "the shape of mask", tuple(mask_shape), f"broadcastable to {tuple(shape)}, the shape of x")
 
 
 def check_blenet(*, channels: object, fig_size: object, num_class: object) -> None:

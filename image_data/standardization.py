@@ -17,13 +17,13 @@ class FeatureStatistics(NamedTuple):
     are exact for a constant feature, and for a nearly constant one they keep every digit, however far from 0 it lies.
 
     Attributes:
-      num_examples: how many, >= 1.
+      num_examples: how many, >= 1; an array where it is not the same for every feature.
       reference: float64 [...features].
       offset: float64 [...features]; the mean is reference + offset.
       m2: float64 [...features]; the sum over the examples of (x - mean)^2.
     """
 
-    num_examples: int
+    num_examples: int | NDArray[np.integer]
     reference: NDArray[np.float64]
     offset: NDArray[np.float64]
     m2: NDArray[np.float64]
@@ -57,8 +57,9 @@ class FeatureStatistics(NamedTuple):
         count = self.num_examples + other.num_examples
         with np.errstate(over="ignore", invalid="ignore"):
             delta = (other.reference - self.reference) + (other.offset - self.offset)
-            offset = self.offset + delta * (other.num_examples / count)
-            m2 = self.m2 + other.m2 + np.square(delta) * (self.num_examples * (other.num_examples / count))
+            share = other.num_examples / np.maximum(count, 1)
+            offset = self.offset + delta * share
+            m2 = self.m2 + other.m2 + np.square(delta) * (self.num_examples * share)
         return FeatureStatistics(count, self.reference, offset, m2)._checked_overflow()
 
     @property

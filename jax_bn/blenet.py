@@ -103,6 +103,7 @@ class BLeNet(nn.Module):
                 use_running_average=not train,
                 momentum=self.momentum,
                 epsilon=self.epsilon,
+                initial_moving_var=0.0,
                 param_dtype=self.param_dtype,
                 axis_name=self.axis_name,
             )

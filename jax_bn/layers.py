@@ -1,56 +1,65 @@
-"""BatchNorm: the Flax module over `jax_bn.batch_norm`. It only keeps the state."""
+"""BatchNorm: the linen module over `jax_bn.batch_norm`; `jax_bn/nnx.py` has the NNX form. They only keep the state."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from flax.typing import Initializer
 from jax import Array
 
-from bn_common.checks import check_epsilon, check_initial_moving_var, check_momentum, require
-from jax_bn.batch_norm import BatchStats, as_array, batch_norm, wide_dtype
+from bn_common.checks import (
+    COMPLEX_DTYPES,
+    FLOAT_DTYPES,
+    channel_axes,
+    check_epsilon,
+    check_initial_moving_var,
+    check_momentum,
+    require,
+)
+from jax_bn.batch_norm import BatchStats, as_array, batch_norm_wide, wide_dtype
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation over every axis but the last; variables and calls as `flax.linen.BatchNorm`.
+class BatchNorm(nn.BatchNorm):
+    """Batch normalisation in place of `flax.linen.BatchNorm`: the same attributes, variables, calls and defaults.
 
-    Variables: params/scale, params/bias, batch_stats/mean, batch_stats/var, each [C]. In training the collection
-    "batch_stats" must be mutable; it moves as `jax_bn.batch_norm` says. While the module is being initialised the
-    moving statistics stay as they are, and a single value per channel is accepted.
+    A checkpoint of either loads in the other. What differs is what `jax_bn.batch_norm` differs in: the exact variance
+    (use_fast_variance is taken, and makes no difference), statistics and arithmetic in float32 at least, and one
+    value per channel in training is refused, where Flax returns bias. While the module is being initialised the moving
+    statistics stay as they are, and a single value per channel is accepted.
 
-    The defaults are this project's convention: momentum 0.9 and a moving variance that starts at 0 (Flax: 0.99 and 1).
+    Variables: params/scale, params/bias, batch_stats/mean, batch_stats/var, each [C]; with momentum None also
+    batch_stats/num_batches_tracked. In training the collection "batch_stats" must be mutable.
+
+    For this project's convention, which `jax_bn.BLeNet` has: momentum=0.9, initial_moving_var=0.0. For PyTorch's:
+    momentum=1 - m, unbiased_moving_var=True.
 
     Attributes:
       use_running_average: predict with batch_stats (True) or normalise with x's own statistics (False); given here or
         in the call.
-      momentum: weight of the OLD value.
+      axis: the channel axis, or several.
+      momentum: weight of the OLD value; None: every batch weighs the same.
       epsilon: added to the variance.
-      dtype: of y (None: x's own).
+      dtype: of y (None: the widest of x, scale and bias).
       param_dtype: dtype of scale and bias; the statistics have it too, but at least float32.
       use_bias, use_scale: have beta, have gamma.
       bias_init, scale_init: initialisers of beta and gamma.
-      initial_moving_var: value that batch_stats/var starts with.
-      axis_name: see `jax_bn.batch_norm`.
+      axis_name, axis_index_groups: see `jax_bn.batch_norm`.
+      use_fast_variance, force_float32_reductions: taken from calls written for Flax; the statistics are exact, and
+        float32 at least, whatever they say.
       unbiased_moving_var: see `jax_bn.batch_norm`.
+      initial_moving_var: value that batch_stats/var starts with.
+      frozen_statistics: predict with batch_stats in training too, and leave them: scale and bias are trained on.
 
     Raises:
       ValueError: a momentum or epsilon that `jax_bn.batch_norm` refuses, or a negative initial_moving_var.
     """
 
-    use_running_average: bool | None = None
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = nn.initializers.zeros
-    scale_init: Initializer = nn.initializers.ones
-    axis_name: str | None = None
+    momentum: float | None = 0.99  # type: ignore[assignment]  # Flax knows no None
     unbiased_moving_var: bool = False
-    initial_moving_var: float = 0.0
+    initial_moving_var: float = 1.0
+    frozen_statistics: bool = False
 
     def __post_init__(self) -> None:
         check_momentum(self.momentum)
@@ -59,8 +68,13 @@ class BatchNorm(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
-        """Normalise x [..., C].
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+        """Normalise x.
+
+        Args:
+          x: [..., C], or with the channels where axis says; rank 2 or more; complex too.
+          use_running_average: see the attribute.
+          mask: which positions count in the statistics, see `jax_bn.batch_norm`.
 
         Raises:
           ValueError: use_running_average is given neither as attribute nor here, or in both places; and all that
@@ -68,26 +82,63 @@ class BatchNorm(nn.Module):
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = as_array("x", x)
-        require(x.ndim >= 2, "the rank of x", f"{x.ndim} (shape {x.shape})", "2 or more: a batch and channels")
-        shape, stats_dtype = (x.shape[-1],), wide_dtype(self.param_dtype)
+        shape = feature_shape(x, self.axis)
+        stats_dtype = wide_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.full, shape, self.initial_moving_var, stats_dtype)
-        gamma = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else jnp.ones(shape)
-        beta = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else jnp.zeros(shape)
+        gamma = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
+        beta = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        tracked = None
+        if self.momentum is None:
+            tracked = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
         # Initialising only asks for shapes, often with a batch of one, which has no variance.
         initializing = self.is_initializing()
-        single = x.size == x.shape[-1]
-        y, moved = batch_norm(
-            x if self.dtype is None else x.astype(wide_dtype(x.dtype, self.dtype)),
+        single = x.size == len(mean.value.ravel())
+        train = not use_running_average and not self.frozen_statistics and not (initializing and single)
+        y, moved = normalize(
+            self,
+            x,
             gamma,
             beta,
             BatchStats(mean.value, var.value),
-            train=not use_running_average and not (initializing and single),
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            unbiased_moving_var=self.unbiased_moving_var,
+            train=train,
+            mask=mask,
+            num_batches_tracked=None if tracked is None else tracked.value,
             axis_name=None if initializing else self.axis_name,
         )
-        if not use_running_average and not initializing:
+        if train and not initializing:
             mean.value, var.value = moved
-        return y if self.dtype is None else y.astype(self.dtype)
+            if tracked is not None:
+                tracked.value = tracked.value + 1
+        return y
+
+
+def feature_shape(x: Array, axis: int) -> tuple[int, ...]:
+    """The shape of a value per channel of x; ValueError where x has no batch beside its channels."""
+    require(x.ndim >= 2, "the rank of x", f"{x.ndim} (shape {x.shape})", "2 or more: a batch and channels")
+    return tuple(x.shape[a] for a in channel_axes(axis, x.ndim))
+
+
+def normalize(
+    layer: Any, x: Array, gamma: Array | None, beta: Array | None, stats: BatchStats, *, axis_name: Any, **call: Any
+) -> tuple[Array, BatchStats]:
+    """`batch_norm` with the attributes of a layer, linen or NNX; y in Flax's result dtype."""
+    ones, zeros = jnp.ones_like(stats.mean), jnp.zeros_like(stats.mean)
+    with jax.numpy_dtype_promotion("standard"):  # asked of dtypes only, no value is promoted here
+        result = layer.dtype or jnp.result_type(*(v.dtype for v in (x, gamma, beta) if v is not None))
+        wide = jnp.result_type(x.dtype, result, jnp.float32)
+    y, stats = batch_norm_wide(
+        x.astype(wide),
+        ones if gamma is None else gamma,
+        zeros if beta is None else beta,
+        stats,
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+        unbiased_moving_var=layer.unbiased_moving_var,
+        axis_name=axis_name,
+        axis_index_groups=layer.axis_index_groups,
+        axis=layer.axis,
+        dtypes=FLOAT_DTYPES + COMPLEX_DTYPES,
+        **call,
+    )
+    return y.astype(result), stats

@@ -1,15 +1,17 @@
 """Batch normalisation as a pure function, channels on axis 1 (Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1).
 
 `jax_bn/batch_norm.py` is the same page in JAX's words. Statistics, normalisation and the moving average are separate
-functions; only `torch_bn/layers.py` keeps state.
+functions; only the layer keeps state.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from bn_common.checks import check_batch_norm
+from bn_common.checks import check_batch_norm, require
 
 
 def batch_norm(
@@ -20,11 +22,14 @@ def batch_norm(
     moving_var: Tensor,
     *,
     train: bool,
-    momentum: float = 0.9,
+    momentum: float | None = 0.9,
     eps: float = 1e-5,
     unbiased_moving_var: bool = False,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    num_batches_tracked: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch normalisation of x over every axis but axis 1.
+    """Batch normalisation of x over every axis but the channels'.
 
     In training, with m values per channel, and gradients flowing through mu and var:
 
@@ -34,56 +39,67 @@ def batch_norm(
 
     In prediction: y = gamma * (x - moving_mean) / sqrt(moving_var + eps) + beta.
 
-    Pure: nothing is changed in place. The difference x - mu is taken before anything is multiplied, and mu is carried
-    in two parts, so that a large mean costs no accuracy.
+    Pure: nothing is changed in place. The difference to one of the channel's own values is taken before anything is
+    multiplied, so that a large mean costs no accuracy; a constant channel becomes exactly beta. The derivative is the
+    closed form (paper, section 3), in either mode and of any order.
 
     Args:
-      x: [N, C, ...], rank 2 or more, float16, bfloat16, float32 or float64. Arithmetic is done in the widest dtype
-        among x, gamma, beta and the moving statistics, at least float32.
+      x: [N, C, ...], rank 2 or more, float16, bfloat16, float32 or float64, in any memory format. Arithmetic is done
+        in the widest dtype among x, gamma, beta and the moving statistics, at least float32: float16 x with float32
+        gamma is float32 inside.
       gamma: [C].
       beta: [C].
       moving_mean: [C].
       moving_var: [C].
-      train: take the statistics from x (and move the moving ones), or take the moving ones.
+      train: take the statistics from x (and move the moving ones), or take the moving ones (also to train with frozen
+        ones).
       momentum: weight of the OLD value, in [0, 1]. `torch.nn.BatchNorm2d`'s momentum is the weight of the new one.
+        None: every batch weighs the same, new = (n * old + (mu, var)) / (n + 1) after n batches.
       eps: added to the variance, > 0 (not below the smallest normal number of that dtype).
       unbiased_moving_var: move moving_var with var * m / (m - 1), as PyTorch does. y always uses the biased var.
+      axis: the channel axis.
+      mask: bool or integer, broadcastable to x: which positions count in the statistics, so that m is their number;
+        y is given everywhere. A channel in which fewer than two count leaves its moving statistics as they were. A
+        NaN or an infinity that does not count is read as 0.
+      num_batches_tracked: n, for momentum None only.
 
     Returns:
       (y, new moving_mean, new moving_var). y has x's shape and dtype; in prediction the others are those given.
 
     Raises:
-      TypeError: x, gamma, beta, moving_mean or moving_var is no tensor.
+      TypeError: x, gamma, beta, a moving statistic or mask is no tensor.
       ValueError: see `bn_common.checks.check_batch_norm`.
     """
     named = {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_var": moving_var}
     for name, value in ("x", x), *named.items():
         check_tensor(name, value)
-    check_batch_norm(
+    if mask is not None:
+        check_tensor("mask", mask)
+    axes = check_batch_norm(
         shape=x.shape,
         dtype=dtype_name(x.dtype),
-        channel_axis=1,
+        axis=axis,
         per_channel={name: (value.shape, dtype_name(value.dtype)) for name, value in named.items()},
+        mask=None if mask is None else (mask.shape, dtype_name(mask.dtype)),
         train=train,
         momentum=momentum,
+        num_batches_tracked=num_batches_tracked,
         epsilon_name="eps",
         epsilon=eps,
     )
-    momentum, eps = float(momentum), float(eps)  # a numpy float64 would widen what it meets
+    require(len(axes) == 1, "axis", repr(axis), "one axis of x")
+    eps = float(eps)  # a numpy float64 would widen what it meets
     dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
-    wide_x, gamma, beta = x.to(dtype), gamma.to(dtype), beta.to(dtype)
+    wide_x, gamma, beta = x.movedim(axis, 1).to(dtype), gamma.to(dtype), beta.to(dtype)
     if not train:
         y = _normalize(wide_x, moving_mean.to(dtype), moving_var.to(dtype), gamma, beta, eps)
-        return y.to(x.dtype), moving_mean, moving_var
-    function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
-    y, shift, rest, batch_var = function.apply(wide_x, gamma, beta, eps)
-    count = x.numel() // x.shape[1]
-    moved_var = batch_var * (count / (count - 1)) if unbiased_moving_var else batch_var
-    return (
-        y.to(x.dtype),
-        _moving_average(moving_mean, shift + rest, momentum),
-        _moving_average(moving_var, moved_var, momentum),
-    )
+        return y.movedim(1, axis).to(x.dtype), moving_mean, moving_var
+    if mask is not None:
+        mask = (mask != 0).reshape((1,) * (x.ndim - mask.ndim) + mask.shape).movedim(axis, 1)
+        wide_x = torch.where(mask | wide_x.isfinite(), wide_x, 0)
+    y, batch = _normalize_batch(wide_x, gamma, beta, eps, mask)
+    moved_mean, moved_var = _move(moving_mean, moving_var, batch, momentum, num_batches_tracked, unbiased_moving_var)
+    return y.movedim(1, axis).to(x.dtype), moved_mean, moved_var
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -102,10 +118,37 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
-    """momentum * old + (1 - momentum) * new, in old's dtype but at least float32."""
-    dtype = wide_dtype(old.dtype)
-    return momentum * old.to(dtype) + (1 - momentum) * new.to(dtype)
+class Statistics(NamedTuple):
+    """Statistics of a batch, a value per channel: the biased variance, the mean, and m (a number, or by channel)."""
+
+    num_values: int | Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def _move(
+    moving_mean: Tensor,
+    moving_var: Tensor,
+    batch: Statistics,
+    momentum: float | None,
+    num_batches_tracked: Tensor | int | None,
+    unbiased_moving_var: bool,
+) -> list[Tensor]:
+    """The moving statistics after this batch, in their dtype but at least float32; old where the new is not known."""
+    m, mean, var = batch
+    bessel = m / (m - 1).clamp(min=1) if isinstance(m, Tensor) else m / (m - 1)
+    weights: tuple[float | Tensor, float | Tensor]
+    if momentum is None:
+        n = torch.as_tensor(num_batches_tracked, device=mean.device).to(mean.dtype)
+        weights = n / (n + 1), 1 / (n + 1)
+    else:
+        weights = float(momentum), 1 - float(momentum)
+    moved = []
+    for old, new in (moving_mean, mean), (moving_var, var * bessel if unbiased_moving_var else var):
+        dtype = wide_dtype(old.dtype)
+        value = weights[0] * old.to(dtype) + weights[1] * new.to(dtype)
+        moved.append(torch.where(m >= 2, value, old.to(dtype)) if isinstance(m, Tensor) else value)
+    return moved
 
 
 def _second(v: Tensor, x: Tensor) -> Tensor:
@@ -115,87 +158,159 @@ def _second(v: Tensor, x: Tensor) -> Tensor:
 
 def _normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """gamma * (x - mean) / sqrt(var + eps) + beta. Subtract first: folded into x * a + b, a large mean cancels."""
-    return (x - _second(mean, x)) * _second(gamma * torch.rsqrt(var + eps), x) + _second(beta, x)
+    return torch.addcmul(_second(beta, x), x - _second(mean, x), _second(gamma * torch.rsqrt(var + eps), x))
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Mean per channel: of every example, then over the examples.
+def _sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum per channel: of every example, then over the examples; of the positions in mask only.
 
     Over both at once PyTorch adds the examples one by one: at 256x28x28 values around 1e6 that is off by 2, not 3e-4.
     """
-    return (x if x.ndim == 2 else x.mean(tuple(range(2, x.ndim)))).mean(0)
+    x = x if mask is None else torch.where(mask, x, 0)
+    return (x if x.ndim == 2 else x.sum(tuple(range(2, x.ndim)))).sum(0)
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(shift, rest, var): the mean is shift + rest, a float with twice the digits, and var is the biased variance.
+def _num_values(x: Tensor, mask: Tensor | None) -> int | Tensor:
+    """Number of values per channel."""
+    return x.numel() // x.shape[1] if mask is None else _sum(mask.expand(x.shape).to(x.dtype))
 
-    Two passes over x: shift = mean(x); then, of d = x - shift, rest = mean(d) and var = mean(d^2) - rest^2. The
-    rounding of the first mean is what the second pass finds as rest.
+
+def _one_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """One value of each channel, the first; with a mask the largest that counts, and 0 where none does."""
+    if mask is None:
+        return x[(0, slice(None)) + (0,) * (x.ndim - 2)]
+    largest = torch.where(mask, x, -torch.inf).amax([0, *range(2, x.ndim)])
+    return torch.where(largest.isneginf(), 0, largest)
+
+
+def _mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of d, in two passes, and d - mean."""
+    total = _num_values(d, mask)
+    total = total.clamp(min=1) if isinstance(total, Tensor) else total
+    mean = _sum(d, mask) / total
+    c = d - _second(mean, d)
+    return mean, _sum(c * c, mask) / total, c
+
+
+def batch_statistics(
+    x: Tensor, axis: int = 1, mask: Tensor | None = None
+) -> tuple[int | Tensor, Tensor, Tensor, Tensor]:
+    """(m, one, offset, var) of x, a value per channel; the mean is one + offset, two floats for twice the digits."""
+    x = x.detach().movedim(axis, 1)
+    x = x.to(wide_dtype(x.dtype))
+    if mask is not None:
+        mask = (mask != 0).reshape((1,) * (x.ndim - mask.ndim) + mask.shape).movedim(axis, 1)
+    one = _one_of(x, mask)
+    offset, var, _ = _mean_and_var(x - _second(one, x), mask)
+    return _num_values(x, mask), one, offset, var
+
+
+def _normalize_batch(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None
+) -> tuple[Tensor, Statistics]:
+    """x normalised with its own statistics, and these.
+
+    All is computed from the differences to one of x's own values: they are exact where x is nearly constant, and 0
+    where it is constant. No element is farther from the mean than they are large, so that PyTorch's kernels, which fold
+    the mean into d * a + b, lose nothing on them.
     """
-    shift = _mean(x)
-    d = x - _second(shift, x)
-    rest = _mean(d)
-    return shift, rest, (_mean(d * d) - rest * rest).clamp(min=0)
+    one = _one_of(x.detach(), mask)
+    d = x - _second(one, x)
+    function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
+    y, offset, var = function.apply(d, gamma, beta, eps, mask)
+    return y, Statistics(_num_values(x, mask), one + offset, var)
 
 
-def _x_hat(x: Tensor, shift: Tensor, rest: Tensor, factor: Tensor) -> Tensor:
-    """(x - mu) * factor, with mu = shift + rest taken off in two steps."""
-    return ((x - _second(shift, x)) - _second(rest, x)) * _second(factor, x)
+def _kernel_adds_exactly(d: Tensor, mask: Tensor | None) -> bool:
+    """Whether PyTorch's own batch norm kernels sum well enough here: then they are taken, being the fastest.
+
+    On a CPU they add float32 images, channels in planes, in float64; what is laid out otherwise they add one by one,
+    and float64 too. On other devices they add in a tree.
+    """
+    if mask is not None:
+        return False
+    return d.device.type != "cpu" or (d.dtype == torch.float32 and d.ndim > 2 and d[0, 0].numel() > 1 and _in_planes(d))
+
+
+def _in_planes(d: Tensor) -> bool:
+    return d.is_contiguous() and not (d.ndim == 4 and d.is_contiguous(memory_format=torch.channels_last))
 
 
 class _NormalizeBatch(torch.autograd.Function):
-    """(x, gamma, beta, eps) -> (y, shift, rest, var): x normalised with its own statistics, and these."""
+    """(d, gamma, beta, eps, mask) -> (y, mean, var): d normalised with its own statistics, and these."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shift, rest, var = _statistics(x)
-        y = _x_hat(x, shift, rest, gamma * torch.rsqrt(var + eps)) + _second(beta, x)
-        return y, shift, rest, var
+    def forward(
+        d: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        m = _num_values(d, mask)
+        if _kernel_adds_exactly(d, mask):
+            mean, unbiased = torch.zeros_like(_one_of(d, None)), torch.zeros_like(_one_of(d, None))
+            # momentum 1: the running statistics become the batch's; of the variance nothing else is given.
+            y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, unbiased, True, 1.0, eps)
+            return y, mean, unbiased * ((m - 1) / m)
+        mean, var, c = _mean_and_var(d, mask)
+        return torch.addcmul(_second(beta, d), c, _second(gamma * torch.rsqrt(var + eps), d)), mean, var
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, gamma, _, ctx.eps = inputs
-        _, shift, rest, var = output
-        # The mean's derivative is shift's; rest is only what rounding left of it.
-        ctx.mark_non_differentiable(rest)
-        ctx.save_for_backward(x, gamma, shift, rest, var)
-        ctx.save_for_forward(x, gamma, shift, rest, var)
+        d, gamma, _, ctx.eps, mask = inputs
+        _, mean, var = output
+        ctx.save_for_backward(d, gamma, mask, mean, var)
+        ctx.save_for_forward(d, gamma, mask, mean, var)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dy: Tensor, dshift: Tensor, drest: Tensor, dvar: Tensor):
+    def backward(ctx, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None):
         """The closed form of the gradient (paper, section 3), in operations that autograd can follow once more.
 
-            g  = gamma / sqrt(var + eps) * (dy - mean(dy))
-            dx = g - x_hat * mean(x_hat * g)       dgamma = sum(dy * x_hat)       dbeta = sum(dy)
+            dbeta = sum(dy)       dgamma = r * sum(dy * (d - mean))       r = 1 / sqrt(var + eps)
+            dd    = gamma * r * (dy - dbeta / m - (d - mean) * r * dgamma / m)
 
-        dy is centred before it meets x_hat: with a common offset in dy the other order cancels. The returned
-        statistics add dmu / m and dvar * 2 (x - mu) / m.
+        The returned statistics add dmean / m and dvar * 2 (d - mean) / m.
         """
-        x, gamma, shift, rest, var = ctx.saved_tensors
-        m = x.numel() // x.shape[1]
+        d, gamma, mask, mean, var = ctx.saved_tensors
         r = torch.rsqrt(var + ctx.eps)
-        x_hat = _x_hat(x, shift, rest, r)
-        g = (dy - _second(_mean(dy), x)) * _second(gamma * r, x)
-        along = _mean(x_hat * g) - 2 * dvar / (r * m)
-        dx = g - x_hat * _second(along, x) + _second(dshift / m, x)
-        return dx, m * _mean(dy * x_hat), m * _mean(dy), None
+        only_y = dy is not None and dmean is None and dvar is None
+        # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
+        if only_y and not torch.is_grad_enabled() and _kernel_adds_exactly(d, mask):
+            grads = torch.ops.aten.native_batch_norm_backward(
+                dy, d, gamma, None, None, mean, r, True, ctx.eps, [True, True, True]
+            )
+            return *grads, None, None
+        m = _num_values(d, mask)
+        total = m.clamp(min=1) if isinstance(m, Tensor) else m
+        dy = torch.zeros_like(d) if dy is None else dy
+        c = d - _second(mean, d)
+        dbeta, along = _sum(dy), _sum(dy * c)
+        factor = gamma * r
+        a, b = -factor * dbeta / total, -factor * (r * r) * along / total
+        a = a if dmean is None else a + dmean / total
+        b = b if dvar is None else b + 2 * dvar / total
+        through = torch.addcmul(_second(a, d), c, _second(b, d))
+        through = through if mask is None else torch.where(mask, through, 0)
+        return torch.addcmul(through, dy, _second(factor, d)), r * along, dbeta, None, None
 
 
 class _NormalizeBatchForward(_NormalizeBatch):
     """The same with forward mode. A class of its own: `torch.compile` traces no Function that defines a jvp."""
 
     @staticmethod
-    def jvp(ctx, x_dot: Tensor | None, gamma_dot: Tensor | None, beta_dot: Tensor | None, _):
+    def jvp(ctx, d_dot: Tensor | None, gamma_dot: Tensor | None, beta_dot: Tensor | None, *_):
         """The tangent map, of which `backward` is the transpose."""
-        x, gamma, shift, rest, var = ctx.saved_tensors
+        d, gamma, mask, mean, var = ctx.saved_tensors
+        d_dot, gamma_dot, beta_dot = (
+            torch.zeros_like(like) if given is None else given
+            for given, like in ((d_dot, d), (gamma_dot, gamma), (beta_dot, gamma))
+        )
+        m = _num_values(d, mask)
+        total = m.clamp(min=1) if isinstance(m, Tensor) else m
         r = torch.rsqrt(var + ctx.eps)
-        x_hat = _x_hat(x, shift, rest, r)
-        x_dot = torch.zeros_like(x) if x_dot is None else x_dot
-        gamma_dot = torch.zeros_like(gamma) if gamma_dot is None else gamma_dot
-        beta_dot = torch.zeros_like(gamma) if beta_dot is None else beta_dot
-        along = _mean(x_hat * x_dot)
-        z = x_dot - x_hat * _second(along, x)
-        y_dot = (z - _second(_mean(z), x)) * _second(gamma * r, x) + _second(gamma_dot, x) * x_hat
-        return y_dot + _second(beta_dot, x), _mean(x_dot), None, 2 * along / r
+        factor = gamma * r
+        c = d - _second(mean, d)
+        mean_dot, along = _sum(d_dot, mask) / total, _sum(c * d_dot, mask) / total
+        b = r * gamma_dot - factor * (r * r) * along
+        a = beta_dot - factor * mean_dot
+        return d_dot * _second(factor, d) + _second(a, d) + c * _second(b, d), mean_dot, 2 * along
