@@ -106,31 +106,33 @@ def check_batch_norm(
         "float64" if {"float64", "complex128"} & {dtype, *(given for _, given in per_channel.values())} else "float32"
     )
     check_epsilon(epsilon_name, epsilon, widest)
-    require(len(shape) >= 2, "the rank of x", f"{len(shape)} (shape {tuple(shape)})", "2 or more: a batch and channels")
+    check_rank(shape)
     require(dtype in dtypes, "the dtype of x", dtype, ", ".join(dtypes))
     axes = channel_axes(axis, len(shape))
     channel_shape = tuple(shape[a] for a in axes)
     channels = math.prod(channel_shape)
-    require(channels >= 1, "the number of channels of x", f"{channels} (shape {tuple(shape)})", "1 or more")
+    # Messages are put together where they are needed: PyTorch calls this eagerly, for every batch.
+    if channels < 1:
+        raise ValueError(f"the number of channels of x is {channels} (shape {tuple(shape)}); allowed: 1 or more")
     for name, (given_shape, given_dtype) in per_channel.items():
-        require(
-            tuple(given_shape) == channel_shape,
-            f"the shape of {name}",
-            tuple(given_shape),
-            f"{channel_shape}, one value for each channel of x, whose shape is {tuple(shape)}",
-        )
-        require(given_dtype in dtypes, f"the dtype of {name}", given_dtype, ", ".join(dtypes))
+        if tuple(given_shape) != channel_shape:
+            allowed = f"{channel_shape}, one value for each channel of x, whose shape is {tuple(shape)}"
+            raise ValueError(f"the shape of {name} is {tuple(given_shape)}; allowed: {allowed}")
+        if given_dtype not in dtypes:
+            raise ValueError(f"the dtype of {name} is {given_dtype}; allowed: {', '.join(dtypes)}")
     if mask is not None:
         check_mask(*mask, shape)
-    if train:
-        values = math.prod(shape) // channels * shards
-        require(
-            values >= 2,
-            "the number of values per channel",
-            f"{values} (shape {tuple(shape)})",
-            "2 or more in training: the variance of fewer says nothing",
-        )
+    if train and (values := math.prod(shape) // channels * shards) < 2:
+        allowed = "2 or more in training: the variance of fewer says nothing"
+        raise ValueError(f"the number of values per channel is {values} (shape {tuple(shape)}); allowed: {allowed}")
     return axes
+
+
+def check_rank(shape: Sequence[int]) -> None:
+    """The rank of x: a batch and channels at least."""
+    if len(shape) < 2:
+        given, allowed = f"{len(shape)} (shape {tuple(shape)})", "2 or more: a batch and channels"
+        raise ValueError(f"the rank of x is {given}; allowed: {allowed}")
 
 
 def channel_axes(axis: object, rank: int) -> tuple[int, ...]:
@@ -139,6 +141,8 @@ def channel_axes(axis: object, rank: int) -> tuple[int, ...]:
     Raises:
       ValueError: no integer, not an axis of an array of that rank, twice the same, none at all, or all of them.
     """
+    if type(axis) is int and -rank <= axis < rank and rank > 1:
+        return (axis % rank,)
     given: list[Any] = list(axis) if isinstance(axis, Sequence) else [axis]
     allowed = f"an axis of x, from {-rank} to {rank - 1}, or several"
     for one in given:

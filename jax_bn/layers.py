@@ -16,7 +16,7 @@ from bn_common.checks import (
     check_epsilon,
     check_initial_moving_var,
     check_momentum,
-    require,
+    check_rank,
 )
 from jax_bn.batch_norm import BatchStats, as_array, batch_norm_wide, wide_dtype
 
@@ -115,7 +115,7 @@ class BatchNorm(nn.BatchNorm):
 
 def feature_shape(x: Array, axis: int) -> tuple[int, ...]:
     """The shape of a value per channel of x; ValueError where x has no batch beside its channels."""
-    require(x.ndim >= 2, "the rank of x", f"{x.ndim} (shape {x.shape})", "2 or more: a batch and channels")
+    check_rank(x.shape)
     return tuple(x.shape[a] for a in channel_axes(axis, x.ndim))
 
 
