@@ -34,10 +34,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.command_line import parse
 from benchmarks.peers import MODES, is_installed
 from benchmarks.worker import serve
-from bn_common.command_line import refuse
+from bn_common.command_line import parse, refuse
 from bn_common.run_folder import write_whole
 
 PROG = "python -m benchmarks.batch_norm"

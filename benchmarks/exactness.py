@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.command_line import parse
 from benchmarks.hard_inputs import CHANNELS, CONSTANT, HARD_INPUTS, SHAPE, HardInput
 from benchmarks.peers import EPSILON, Result, Start, installed, is_installed
-from bn_common.command_line import refuse
+from bn_common.command_line import parse, refuse
 from bn_common.run_folder import write_whole
 
 PROG = "python -m benchmarks.exactness"

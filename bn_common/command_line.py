@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
@@ -19,13 +19,15 @@ from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, refuse_used
 from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample
 
+Options = TypeVar("Options")
 
-def parse(args: Sequence[str] | None, *, prog: str, description: str) -> Config:
-    """The config that the command line asks for; bad input ends the program with exit status 2 and one line."""
+
+def parse(kind: type[Options], args: Sequence[str] | None, *, prog: str, description: str) -> Options:
+    """The dataclass `kind` as the command line says; bad input ends the program with exit status 2 and one line."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(Config, prog=prog, description=description, args=args).resolved()
+            return tyro.cli(kind, prog=prog, description=description, args=args)
     except SystemExit as stop:
         if stop.code == 2:
             refuse(prog, _in_one_line(errors.getvalue()))
@@ -34,9 +36,13 @@ def parse(args: Sequence[str] | None, *, prog: str, description: str) -> Config:
 
 
 def _in_one_line(box: str) -> str:
-    """What was given and what is allowed, out of tyro's box of a title, a message, the option's help and a pointer."""
+    """What was given and what is allowed, out of tyro's box of a title, a message, the option's help and a pointer.
+
+    Where standard output takes no UTF-8, the box is drawn with hyphens, and has one more rule below its title.
+    """
+    box = re.sub("-{5,}", "─" * 5, re.sub(r"\A(.*\n) *-{5,} *\n", r"\1", box))
     sections = [" ".join(re.sub(r"[│╭╮╰╯─]", " ", part).split()) for part in re.split(r"─{5,}", box.partition("\n")[2])]
-    message = sections[0].removeprefix("Error parsing Config: ")
+    message = re.sub(r"^Error parsing \w+: ", "", sections[0])
     for section in sections[1:]:
         if section.startswith("Argument helptext: "):
             message += f"; allowed: {section.removeprefix('Argument helptext: ')}"
@@ -57,7 +63,7 @@ def start(
     Everything that can be refused is refused here, before a framework is even imported: exit status 2 and one line
     that says what was given and what is allowed.
     """
-    config, console = parse(args, prog=prog, description=description), Console()
+    config, console = parse(Config, args, prog=prog, description=description).resolved(), Console()
     try:
         if config.out is not None:
             refuse_used(config.out)  # before a download

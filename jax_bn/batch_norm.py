@@ -143,12 +143,11 @@ def batch_norm_wide(
         mask = _full_rank(mask, x)
         wide_x = jnp.where(mask | jnp.isfinite(wide_x), wide_x, jnp.zeros_like(wide_x))
     y, batch = _normalize_batch(wide_x, gamma, beta, mask, epsilon, channels)
-    weights = moving_average_weights(momentum, num_batches_tracked, mean.real.dtype)
     new_var = (
         batch.var * (batch.num_values / jnp.maximum(batch.num_values - 1, 1)) if unbiased_moving_var else batch.var
     )
     moved = [
-        _moving_average(old, new, weights, None if mask is None else batch.num_values >= 2)
+        _moving_average(old, new, momentum, num_batches_tracked, None if mask is None else batch.num_values >= 2)
         for old, new in zip(batch_stats, (batch.shift + batch.rest, new_var), strict=True)
     ]
     return y.reshape(x.shape), BatchStats(*moved)
@@ -176,18 +175,21 @@ def _shards(axis_name: str | tuple[str, ...] | None, groups: Sequence[Sequence[i
     return 1 if axis_name is None else len(groups[0]) if groups else lax.axis_size(axis_name)
 
 
-def moving_average_weights(momentum: float | None, num_batches_tracked: Array | int | None, dtype: np.dtype):
-    """Weights of the old value and of the new one: momentum and its complement, or n / (n + 1) and 1 / (n + 1)."""
-    if momentum is not None:
-        return float(momentum), 1 - float(momentum)
-    n = jnp.asarray(num_batches_tracked).astype(dtype)
-    return n / (n + 1), 1 / (n + 1)
+def _moving_average(
+    old: Array, new: Array, momentum: float | None, num_batches_tracked: Array | int | None, known: Array | None
+) -> Array:
+    """momentum * old + (1 - momentum) * new, in old's dtype but at least float32; old where the new is not known.
 
-
-def _moving_average(old: Array, new: Array, weights, known: Array | None) -> Array:
-    """weights[0] * old + weights[1] * new, in old's dtype but at least float32; old where the new is not known."""
+    With momentum None, the weights are n / (n + 1) and 1 / (n + 1).
+    """
     dtype = wide_dtype(old.dtype)
     old, new = widen(old, dtype), widen(new, dtype)
+    weights: tuple[float | Array, float | Array]
+    if momentum is None:
+        n = jnp.asarray(num_batches_tracked).astype(old.dtype)
+        weights = n / (n + 1), 1 / (n + 1)
+    else:
+        weights = float(momentum), 1 - float(momentum)
     moved = weights[0] * old + weights[1] * new
     return moved if known is None else jnp.where(known, moved, old)
 
@@ -287,7 +289,7 @@ def batch_statistics(
 
 def _full_rank(mask: Array, x: Array) -> Array:
     """The mask as bool, with x's rank (rank promotion is never relied on)."""
-    return jnp.asarray(mask != 0).reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+    return mask.astype(np.bool_).reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))

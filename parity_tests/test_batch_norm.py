@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 import jax_bn
 import torch_bn
+from benchmarks.hard_inputs import CONSTANT, HARD_INPUTS
 from parity_tests import exact
 from parity_tests.wings import WINGS, channels_last, channels_second
 
@@ -34,14 +35,15 @@ def draw(shape, dtype, *, mean=0.0, std=1.0, seed=0):
     return tuple(a.astype(dtype) for a in arrays)
 
 
-def check(wing, arrays, dtype, *, y_bound=BOUNDS["y"], **options):
+def check(wing, arrays, dtype, *, y_bound=BOUNDS["y"], truth_of=exact.batch_norm, **options):
     """Every output of a wing within BOUNDS of the truth, y within y_bound.
 
     Where terms cancel, their size counts and not what is left: the largest x for the mean, gamma dy / sqrt(var + eps)
-    for dx, dy for the sums. A sum of m terms of random sign and size 1, added one by one, has partial sums of sqrt(k)
-    and is off by eps * sqrt(sum_k k / 12), about m / 5 eps: m / 5 where that is more than the bound.
+    for dx, dy for the sums. A sum of m terms of random sign and size s, added in a tree, rounds m / 2^l partial sums of
+    size sqrt(2^l) s at each of its log2(m) levels, each by up to half an eps, uniformly: together that is
+    sqrt(m log2(m) / 12) eps s, and three times that is not exceeded; where it is more than the bound, it is the bound.
     """
-    given, truth = WINGS[wing](*arrays, **options), exact.batch_norm(*arrays, **options)
+    given, truth = WINGS[wing](*arrays, **options), truth_of(*arrays, **options)
     x, gamma, _, moving_mean, _, dy = arrays
     axes = tuple(a for a in range(x.ndim) if a != 1)
     m, largest_dy = x.size // x.shape[1], np.abs(dy).max(axes)
@@ -51,12 +53,14 @@ def check(wing, arrays, dtype, *, y_bound=BOUNDS["y"], **options):
         "dgamma": np.maximum(largest_dy, np.abs(truth.dgamma.astype(float))),
         "dbeta": np.maximum(largest_dy, np.abs(truth.dbeta.astype(float))),
     }
+    tree = 3 * float(np.sqrt(m * np.log2(m) / 12) * (dy.std(axes) / largest_dy).max())
     for name, bound in BOUNDS.items():
         value = getattr(given, name)
         assert value.dtype == dtype, name
         error = exact.error_in_eps(value, getattr(truth, name), dtype, scales.get(name))
-        bound = {"y": y_bound, "dgamma": max(bound, m / 5), "dbeta": max(bound, m / 5)}.get(name, bound)
+        bound = {"y": y_bound, "dgamma": max(bound, tree), "dbeta": max(bound, tree)}.get(name, bound)
         assert error <= bound, f"{name}: {error:.1f} eps, bound {bound}"
+    return given
 
 
 @pytest.mark.parametrize("wing", WINGS)
@@ -84,23 +88,42 @@ def test_large_mean(wing, mean, std, dtype):
     check(wing, draw((64, 3, 4, 4), dtype, mean=mean, std=std), dtype, train=True)
 
 
+# The others have tests of their own: the variance of a constant channel is 0, and 1e-20 squared is below the normal
+# numbers of float32 (XLA makes it 0).
+FINITE = [name for name in HARD_INPUTS if name not in ("NaN in one channel", *CONSTANT) and "1e-20" not in name]
+
+
 @pytest.mark.parametrize("wing", WINGS)
-@pytest.mark.parametrize("shape", [(64, 3, 28, 28), (100_000, 3)], ids=str)
-@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1e4, 1.0), (1e6, 0.1)])
-def test_long_sums(wing, shape, mean, std):
-    """float32 sums of 5e4 and 1e5 terms; float64 of the same formula is truth enough, 1e9 eps finer."""
-    x, gamma, beta, *_, dy = draw(shape, "float32", mean=mean, std=std)
-    zero = np.zeros(3, "float32")
-    result = WINGS[wing](x, gamma, beta, zero, zero, dy, train=True, momentum=0.0)
-    axes = tuple(a for a in range(x.ndim) if a != 1)
-    wide, to_x = x.astype(np.float64), (3,) + (1,) * (x.ndim - 2)
-    mu = wide.mean(axes)
-    sigma2 = ((wide - mu.reshape(to_x)) ** 2).mean(axes)
-    y = (wide - mu.reshape(to_x)) * (gamma / np.sqrt(sigma2 + 1e-5)).reshape(to_x) + beta.reshape(to_x)
-    eps = np.finfo("float32").eps
-    assert np.abs(result.y - y).max() <= 8 * eps * np.abs(y).max(axes).min()
-    assert (np.abs(result.moving_var - sigma2) <= 8 * eps * sigma2).all()
-    assert (np.abs(result.moving_mean - mu) <= 8 * eps * np.abs(x).max(axes)).all()
+@pytest.mark.parametrize("name", FINITE)
+def test_hard_inputs(wing, name):
+    """The rows of docs/batch_norm_exactness.md, up to a million rows; sums in integers are the truth."""
+    x, gamma, beta, dy = HARD_INPUTS[name](1)
+    zero = np.zeros(len(gamma), np.float32)
+    check(wing, (x, gamma, beta, zero, zero, dy), "float32", train=True, momentum=0.0, truth_of=exact.long_batch_norm)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_very_small_values(wing, dtype):
+    """1e-20: epsilon is all that is left of the variance."""
+    x, gamma, beta, *rest, dy = draw((16, 3, 4, 4), dtype, std=1e-20)
+    arrays = x, gamma, 0 * beta, *rest, dy
+    given, truth = WINGS[wing](*arrays, train=True), exact.batch_norm(*arrays, train=True)
+    assert exact.error_in_eps(given.y, truth.y, dtype) <= 8
+    assert np.abs(given.moving_mean - 0.9 * arrays[3]).max() <= 8 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_nan_stays_in_its_channel(wing, dtype):
+    """Bit for bit: the others come out as if it were not there, images and rank 2."""
+    for shape in (16, 3, 4, 4), (64, 3):
+        x, *rest = draw(shape, dtype)
+        clean = WINGS[wing](x, *rest, train=True)
+        x[5, 1] = np.nan
+        given = WINGS[wing](x, *rest, train=True)
+        for a, b in zip(given, clean, strict=True):
+            a, b = (np.delete(v, 1, axis=1 if v.ndim > 1 else 0) for v in (a, b))
+            np.testing.assert_array_equal(a, b)
+        assert np.isnan(given.y[:, 1]).all()
 
 
 @pytest.mark.parametrize("wing", WINGS)
@@ -111,14 +134,17 @@ def test_large_mean_in_prediction(wing, dtype):
 
 
 @pytest.mark.parametrize("wing", WINGS)
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1e6, 1e20])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e6, 1e30])
 def test_constant_channel(wing, value, dtype):
-    """y is beta, and the gradients are finite."""
-    x, *rest = draw((8, 3, 4, 4), dtype)
-    x[:, 1] = value
-    result = WINGS[wing](x, *rest, train=True)
-    np.testing.assert_allclose(result.y[:, 1], rest[1][1], rtol=8 * np.finfo(dtype).eps)
-    assert all(np.isfinite(v).all() for v in result)
+    """y is beta, bit for bit, also where the sum of the values rounds, and the gradients are finite."""
+    for shape in (8, 3, 4, 4), (7, 3, 11, 13), (1000, 3):
+        x, *rest = draw(shape, dtype)
+        x[:, 1] = value
+        result = WINGS[wing](x, *rest, train=True, momentum=0.0)
+        assert (result.y[:, 1] == rest[1][1]).all()
+        assert result.moving_mean[1] == x[0, 1].ravel()[0]
+        assert result.moving_var[1] == 0
+        assert all(np.isfinite(v).all() for v in result)
 
 
 @pytest.mark.parametrize("wing", WINGS)

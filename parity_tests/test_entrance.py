@@ -18,14 +18,17 @@ def call_both(shape=(4, 3), dtype="float32", per_channel=3, train=True, **option
     """The messages of both wings' batch_norm for the same bad input; names that differ between the wings unified."""
     messages = []
     x, v = np.ones(shape), np.ones(per_channel, np.float32)
+    mask = options.pop("mask", None)
+    masks = {} if mask is None else {"mask": torch.tensor(mask)}, {} if mask is None else {"mask": jnp.asarray(mask)}
+    tx = torch.tensor(x).to(getattr(torch, dtype))
     with pytest.raises(ValueError, match="allowed") as caught:
-        torch_bn.batch_norm(torch.tensor(x).to(getattr(torch, dtype)), *[torch.tensor(v)] * 4, train=train, **options)
+        torch_bn.batch_norm(tx, *[torch.tensor(v)] * 4, train=train, **masks[0], **options)
     messages.append(str(caught.value))
     options = {{"eps": "epsilon"}.get(name, name): value for name, value in options.items()}
     jax_x = jnp.asarray(channels_last(x) if len(shape) > 1 else x, dtype)
     stats = jax_bn.BatchStats(jnp.asarray(v), jnp.asarray(v))
     with pytest.raises(ValueError, match="allowed") as caught:
-        jax_bn.batch_norm(jax_x, jnp.asarray(v), jnp.asarray(v), stats, train=train, **options)
+        jax_bn.batch_norm(jax_x, jnp.asarray(v), jnp.asarray(v), stats, train=train, **masks[1], **options)
     messages.append(str(caught.value))
     unified = []
     for message in messages:
@@ -47,6 +50,11 @@ BAD = {
     "one value": {"shape": (1, 3)},
     "one pixel": {"shape": (1, 3, 1, 1)},
     "no value": {"shape": (0, 3)},
+    "momentum None alone": {"momentum": None},
+    "float mask": {"mask": np.ones((4, 1), np.float32)},
+    "long mask": {"mask": np.ones((5, 1), bool)},
+    "mask of higher rank": {"mask": np.ones((1, 4, 3), bool)},
+    **{f"axis {v}": {"axis": v} for v in (2, -3, 1.0, True, None, "1", (), (1, 1), (0, 1))},
     **{f"eps {v}": {"eps": v} for v in (0.0, -1e-5, 1e-60, 1e-40, math.nan, math.inf, "1e-5", None, True)},
     **{f"momentum {v}": {"momentum": v} for v in (-0.1, 1.1, math.nan, "0.9", False)},
 }

@@ -110,6 +110,14 @@ def test_refused_before_any_work(program, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_refused_where_there_is_only_ascii():
+    """The same line: tyro draws another box then."""
+    for args, words in (["--epochs", "x"], "'x'; allowed: --epochs INT"), (["--rounds", "3"], "--rounds, 3; allowed: "):
+        errors = [run("jax", *args, PYTHONIOENCODING=encoding).stderr for encoding in ("ascii", "utf-8")]
+        assert words in errors[0]
+        assert errors[0] == errors[1]
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_run_that_diverges(program, tmp_path):
     """One line, exit status 1, and no NaN in any file, wherever it first appears."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -36,21 +37,30 @@ def channels_second(x):
     return np.moveaxis(np.asarray(x), -1, 1)
 
 
-def run_jax(x, gamma, beta, moving_mean, moving_var, dy, *, eps=1e-5, **options) -> Result:
+def run_jax(x, gamma, beta, moving_mean, moving_var, dy, *, eps=1e-5, mask=None, **options) -> Result:
     """jax_bn.batch_norm, jitted, and the gradients of sum(y * dy)."""
-
-    def loss(x, gamma, beta):
-        stats = jax_bn.BatchStats(jnp.asarray(moving_mean), jnp.asarray(moving_var))
-        y, stats = jax_bn.batch_norm(x, gamma, beta, stats, epsilon=eps, **options)
-        return (y * jnp.asarray(channels_last(dy))).sum(), (y, stats)
-
-    arguments = jnp.asarray(channels_last(x)), jnp.asarray(gamma), jnp.asarray(beta)
-    (dx, dgamma, dbeta), (y, stats) = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arguments)
+    arrays = channels_last(x), gamma, beta, moving_mean, moving_var, channels_last(dy)
+    mask = None if mask is None else jnp.asarray(channels_last(mask))
+    (dx, dgamma, dbeta), (y, stats) = _jax_step(
+        *map(jnp.asarray, arrays), mask, tuple(sorted((options | {"epsilon": eps}).items()))
+    )
     return Result(channels_second(y), *map(np.asarray, stats), channels_second(dx), *map(np.asarray, (dgamma, dbeta)))
 
 
-def run_torch(x, gamma, beta, moving_mean, moving_var, dy, **options) -> Result:
+@functools.partial(jax.jit, static_argnums=7)  # compiled once for all calls with the same shapes and options
+def _jax_step(x, gamma, beta, moving_mean, moving_var, dy, mask, options):
+    def loss(x, gamma, beta):
+        stats = jax_bn.BatchStats(moving_mean, moving_var)
+        y, stats = jax_bn.batch_norm(x, gamma, beta, stats, mask=mask, **dict(options))
+        return (y * dy).sum(), (y, stats)
+
+    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, gamma, beta)
+
+
+def run_torch(x, gamma, beta, moving_mean, moving_var, dy, *, mask=None, **options) -> Result:
     """torch_bn.batch_norm, and the gradients of sum(y * dy)."""
+    if mask is not None:
+        options["mask"] = torch.tensor(mask)
     x, gamma, beta = (torch.tensor(v, requires_grad=True) for v in (x, gamma, beta))
     y, *stats = torch_bn.batch_norm(x, gamma, beta, torch.tensor(moving_mean), torch.tensor(moving_var), **options)
     gradients = torch.autograd.grad((y * torch.tensor(dy)).sum(), (x, gamma, beta))

@@ -46,14 +46,14 @@ def test_resolved(optimizer):
 def test_home(monkeypatch):
     """A ~ that the shell has left alone."""
     monkeypatch.setenv("HOME", "/home/somebody")
-    config = parse(["--data-dir", "~/kmnist", "--out=~/runs/a"], prog="", description="")
+    config = parse(Config, ["--data-dir", "~/kmnist", "--out=~/runs/a"], prog="", description="").resolved()
     assert (str(config.data_dir), str(config.out)) == ("/home/somebody/kmnist", "/home/somebody/runs/a")
 
 
 def test_help_tells_the_defaults(capsys):
     """The numbers in the help text are those of the table."""
     with pytest.raises(SystemExit) as stop:
-        parse(["--help"], prog="train_jax.py", description="")
+        parse(Config, ["--help"], prog="train_jax.py", description="")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for optimizer, (lr, decay) in DEFAULTS.items():
@@ -78,7 +78,7 @@ COMMANDS = {
 @pytest.mark.parametrize(("args", "words"), [(c[0], c[1:]) for c in COMMANDS.values()], ids=COMMANDS)
 def test_one_line_and_exit_status_2(args, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(args, prog="train_jax.py", description="")
+        parse(Config, args, prog="train_jax.py", description="")
     assert stop.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -94,7 +94,7 @@ def test_every_option_reaches_the_config():
     args += (
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
     )
-    config = parse(args.split(), prog="", description="")
+    config = parse(Config, args.split(), prog="", description="")
     given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
     assert given == {
         "epochs": "3",
