@@ -168,7 +168,9 @@ def wide_dtype(*dtypes: DTypeLike) -> np.dtype:
 
 def widen(value: Array, dtype: np.dtype) -> Array:
     """`value` in `dtype`, or in the complex dtype of that precision."""
-    return value.astype(jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(value) else dtype)
+    if jnp.iscomplexobj(value):
+        return value.astype(np.complex128 if dtype == np.float64 else np.complex64)
+    return value.astype(dtype)
 
 
 def _shards(axis_name: str | tuple[str, ...] | None, groups: Sequence[Sequence[int]] | None) -> int:
@@ -312,8 +314,11 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
 
     so that, transposed, the two sums of Algorithm 1's gradient are each taken once:
 
-        dbeta = sum(dy)       dgamma = r * sum(dy * (x - mu))
+        dbeta = sum(dy)       dgamma = r * sum((dy - dbeta / m) * (x - mu))
         dx    = factor * (dy - dbeta / m - (x - mu) * r * dgamma / m)
+
+    The mean comes off (x - mu) * b once more in the tangent, and so off dy in the gradient: with a common offset in dy,
+    mu's own rounding would be added up m times. Over several devices it does not, as it would take a second collective.
     """
     num_values, shift, rest, var, minus_shift = batch
     total = jnp.maximum(num_values, 1) if mask is not None else num_values
@@ -326,13 +331,15 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
     mean_dot = sum_x_dot / total
     along = sum_along.real / total - _product(rest, mean_dot)
     b = r * gamma_dot - factor * (r * r) * along
-    a = beta_dot - factor * mean_dot - rest * b
+    a = beta_dot - factor * mean_dot
     if channels.axis_name is not None:
         # Sent to the devices of `jax.shard_map` together: so the transpose of this is one sum over them.
-        both = jnp.stack([a, b.astype(a.dtype)])
+        both = jnp.stack([a - rest * b, b.astype(a.dtype)])
         a, b = lax.pcast(both, tuple(_varying(x) - _varying(both)), to="varying")
-    y_dot = x_dot * spread(factor) + spread(a) + (x + spread(minus_shift)) * spread(b)
-    return y_dot, mean_dot, 2 * along
+    along_b = (x + spread(minus_shift)) * spread(b)
+    if channels.axis_name is None:
+        along_b = along_b - spread(channels.sum(along_b, mask) / total)
+    return x_dot * spread(factor) + spread(a) + along_b, mean_dot, 2 * along
 
 
 def _varying(x: Array) -> frozenset[str]:

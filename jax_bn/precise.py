@@ -148,17 +148,21 @@ def _moves(layer: nn.BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def _add(seen: dict[Any, FeatureStatistics], path: Any, statistics: Statistics | Array) -> None:
     num_values, shift, rest, var = (np.asarray(value).astype(np.float64) for value in statistics[:4])
+    finite = np.isfinite(rest).all() and np.isfinite(var).all()
+    require(bool(finite), f"the input of {_name(path)}", "NaN or infinite", "finite numbers")
     m = np.broadcast_to(num_values, var.shape).astype(np.int64)
     batch = FeatureStatistics(m, shift, rest, m * var)
     seen[path] = seen[path].merge(batch) if path in seen else batch
 
 
 def _moving(path: Any, statistics: FeatureStatistics, unbiased: bool) -> dict[str, np.ndarray]:
-    name = "/".join(map(str, path))
-    finite = np.isfinite(statistics.mean).all() and np.isfinite(statistics.m2).all()
-    require(bool(finite), f"the input of {name}", "NaN or infinite", "finite numbers")
-    require(bool(np.min(statistics.num_examples) >= 2), f"the values per channel of {name}", 1, "2 or more")
+    enough = np.min(statistics.num_examples) >= 2
+    require(bool(enough), f"the number of values per channel of {_name(path)}", 1, "2 or more")
     return {"mean": statistics.mean, "var": statistics.m2 / (statistics.num_examples - int(unbiased))}
+
+
+def _name(path: Any) -> str:
+    return "/".join(map(str, path))
 
 
 def _require_any(seen: Mapping[Any, FeatureStatistics]) -> None:

@@ -204,6 +204,16 @@ def _one_of(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(largest.isneginf(), 0, largest)
 
 
+def _near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """A value near the mean of each channel, which of a constant channel is its value exactly.
+
+    It is the mean as the sum gives it, or, where this is nothing but that with rounding, one of the channel's values.
+    """
+    one, mean = _one_of(x, mask), _sum(x, mask) / _total(x, mask)
+    rounding = 64 * torch.finfo(x.dtype).eps * one.abs()
+    return torch.where((mean - one).abs() <= rounding, one, mean)
+
+
 def _mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance of d, in two passes, and d - mean."""
     total = _total(d, mask)
@@ -215,14 +225,14 @@ def _mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 def batch_statistics(
     x: Tensor, axis: int = 1, mask: Tensor | None = None
 ) -> tuple[int | Tensor, Tensor, Tensor, Tensor]:
-    """(m, one, offset, var) of x, a value per channel; the mean is one + offset, two floats for twice the digits."""
+    """(m, near, offset, var) of x, a value per channel; the mean is near + offset, two floats for twice the digits."""
     x = x.detach().movedim(axis, 1)
     x = x.to(wide_dtype(x.dtype))
     if mask is not None:
         mask = (mask != 0).reshape((1,) * (x.ndim - mask.ndim) + mask.shape).movedim(axis, 1)
-    one = _one_of(x, mask)
-    offset, var, _ = _mean_and_var(x - _second(one, x), mask)
-    return _num_values(x, mask), one, offset, var
+    near = _near_the_mean(x, mask)
+    offset, var, _ = _mean_and_var(x - _second(near, x), mask)
+    return _num_values(x, mask), near, offset, var
 
 
 def _normalize_batch(
@@ -230,30 +240,26 @@ def _normalize_batch(
 ) -> tuple[Tensor, Statistics]:
     """x normalised with its own statistics, and these.
 
-    All is computed from the differences to one of x's own values: they are exact where x is nearly constant, and 0
-    where it is constant. No element is farther from the mean than they are large, so that PyTorch's kernels, which fold
-    the mean into d * a + b, lose nothing on them.
+    All is computed from the differences to a value near the mean: they are exact where x is nearly constant, and 0 where
+    it is constant. Their own mean is about 0, so that PyTorch's kernels, which fold it into d * a + b, lose nothing.
     """
-    one = _one_of(x.detach(), mask)
-    d = x - _second(one, x)
+    near = _near_the_mean(x.detach(), mask)
+    d = x - _second(near, x)
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
     y, offset, var = function.apply(d, gamma, beta, eps, mask)
-    return y, Statistics(_num_values(x, mask), one + offset, var)
+    return y, Statistics(_num_values(x, mask), near + offset, var)
 
 
 def _kernel_adds_exactly(d: Tensor, mask: Tensor | None) -> bool:
     """Whether PyTorch's own batch norm kernels sum well enough here: then they are taken, being the fastest.
 
-    On a CPU they add float32 images, channels in planes, in float64; what is laid out otherwise they add one by one,
+    On a CPU they add float32 images, a channel in a plane, in float64; what is laid out otherwise they add one by one,
     and float64 too. On other devices they add in a tree.
     """
     if mask is not None:
         return False
-    return d.device.type != "cpu" or (d.dtype == torch.float32 and d.ndim > 2 and d[0, 0].numel() > 1 and _in_planes(d))
-
-
-def _in_planes(d: Tensor) -> bool:
-    return d.is_contiguous() and not (d.ndim == 4 and d.is_contiguous(memory_format=torch.channels_last))
+    planes = d.ndim > 2 and d.shape[1] > 1 and d[0, 0].numel() > 1 and d.is_contiguous()
+    return d.device.type != "cpu" or (d.dtype == torch.float32 and planes)
 
 
 class _NormalizeBatch(torch.autograd.Function):
@@ -286,24 +292,28 @@ class _NormalizeBatch(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None):
         """The closed form of the gradient (paper, section 3), in operations that autograd can follow once more.
 
-            dbeta = sum(dy)       dgamma = r * sum(dy * (d - mean))       r = 1 / sqrt(var + eps)
+            dbeta = sum(dy)       dgamma = r * sum((dy - dbeta / m) * (d - mean))       r = 1 / sqrt(var + eps)
             dd    = gamma * r * (dy - dbeta / m - (d - mean) * r * dgamma / m)
+
+        dy is centred before it meets d - mean: with a common offset in dy, mean's own rounding would be added up m times.
 
         The returned statistics add dmean / m and dvar * 2 (d - mean) / m.
         """
         d, gamma, mask, mean, var = ctx.saved_tensors
         r = torch.rsqrt(var + ctx.eps)
+        total = _total(d, mask)
         only_y = dy is not None and dmean is None and dvar is None
+        dy = torch.zeros_like(d) if dy is None else dy
+        dbeta = _sum(dy)
+        centred = dy - _second(dbeta / total, d)
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
         if only_y and not torch.is_grad_enabled() and _kernel_adds_exactly(d, mask):
-            grads = torch.ops.aten.native_batch_norm_backward(
-                dy, d, gamma, None, None, mean, r, True, ctx.eps, [True, True, True]
+            dd, dgamma, _ = torch.ops.aten.native_batch_norm_backward(
+                centred, d, gamma, None, None, mean, r, True, ctx.eps, [True, True, False]
             )
-            return *grads, None, None
-        total = _total(d, mask)
-        dy = torch.zeros_like(d) if dy is None else dy
+            return dd, dgamma, dbeta, None, None
         c = d - _second(mean, d)
-        dbeta, dgamma = _sum(dy), _sum(dy * c) * r
+        dgamma = _sum((centred if mask is None else torch.where(mask, centred, dy)) * c) * r
         factor = gamma * r
         share = factor / -total
         a, b = share * dbeta, share * r * dgamma

@@ -53,9 +53,11 @@ def precise_statistics(
         mask = args[1] if len(args) > 1 else kwargs.get("mask")
         axis = layer.axis if isinstance(layer, BatchNorm) else 1
         num_values, *others = batch_statistics(x, axis, mask)
-        one, offset, var = (value.cpu().numpy().astype(np.float64) for value in others)
+        near, offset, var = (value.cpu().numpy().astype(np.float64) for value in others)
         m = num_values.cpu().numpy().astype(np.int64) if isinstance(num_values, Tensor) else num_values
-        batch = FeatureStatistics(m, one, offset, m * var)
+        finite = np.isfinite(offset).all() and np.isfinite(var).all()
+        require(bool(finite), f"the input of {layers[layer]}", "NaN or infinite", "finite numbers")
+        batch = FeatureStatistics(m, near, offset, m * var)
         seen[layer] = seen[layer].merge(batch) if layer in seen else batch
 
     modes = {child: child.training for child in module.modules()}
@@ -79,8 +81,6 @@ def precise_statistics(
     missing = [name for layer, name in layers.items() if layer not in seen]
     require(not missing, "the batch norms that no batch came through", ", ".join(missing), "none")
     for layer, statistics in seen.items():  # all is looked at before anything is changed
-        finite = np.isfinite(statistics.mean).all() and np.isfinite(statistics.m2).all()
-        require(bool(finite), f"the input of {layers[layer]}", "NaN or infinite", "finite numbers")
         enough = np.min(statistics.num_examples) >= 2
         require(bool(enough), f"the number of values per channel of {layers[layer]}", 1, "2 or more")
     for layer, statistics in seen.items():

@@ -157,9 +157,9 @@ def test_blenet_over_two_devices(x64):
     model = jax_bn.BLeNet(fig_size=12, param_dtype=jnp.float64)
     spread = model.clone(axis_name="i")
     variables = model.init(jax.random.key(0), x, train=False)
-    whole, _ = model.apply(variables, x, train=True, mutable=["batch_stats"])
-    one_each = jax.vmap(
-        lambda x: spread.apply(variables, x[None], train=True, mutable=["batch_stats"])[0][0], axis_name="i"
+    whole, _ = jax.jit(lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"]))(x)
+    one_each = jax.jit(
+        jax.vmap(lambda x: spread.apply(variables, x[None], train=True, mutable=["batch_stats"])[0][0], axis_name="i")
     )
     np.testing.assert_allclose(one_each(x), whole, rtol=1e-12)
 
@@ -187,3 +187,145 @@ def test_transformations():
     scales = jnp.stack([ones, 2 * ones])
     both = jax.vmap(jax.grad(total), in_axes=(None, 0))(xs[0], scales)
     np.testing.assert_allclose(both[1], jax.grad(jax.checkpoint(total))(xs[0], scales[1]), rtol=2e-5, atol=1e-5)
+
+
+def test_forward_mode_and_linearize(x64):
+    """jvp and linearize are the transposes of vjp; the Hessian is the same by either way round."""
+    x, dx, dy = (np.random.default_rng(i).normal(size=(6, 2)) for i in range(3))
+    scale, bias = jnp.asarray([0.5, 2.0]), jnp.asarray([1.0, -1.0])
+    stats = jax_bn.BatchStats(jnp.zeros(2), jnp.zeros(2))
+
+    def normalise(x, scale, bias):
+        return jax_bn.batch_norm(x, scale, bias, stats, train=True)
+
+    primals, tangents = (jnp.asarray(x), scale, bias), (jnp.asarray(dx), bias, scale)
+    out, tangent = jax.jvp(normalise, primals, tangents)
+    linearized, linear = jax.linearize(normalise, *primals)
+    again, transpose = jax.vjp(normalise, *primals)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), out, linearized)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), out, again)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), tangent, linear(*tangents))
+    cotangents = (jnp.asarray(dy), jax_bn.BatchStats(scale, bias))
+    left = sum((a * b).sum() for a, b in zip(jax.tree.leaves(cotangents), jax.tree.leaves(tangent), strict=True))
+    right = sum((a * b).sum() for a, b in zip(transpose(cotangents), tangents, strict=True))
+    np.testing.assert_allclose(left, right, rtol=1e-12)
+
+    def total(x):
+        return (normalise(x, scale, bias)[0] ** 3).sum()
+
+    hessian = jax.jit(jax.hessian(total))(primals[0])
+    for other in (jax.jacrev(jax.jacfwd(total)), jax.jacrev(jax.grad(total))):
+        np.testing.assert_allclose(hessian, jax.jit(other)(primals[0]), rtol=1e-9, atol=1e-12)
+
+
+def test_donated_and_batched():
+    """jit with x donated; vmap over batches is a loop over batches."""
+    xs = x_like((3, 8, 4))
+    stats = jax_bn.BatchStats(jnp.zeros(4), jnp.zeros(4))
+
+    def step(x, stats):
+        return jax_bn.batch_norm(x, jnp.ones(4), jnp.zeros(4), stats, train=True)
+
+    ys, moved = jax.vmap(step, in_axes=(0, None))(xs, stats)
+    donated = jax.jit(step, donate_argnums=(0, 1))
+    for i, x in enumerate(xs):
+        y, one = donated(x + 0, jax.tree.map(jnp.copy, stats))
+        np.testing.assert_allclose(ys[i], y, atol=1e-6)
+        np.testing.assert_allclose(moved.var[i], one.var, rtol=1e-6)
+
+
+def test_one_sum_over_the_devices_each_way():
+    """`jax.shard_map` with gradients by x, scale and bias: one collective forward, and one backward."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    split, whole = PartitionSpec("data"), PartitionSpec()
+
+    def gradients(axis_name, x, dy, scale, bias):
+        def loss(x, scale, bias):
+            stats = jax_bn.BatchStats(jnp.zeros(3), jnp.zeros(3))
+            y, stats = jax_bn.batch_norm(x, scale, bias, stats, train=True, axis_name=axis_name)
+            return (y * dy).sum(), stats
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, scale, bias)
+
+    x, dy, scale, bias = x_like((8, 4, 3)), x_like((8, 4, 3), 1), jnp.asarray([2.0, 0.5, 1.0]), jnp.ones(3)
+    spread = jax.jit(
+        jax.shard_map(
+            lambda *a: gradients("data", *a),
+            mesh=mesh,
+            in_specs=(split, split, whole, whole),
+            out_specs=((split, whole, whole), whole),
+        )
+    )
+    found, truth = spread(x, dy, scale, bias), gradients(None, x, dy, scale, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, truth)
+    assert spread.lower(x, dy, scale, bias).as_text().count("stablehlo.all_reduce") == 2
+
+
+@pytest.mark.parametrize("counts", [(5, 3), (8, 0), (1, 1)])
+def test_uneven_pieces(counts, x64):
+    """Devices with different numbers of examples, padded, as one batch; also with none, or one, on a device."""
+    x, dy = (np.random.default_rng(i).normal(1e3 * (1 - i), 1, (sum(counts), 4, 3)) for i in range(2))
+    scale, bias = jnp.asarray([2.0, 0.5, 1.0]), jnp.asarray([0.1, 0.2, 0.3])
+    stats = jax_bn.BatchStats(jnp.zeros(3), jnp.zeros(3))
+    mask = np.stack([np.arange(8) < n for n in counts]).reshape(2, 8, 1, 1)
+
+    def padded(v):
+        rows = np.full((2, 8, 4, 3), -7.0)
+        rows[mask[:, :, 0, 0]] = v
+        return jnp.asarray(rows)
+
+    def loss(x, dy, mask, axis_name):
+        y, new = jax_bn.batch_norm(
+            x, scale, bias, stats, train=True, mask=mask, axis_name=axis_name, unbiased_moving_var=True
+        )
+        return (jnp.where(jnp.ones_like(y, bool) if mask is None else mask, y, 0) * dy).sum(), (y, new)
+
+    gradient = jax.grad(loss, has_aux=True)
+    spread = jax.jit(jax.vmap(lambda *a: gradient(*a, "i"), axis_name="i"))
+    dx, (y, new) = spread(padded(x), padded(dy), jnp.asarray(mask))
+    whole_dx, (whole_y, whole) = gradient(jnp.asarray(x), jnp.asarray(dy), None, None)
+    keep = mask[:, :, 0, 0]
+    np.testing.assert_allclose(np.asarray(y)[keep], whole_y, atol=1e-9)
+    np.testing.assert_allclose(np.asarray(dx)[keep], whole_dx, atol=1e-9)
+    for device in range(2):
+        np.testing.assert_allclose(new.mean[device], whole.mean, rtol=1e-14)
+        np.testing.assert_allclose(new.var[device], whole.var, rtol=1e-11)
+
+
+def test_groups_of_devices():
+    """axis_index_groups: each group is a batch of its own."""
+    x = x_like((2, 8, 3))
+    layer = jax_bn.BatchNorm(use_running_average=False, axis_name="i", axis_index_groups=[[0], [1]])
+    variables = layer.init(jax.random.key(0), x[0])
+    found = jax.pmap(lambda x: layer.apply(variables, x, mutable=["batch_stats"])[0], axis_name="i")(x)
+    alone = jax_bn.BatchNorm(use_running_average=False)
+    for i in range(2):
+        np.testing.assert_allclose(found[i], alone.apply(variables, x[i], mutable=["batch_stats"])[0], atol=1e-6)
+
+
+def test_complex_as_flax_has_it():
+    """var is the mean of |x - mu|^2; y has unit variance."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, 3)) + 1j * rng.normal(2, 3, size=(64, 3)), jnp.complex64)
+    layer = jax_bn.BatchNorm(momentum=0.9, use_running_average=False, dtype=jnp.complex64)
+    y, variables = layer.init_with_output(jax.random.key(0), x)
+    assert y.dtype == jnp.complex64
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(y.var(0), 1, rtol=1e-4)
+    _, new = layer.apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(new["batch_stats"]["mean"], 0.1 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(new["batch_stats"]["var"], 0.9 + 0.1 * x.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}], ids=str)
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
+def test_result_dtype_is_that_of_flax(options, x_dtype):
+    x = x_like((8, 3)).astype(x_dtype)
+    results = []
+    for kind in (nn.BatchNorm, jax_bn.BatchNorm):
+        layer = kind(use_running_average=False, **options)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            variables = layer.init(jax.random.key(0), x)
+            y, new = layer.apply(variables, x, mutable=["batch_stats"])
+        results.append((y.dtype, jax.tree.map(lambda v: v.dtype, variables | new)))
+    assert results[0] == results[1]
