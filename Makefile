@@ -11,13 +11,15 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test lint format clean
+.PHONY: help train test bench exactness lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo "make train   train BLeNet on Fashion-MNIST with JAX; options: make train ARGS=--help"
 	@echo "make test    run the whole suite, PyTorch included"
+	@echo "make bench   time batch norm beside its peers in JAX and PyTorch; options: make bench ARGS=--quick"
+	@echo "make exactness   measure batch norm's errors beside its peers, and write docs/batch_norm_exactness.md"
 	@echo "make lint    check format, lint and types; make format puts the format right"
 	@echo "make clean   remove .venv"
 
@@ -26,6 +28,12 @@ train: $(VENV)/installed-train$(EXTRA)
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed-bench
+	$(VENV)/bin/python -m benchmarks.batch_norm $(ARGS)
+
+exactness: $(VENV)/installed-bench
+	$(VENV)/bin/python -m benchmarks.exactness --write docs/batch_norm_exactness.md
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/python -m ruff format --check .
@@ -51,6 +59,11 @@ remake:
 $(VENV)/installed-train$(EXTRA): $(VENV)/created pyproject.toml constraints.txt
 	@echo "installing what training needs: some 150 MB to download, once"
 	$(INSTALL) '.$(if $(EXTRA),[$(EXTRA)])'
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/created pyproject.toml constraints.txt
+	@echo "installing the libraries to compare with, PyTorch included, once"
+	$(INSTALL) '.[bench]'
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/created pyproject.toml constraints.txt

@@ -240,8 +240,8 @@ def _normalize_batch(
 ) -> tuple[Tensor, Statistics]:
     """x normalised with its own statistics, and these.
 
-    All is computed from the differences to a value near the mean: they are exact where x is nearly constant, and 0 where
-    it is constant. Their own mean is about 0, so that PyTorch's kernels, which fold it into d * a + b, lose nothing.
+    All is computed from the differences to a value near the mean: exact where x is nearly constant, 0 where it is
+    constant. Their own mean is about 0, so that PyTorch's kernels, which fold it into d * a + b, lose nothing.
     """
     near = _near_the_mean(x.detach(), mask)
     d = x - _second(near, x)
@@ -295,8 +295,7 @@ class _NormalizeBatch(torch.autograd.Function):
             dbeta = sum(dy)       dgamma = r * sum((dy - dbeta / m) * (d - mean))       r = 1 / sqrt(var + eps)
             dd    = gamma * r * (dy - dbeta / m - (d - mean) * r * dgamma / m)
 
-        dy is centred before it meets d - mean: with a common offset in dy, mean's own rounding would be added up m times.
-
+        dy is centred before it meets d - mean: with a common offset in dy, mean's rounding would be added up m times.
         The returned statistics add dmean / m and dvar * 2 (d - mean) / m.
         """
         d, gamma, mask, mean, var = ctx.saved_tensors
