@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
+EPSILONS = {dtype: f"a finite number >= {v:.8g}, the smallest normal {dtype}" for dtype, v in SMALLEST_NORMAL.items()}
 LARGEST = math.nextafter(math.inf, 0)
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 COMPLEX_DTYPES = ("complex64", "complex128")
@@ -28,14 +29,15 @@ def require(condition: bool, what: str, given: object, allowed: str) -> None:
 
 def check_real(name: str, value: object, low: float, high: float, allowed: str) -> None:
     """`value` is a Python or numpy real number (no bool, no NaN) from low to high."""
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    require(is_real and low <= float(value) <= high, name, repr(value), allowed)  # type: ignore[arg-type]
+    # The message is put together where it is needed only: `torch.compile` knows no repr of a number that may vary.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) <= high:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
 
 
 def check_int(name: str, value: object, low: int) -> None:
     """`value` is an integer (no bool) of at least `low`."""
-    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    require(is_int and int(value) >= low, name, repr(value), f"an integer >= {low}")  # type: ignore[call-overload]
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < low:
+        raise ValueError(f"{name} is {value!r}; allowed: an integer >= {low}")
 
 
 def check_momentum(momentum: object, name: str = "momentum") -> None:
@@ -49,8 +51,7 @@ def check_epsilon(name: str, epsilon: object, dtype: str = "float64") -> None:
 
     (Below that it may count as 0, and a constant channel becomes 0 / 0.) `name` is what this wing calls it.
     """
-    allowed = f"a finite number >= {SMALLEST_NORMAL[dtype]:.8g}, the smallest normal {dtype}"
-    check_real(name, epsilon, SMALLEST_NORMAL[dtype], LARGEST, allowed)
+    check_real(name, epsilon, SMALLEST_NORMAL[dtype], LARGEST, EPSILONS[dtype])
 
 
 def check_initial_moving_var(value: object) -> None:
@@ -83,7 +84,8 @@ def check_batch_norm(
       mask: (shape, dtype name), or None.
       train: whether statistics are taken from x.
       momentum: weight of the old value in the moving statistics, or None.
-      num_batches_tracked: how many batches the moving statistics hold; needed where momentum is None.
+      num_batches_tracked: how many batches the moving statistics hold, or (shape, dtype name) of an array that says
+        so; needed where momentum is None.
       epsilon_name: this wing's name of epsilon.
       epsilon: added to the variance.
       shards: over how many devices the batch is spread: every one holds a piece of this shape.
@@ -98,16 +100,18 @@ def check_batch_norm(
         without num_batches_tracked; epsilon not finite or below the smallest normal number of the dtype computed in;
         in training, fewer than two values per channel (the variance of one value says nothing).
     """
+    if type(train).__name__ not in ("bool", "bool_"):
+        raise ValueError(f"train is {train!r}; allowed: True or False")
     check_momentum(momentum)
     if momentum is None:
-        counted = num_batches_tracked is not None
-        require(counted, "num_batches_tracked", None, "a number of batches, where momentum is None")
+        check_number_of_batches(num_batches_tracked)
     widest = (
         "float64" if {"float64", "complex128"} & {dtype, *(given for _, given in per_channel.values())} else "float32"
     )
     check_epsilon(epsilon_name, epsilon, widest)
     check_rank(shape)
-    require(dtype in dtypes, "the dtype of x", dtype, ", ".join(dtypes))
+    if dtype not in dtypes:
+        raise ValueError(f"the dtype of x is {dtype}; allowed: {', '.join(dtypes)}")
     axes = channel_axes(axis, len(shape))
     channel_shape = tuple(shape[a] for a in axes)
     channels = math.prod(channel_shape)
@@ -145,21 +149,32 @@ def channel_axes(axis: object, rank: int) -> tuple[int, ...]:
         return (axis % rank,)
     given: list[Any] = list(axis) if isinstance(axis, Sequence) else [axis]
     allowed = f"an axis of x, from {-rank} to {rank - 1}, or several"
-    for one in given:
-        is_int = isinstance(one, numbers.Integral) and type(one) is not bool
-        require(is_int and -rank <= one < rank, "axis", repr(axis), allowed)
-    axes = tuple(sorted({int(one) % rank for one in given}))
-    require(0 < len(axes) == len(given), "axis", repr(axis), f"{allowed}, each once")
-    require(len(axes) < rank, "axis", repr(axis), f"{allowed}; one at least is left for the batch")
+    ints = [int(one) for one in given if type(one) is not bool and isinstance(one, numbers.Integral)]
+    axes = tuple(sorted({one % rank for one in ints if -rank <= one < rank}))
+    if not 0 < len(axes) == len(given):
+        raise ValueError(f"axis is {axis!r}; allowed: {allowed}, each once")
+    if len(axes) == rank:
+        raise ValueError(f"axis is {axis!r}; allowed: {allowed}; one at least is left for the batch")
     return axes
+
+
+def check_number_of_batches(given: object) -> None:
+    """An integer >= 0, or an array of no dimension and an integer dtype."""
+    if not isinstance(given, tuple):
+        check_int("num_batches_tracked", given, 0)
+    elif given[0] != () or "int" not in given[1]:
+        raise ValueError(f"num_batches_tracked is {given[1]} of shape {given[0]}; allowed: one integer")
 
 
 def check_mask(mask_shape: Sequence[int], mask_dtype: str, shape: Sequence[int]) -> None:
     """The positions of x that count: bool or integers, in a shape that broadcasts to x's."""
-    require(mask_dtype == "bool" or "int" in mask_dtype, "the dtype of mask", mask_dtype, "bool or an integer")
+    if mask_dtype != "bool" and "int" not in mask_dtype:
+        raise ValueError(f"the dtype of mask is {mask_dtype}; allowed: bool or an integer")
     behind = shape[len(shape) - len(mask_shape) :]
     fits = len(mask_shape) <= len(shape) and all(m in (1, s) for m, s in zip(mask_shape, behind, strict=True))
-    require(fits, "the shape of mask", tuple(mask_shape), f"broadcastable to {tuple(shape)}, the shape of x")
+    if not fits:
+        allowed = f"broadcastable to {tuple(shape)}, the shape of x"
+        raise ValueError(f"the shape of mask is {tuple(mask_shape)}; allowed: {allowed}")
 
 
 def check_blenet(*, channels: object, fig_size: object, num_class: object) -> None:

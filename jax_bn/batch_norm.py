@@ -76,10 +76,11 @@ def batch_norm(
       mask: bool or integer, broadcastable to x: which positions count in the statistics, so that m is their number;
         y is given everywhere. A channel in which fewer than two count leaves its batch_stats as they were. A NaN or
         an infinity that does not count is read as 0.
-      num_batches_tracked: n, for momentum None only.
+      num_batches_tracked: n, an integer, for momentum None only.
 
     Returns:
-      (y, new batch_stats). y has x's shape and dtype; in prediction the second is the batch_stats given.
+      (y, new batch_stats). y has x's shape and dtype. The new batch_stats have the dtype of the old, but at least
+      float32; in prediction they are the batch_stats given.
 
     Raises:
       TypeError: x, scale, bias, batch_stats or mask is, or holds, something that is no array.
@@ -113,6 +114,9 @@ def batch_norm_wide(
     Complex x, as Flax's layers take it: var is the mean of |x - mu|^2.
     """
     x, gamma, beta = as_array("x", x), as_array("scale", scale), as_array("bias", bias)
+    if not isinstance(batch_stats, tuple | list) or len(batch_stats) != 2:
+        raise TypeError(f"batch_stats is {type(batch_stats).__name__}; allowed: a BatchStats, that is (mean, var)")
+    batch_stats = batch_stats if isinstance(batch_stats, BatchStats) else BatchStats(*batch_stats)
     mean, var = as_array("batch_stats.mean", batch_stats[0]), as_array("batch_stats.var", batch_stats[1])
     mask = None if mask is None else as_array("mask", mask)
     named = {"scale": gamma, "bias": beta, "batch_stats.mean": mean, "batch_stats.var": var}
@@ -124,7 +128,7 @@ def batch_norm_wide(
         mask=None if mask is None else (mask.shape, mask.dtype.name),
         train=train,
         momentum=momentum,
-        num_batches_tracked=num_batches_tracked,
+        num_batches_tracked=kind_of(num_batches_tracked),
         epsilon_name="epsilon",
         epsilon=epsilon,
         shards=_shards(axis_name, axis_index_groups),
@@ -159,6 +163,11 @@ def as_array(name: str, value: Array) -> Array:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name} is {type(value).__name__}; allowed: an array")
     return jnp.asarray(value)
+
+
+def kind_of(value: Array | float | None) -> tuple[tuple[int, ...], str] | float | None:
+    """(shape, dtype name) of an array; what is no array, as it is."""
+    return (value.shape, value.dtype.name) if isinstance(value, Array | np.ndarray) else value
 
 
 def wide_dtype(*dtypes: DTypeLike) -> np.dtype:
@@ -244,6 +253,8 @@ def _statistics(x: Array, mask: Array | None, channels: Channels) -> Statistics:
     shift = one + offset
     rest = (one - shift) + offset
     d = x + channels.spread(-shift, x)
+    if channels.axis_name is not None:
+        rest = channels.sum(d, mask) / total  # with offset's own rounding, for the gradient's sake: see `_tangent`
     var = jnp.maximum(channels.sum(_product(d, d), mask) / total - _product(rest, rest), 0)
     if channels.axis_name is None:
         return Statistics(num_values, shift, rest, var, -one - offset)
@@ -318,7 +329,8 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
         dx    = factor * (dy - dbeta / m - (x - mu) * r * dgamma / m)
 
     The mean comes off (x - mu) * b once more in the tangent, and so off dy in the gradient: with a common offset in dy,
-    mu's own rounding would be added up m times. Over several devices it does not, as it would take a second collective.
+    mu's own rounding would be added up m times. Over several devices, where this would take a second collective, mu
+    itself is known more exactly instead.
     """
     num_values, shift, rest, var, minus_shift = batch
     total = jnp.maximum(num_values, 1) if mask is not None else num_values
@@ -330,7 +342,7 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
     sum_x_dot, sum_along = channels.psum(sum_x_dot, sum_along.astype(sum_x_dot.dtype))
     mean_dot = sum_x_dot / total
     along = sum_along.real / total - _product(rest, mean_dot)
-    b = r * gamma_dot - factor * (r * r) * along
+    b = r * (gamma_dot - factor * (r * along))  # in this order: r^3 underflows where x is 1e13
     a = beta_dot - factor * mean_dot
     if channels.axis_name is not None:
         # Sent to the devices of `jax.shard_map` together: so the transpose of this is one sum over them.

@@ -38,7 +38,7 @@ class Channels(NamedTuple):
         """Sum per channel of this device's x, of the positions in mask only."""
         x = x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
         total = x.sum(self._others(x))
-        return total.reshape(self.folds, -1).sum(0) if self.folds > 1 else total
+        return _add_up(total.reshape(self.folds, -1)) if self.folds > 1 else total
 
     def num_values(self, x: Array, mask: Array | None = None) -> Array:
         """Number of values per channel on this device, as a float; a scalar where it is the same for all channels."""
@@ -49,6 +49,8 @@ class Channels(NamedTuple):
 
     def one_of(self, x: Array, mask: Array | None = None) -> Array:
         """One value of each channel, the first; with a mask the largest that counts, and 0 where none does."""
+        if mask is None and _is_split(x):
+            mask = jnp.ones_like(x, bool)  # the first may be on another device
         if mask is None:
             first = x[tuple(slice(None) if a in self.axes else 0 for a in range(x.ndim))]
             return first[: first.shape[0] // self.folds] if self.folds > 1 else first
@@ -63,7 +65,7 @@ class Channels(NamedTuple):
         The batch axis stays as it is: it may be spread over devices.
         """
         pixels, channels = math.prod(x.shape[1:-1]), x.shape[-1]
-        if jax.default_backend() != "cpu" or self.axes != (x.ndim - 1,) or x.ndim < 3:
+        if jax.default_backend() != "cpu" or self.axes != (x.ndim - 1,) or x.ndim < 3 or _is_split(x):
             return x, self
         folds = next((k for k in range(CPU_LANES // channels, 1, -1) if pixels % k == 0), 1)
         if folds == 1:
@@ -79,3 +81,20 @@ class Channels(NamedTuple):
 
     def _others(self, x: Array) -> tuple[int, ...]:
         return tuple(a for a in range(x.ndim) if a not in self.axes)
+
+
+def _add_up(x: Array) -> Array:
+    """Sum over the first axis, of some dozens, in two stages: one by one, equal values would all round the same way.
+
+    The second is a product, as XLA would make one sum of two; and with either it ends a fusion: plain additions it
+    would do anew for every element that their sum is spread over.
+    """
+    n = x.shape[0]
+    columns = next(k for k in range(math.isqrt(n), 0, -1) if n % k == 0)
+    rows = x.reshape(n // columns, columns, -1).sum(1)
+    return jnp.matmul(jnp.ones(n // columns, x.dtype), rows, precision=lax.Precision.HIGHEST)
+
+
+def _is_split(x: Array) -> bool:
+    """Whether x is spread over devices, and says so in its type (explicit sharding)."""
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)

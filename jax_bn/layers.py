@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,10 +25,12 @@ from jax_bn.batch_norm import BatchStats, as_array, batch_norm_wide, wide_dtype
 class BatchNorm(nn.BatchNorm):
     """Batch normalisation in place of `flax.linen.BatchNorm`: the same attributes, variables, calls and defaults.
 
-    A checkpoint of either loads in the other. What differs is what `jax_bn.batch_norm` differs in: the exact variance
-    (use_fast_variance is taken, and makes no difference), statistics and arithmetic in float32 at least, and one
-    value per channel in training is refused, where Flax returns bias. While the module is being initialised the moving
-    statistics stay as they are, and a single value per channel is accepted.
+    A checkpoint of either loads in the other. What differs: the variance is exact (use_fast_variance is taken, and
+    makes no difference); statistics and arithmetic are float32 at least, and float64 from the start where the
+    parameters are; a channel whose mask leaves it less than two values keeps its statistics, where Flax makes them NaN.
+    Refused are one value per channel in training, for which Flax returns bias, rank 1, a mask of floats and an epsilon
+    of 0. While the module is being initialised the moving statistics stay as they are, and a single value per channel
+    is accepted.
 
     Variables: params/scale, params/bias, batch_stats/mean, batch_stats/var, each [C]; with momentum None also
     batch_stats/num_batches_tracked. In training the collection "batch_stats" must be mutable.
@@ -120,12 +123,21 @@ def feature_shape(x: Array, axis: int) -> tuple[int, ...]:
 
 
 def normalize(
-    layer: Any, x: Array, gamma: Array | None, beta: Array | None, stats: BatchStats, *, axis_name: Any, **call: Any
+    layer: Any,
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    stats: BatchStats,
+    *,
+    axis_name: Any,
+    promoted: Sequence[Array | None] | None = None,
+    **call: Any,
 ) -> tuple[Array, BatchStats]:
-    """`batch_norm` with the attributes of a layer, linen or NNX; y in Flax's result dtype."""
+    """`batch_norm` with the attributes of a layer, linen or NNX; y in Flax's result dtype, that of `promoted`."""
     ones, zeros = jnp.ones_like(stats.mean), jnp.zeros_like(stats.mean)
+    promoted = (x, gamma, beta) if promoted is None else promoted
     with jax.numpy_dtype_promotion("standard"):  # asked of dtypes only, no value is promoted here
-        result = layer.dtype or jnp.result_type(*(v.dtype for v in (x, gamma, beta) if v is not None))
+        result = layer.dtype or jnp.result_type(*(v.dtype for v in promoted if v is not None))
         wide = jnp.result_type(x.dtype, result, jnp.float32)
     y, stats = batch_norm_wide(
         x.astype(wide),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -20,8 +21,9 @@ class Observed(nnx.Variable):
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation in place of `flax.nnx.BatchNorm`: the same arguments, state, calls and defaults.
 
-    See `jax_bn.BatchNorm` for what differs from Flax's, and for the arguments beyond Flax's. `promote_dtype` is taken,
-    and makes no difference: arithmetic is in float32 at least, and y has `dtype` (None: the widest of x, scale, bias).
+    See `jax_bn.BatchNorm` for what differs from Flax's, and for the arguments beyond Flax's. Arithmetic is in
+    float32 at least; `promote_dtype` says what dtype y has, as in Flax: with `dtype` None, the widest of all, the
+    statistics included.
 
     State: scale, bias (`nnx.Param`), mean, var (`nnx.BatchStat`), each [C]; with momentum None also
     num_batches_tracked (`nnx.BatchStat`).
@@ -83,12 +85,18 @@ class BatchNorm(nnx.BatchNorm):
         require(shape == self.mean.shape, "the shape of the channels of x", shape, f"{self.mean.shape}")
         train = not use_running_average and not self.frozen_statistics
         tracked = self.num_batches_tracked if self.momentum is None else None
+        stats = BatchStats(self.mean.get_value(), self.var.get_value())
+        gamma = None if self.scale is None else self.scale.get_value()
+        beta = None if self.bias is None else self.bias.get_value()
+        with jax.numpy_dtype_promotion("standard"):
+            promoted = self.promote_dtype((x, *stats, gamma, beta), dtype=self.dtype)
         y, moved = normalize(
             self,
             x,
-            None if self.scale is None else self.scale.get_value(),
-            None if self.bias is None else self.bias.get_value(),
-            BatchStats(self.mean.get_value(), self.var.get_value()),
+            gamma,
+            beta,
+            stats,
+            promoted=(promoted[0], *promoted[3:]),
             train=train,
             mask=mask,
             num_batches_tracked=None if tracked is None else tracked.get_value(),

@@ -51,6 +51,8 @@ BAD = {
     "one pixel": {"shape": (1, 3, 1, 1)},
     "no value": {"shape": (0, 3)},
     "momentum None alone": {"momentum": None},
+    **{f"n = {v}": {"momentum": None, "num_batches_tracked": v} for v in (-1, 1.5, True, "a")},
+    **{f"train {v}": {"train": v} for v in (None, 1, "yes")},
     "float mask": {"mask": np.ones((4, 1), np.float32)},
     "long mask": {"mask": np.ones((5, 1), bool)},
     "mask of higher rank": {"mask": np.ones((1, 4, 3), bool)},
@@ -107,6 +109,30 @@ def test_one_value_is_enough_in_prediction():
     np.testing.assert_allclose(y, [[2, 4]], rtol=1e-5)
     np.testing.assert_allclose(z, [[2, 4]], rtol=1e-5)
     assert same is stats
+
+
+def test_counters_that_are_arrays():
+    """One integer."""
+    x, v = np.ones((4, 3), np.float32), np.ones(3, np.float32)
+    stats = jax_bn.BatchStats(jnp.asarray(v), jnp.asarray(v))
+    for bad in (np.ones(3, np.int32), np.ones((), np.float32)):
+        with pytest.raises(ValueError, match="num_batches_tracked is") as first:
+            torch_bn.batch_norm(
+                *map(torch.tensor, (x, v, v, v, v)), train=True, momentum=None, num_batches_tracked=torch.tensor(bad)
+            )
+        with pytest.raises(ValueError, match="num_batches_tracked") as second:
+            jax_bn.batch_norm(
+                *map(jnp.asarray, (x, v, v)), stats, train=True, momentum=None, num_batches_tracked=jnp.asarray(bad)
+            )
+        assert str(first.value) == str(second.value)
+
+
+@pytest.mark.parametrize("bad", [{"mean": 1, "var": 1}, (1,), (1, 1, 1), None], ids=str)
+@pytest.mark.parametrize("train", [True, False])
+def test_statistics_that_are_no_pair(bad, train):
+    one = jnp.ones(3)
+    with pytest.raises(TypeError, match="allowed: a BatchStats"):
+        jax_bn.batch_norm(jnp.ones((4, 3)), one, one, bad, train=train)
 
 
 def test_no_array():
@@ -198,6 +224,10 @@ def test_layer_keeps_its_statistics_when_it_refuses():
         {"num_features": "3"},
         {"num_dims": 1},
         {"momentum": 2},
+        {"num_dims": ()},
+        {"axis": 2},
+        {"dtype": torch.int32},
+        {"dtype": torch.complex64},
         {"eps": 0},
         {"initial_moving_var": -1.0},
     ],
@@ -207,7 +237,8 @@ def test_layer_arguments(bad):
     """At construction, on both sides where both have the argument."""
     with pytest.raises(ValueError, match="allowed"):
         torch_bn.BatchNorm(**{"num_features": 3, "num_dims": 2} | bad)
-    bad = {{"eps": "epsilon"}.get(name, name): value for name, value in bad.items() if not name.startswith("num")}
+    both = {"momentum": "momentum", "eps": "epsilon", "initial_moving_var": "initial_moving_var"}
+    bad = {both[name]: value for name, value in bad.items() if name in both}
     if bad:
         with pytest.raises(ValueError, match="allowed"):
             jax_bn.BatchNorm(**bad)

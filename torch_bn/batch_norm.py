@@ -43,7 +43,8 @@ def batch_norm(
 
     Pure: nothing is changed in place. The difference to one of the channel's own values is taken before anything is
     multiplied, so that a large mean costs no accuracy; a constant channel becomes exactly beta. The derivative is the
-    closed form (paper, section 3), in either mode and of any order.
+    closed form (paper, section 3): in reverse mode of any order, in forward mode of the first, and one over the other.
+    (Of forward over forward mode PyTorch makes a wrong number without a word, as of every `autograd.Function`.)
 
     Args:
       x: [N, C, ...], rank 2 or more, float16, bfloat16, float32 or float64, in any memory format. Arithmetic is done
@@ -85,11 +86,15 @@ def batch_norm(
         mask=None if mask is None else (mask.shape, dtype_name(mask.dtype)),
         train=train,
         momentum=momentum,
-        num_batches_tracked=num_batches_tracked,
+        num_batches_tracked=(
+            (num_batches_tracked.shape, dtype_name(num_batches_tracked.dtype))
+            if isinstance(num_batches_tracked, Tensor)
+            else num_batches_tracked
+        ),
         epsilon_name="eps",
         epsilon=eps,
     )
-    if len(axes) > 1:
+    if len(axes) > 1 or not isinstance(axis, int):
         raise ValueError(f"axis is {axis!r}; allowed: one axis of x")
     eps = float(eps)  # a numpy float64 would widen what it meets
     dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
@@ -211,7 +216,8 @@ def _near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """
     one, mean = _one_of(x, mask), _sum(x, mask) / _total(x, mask)
     rounding = 64 * torch.finfo(x.dtype).eps * one.abs()
-    return torch.where((mean - one).abs() <= rounding, one, mean)
+    is_mean = ((mean - one).abs() > rounding) & mean.isfinite()  # not finite: the sum has overflown, or holds a NaN
+    return torch.where(is_mean, mean, one)
 
 
 def _mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,8 +259,8 @@ def _normalize_batch(
 def _kernel_adds_exactly(d: Tensor, mask: Tensor | None) -> bool:
     """Whether PyTorch's own batch norm kernels sum well enough here: then they are taken, being the fastest.
 
-    On a CPU they add float32 images, a channel in a plane, in float64; what is laid out otherwise they add one by one,
-    and float64 too. On other devices they add in a tree.
+    On a CPU they add float32 images, a channel in a plane, in float64, and in the gradient plane by plane; what is laid
+    out otherwise they add one by one, and float64 too. On other devices they add in a tree.
     """
     if mask is not None:
         return False

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_common.checks import check_epsilon, check_initial_moving_var, check_int, check_momentum, require
+from bn_common.checks import (
+    FLOAT_DTYPES,
+    channel_axes,
+    check_epsilon,
+    check_initial_moving_var,
+    check_int,
+    check_momentum,
+    require,
+)
 from bn_common.conventions import PYTORCH, Convention, complement, convert_moving_var
-from torch_bn.batch_norm import batch_norm, check_tensor, wide_dtype
+from torch_bn.batch_norm import batch_norm, check_tensor, dtype_name, wide_dtype
 
 NATIVE: dict[int | tuple[int, ...], type[_BatchNorm]] = {
     (2, 3): nn.BatchNorm1d,
@@ -74,9 +82,13 @@ class BatchNorm(nn.Module):
     ) -> None:
         super().__init__()
         check_int("num_features", num_features, 1)
-        for rank in num_dims if isinstance(num_dims, Sequence) else [num_dims]:
+        ranks = num_dims if isinstance(num_dims, Sequence) else [num_dims]
+        require(len(ranks) > 0, "num_dims", repr(num_dims), "a rank of 2 or more, or several")
+        for rank in ranks:
             check_int("num_dims", rank, 2)
-        check_int("axis", axis, -10)
+            channel_axes(axis, rank)
+        name = dtype_name(torch.get_default_dtype() if dtype is None else dtype)
+        require(name in FLOAT_DTYPES, "dtype", name, ", ".join(FLOAT_DTYPES))
         check_momentum(momentum)
         check_epsilon("eps", eps)
         check_initial_moving_var(initial_moving_var)
@@ -135,8 +147,8 @@ class BatchNorm(nn.Module):
         """The same layer as an `nn.BatchNorm1d`, `nn.BatchNorm2d` or `nn.BatchNorm3d`, in PyTorch's convention.
 
         It goes on where the native layer stands: momentum becomes the weight of the old value, the moving variance
-        stays unbiased. Parameters and buffers are the same tensors, so that an optimiser keeps its hold on them; train
-        or eval mode is kept.
+        stays unbiased. Parameters and buffers are the same tensors, so that an optimiser keeps its hold on them (but
+        for statistics below float32, which are widened); train or eval mode is kept.
 
         Raises:
           TypeError: another module (synchronised and lazy ones, too).
@@ -157,8 +169,9 @@ class BatchNorm(nn.Module):
             device="meta",
         )
         layer.gamma, layer.beta = native.weight, native.bias
-        layer.register_buffer("moving_mean", native.running_mean)
-        layer.register_buffer("moving_var", native.running_var)
+        for name, value in ("moving_mean", native.running_mean), ("moving_var", native.running_var):
+            assert value is not None
+            layer.register_buffer(name, value.to(wide_dtype(value.dtype)))
         layer.register_buffer("num_batches_tracked", native.num_batches_tracked)
         return layer.train(native.training)
 

@@ -36,7 +36,7 @@ def convert_batch_norm(module: nn.Module, *, to_native: bool = False) -> nn.Modu
     if problems:
         raise ValueError(f"{len(problems)} batch norm(s) cannot be converted:\n  " + "\n  ".join(problems))
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() names what is there twice once only
             if child in successors:
                 setattr(parent, name, successors[child])
     return successors.get(module, module)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jax_bn
 
@@ -329,3 +329,21 @@ def test_result_dtype_is_that_of_flax(options, x_dtype):
             y, new = layer.apply(variables, x, mutable=["batch_stats"])
         results.append((y.dtype, jax.tree.map(lambda v: v.dtype, variables | new)))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("shape", [(8, 3), (8, 4, 4, 3)], ids=str)
+def test_sharded_under_jit(shape, kind):
+    """A batch that `jax.jit` spreads over the devices, whether the types say so or not: as the whole batch."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    x, stats = x_like(shape), jax_bn.BatchStats(jnp.zeros(3), jnp.zeros(3))
+
+    def loss(x):
+        y, new = jax_bn.batch_norm(x, jnp.ones(3), jnp.zeros(3), stats, train=True)
+        return (y**3).sum(), (y, new)
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    whole = gradient(x)
+    with jax.set_mesh(mesh):
+        spread = gradient(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), spread, whole)

@@ -110,6 +110,18 @@ def test_compiled_and_exported(shape):
         torch.testing.assert_close(program(x.detach()), mode(x.detach()), atol=2e-6, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_with_numbers_that_vary():
+    """Layers with other momenta and epsilons, as one graph each: then the numbers are symbols to the compiler."""
+    torch._dynamo.reset()
+    for momentum, eps in ((0.9, 1e-5), (0.8, 1e-5), (0.7, 1e-3)):
+        layer = torch_bn.BatchNorm(num_features=3, num_dims=2, momentum=momentum, eps=eps)
+        for dynamic in (None, True):
+            x = torch.randn(6, 3)
+            compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=dynamic)
+            torch.testing.assert_close(compiled(x), layer(x), atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_second_derivatives_of_images_in_float32(masked):
     """Where the first derivative is PyTorch's kernel, the second is the closed form's: against float64."""

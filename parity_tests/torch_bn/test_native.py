@@ -160,6 +160,20 @@ def test_a_whole_model_and_back():
     torch.testing.assert_close(back.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-9)
 
 
+def test_one_layer_under_two_names():
+    net = nn.Module()
+    net.x = net.y = nn.BatchNorm2d(3)
+    convert_batch_norm(net)
+    assert isinstance(net.x, BatchNorm)
+    assert net.x is net.y
+
+
+def test_statistics_of_a_half_layer_are_widened():
+    layer = BatchNorm.from_native(nn.BatchNorm1d(3).half())
+    assert layer.gamma.dtype == torch.float16
+    assert layer.moving_mean.dtype == layer.moving_var.dtype == torch.float32
+
+
 def test_the_module_itself():
     assert isinstance(convert_batch_norm(nn.BatchNorm1d(3)), BatchNorm)
     assert isinstance(convert_batch_norm(BatchNorm.from_native(nn.BatchNorm3d(3)), to_native=True), nn.BatchNorm3d)
