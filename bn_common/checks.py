@@ -162,8 +162,8 @@ def check_number_of_batches(given: object) -> None:
     """An integer >= 0, or an array of no dimension and an integer dtype."""
     if not isinstance(given, tuple):
         check_int("num_batches_tracked", given, 0)
-    elif given[0] != () or "int" not in given[1]:
-        raise ValueError(f"num_batches_tracked is {given[1]} of shape {given[0]}; allowed: one integer")
+    elif tuple(given[0]) != () or "int" not in given[1]:
+        raise ValueError(f"num_batches_tracked is {given[1]} of shape {tuple(given[0])}; allowed: one integer")
 
 
 def check_mask(mask_shape: Sequence[int], mask_dtype: str, shape: Sequence[int]) -> None:

@@ -304,7 +304,12 @@ def test_groups_of_devices():
 
 
 def test_complex_as_flax_has_it():
-    """var is the mean of |x - mu|^2; y has unit variance."""
+    """var is the mean of |x - mu|^2; y has unit variance. Real parameters beside complex x are promoted implicitly."""
+    with jax.numpy_dtype_promotion("standard"):
+        complex_layer()
+
+
+def complex_layer():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(64, 3)) + 1j * rng.normal(2, 3, size=(64, 3)), jnp.complex64)
     layer = jax_bn.BatchNorm(momentum=0.9, use_running_average=False, dtype=jnp.complex64)

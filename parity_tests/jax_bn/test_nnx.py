@@ -57,7 +57,8 @@ def test_same_as_linen(options, dtypes):
     mask = jnp.asarray(np.random.default_rng(1).uniform(size=(8, 1, 1)) < 0.7)
     options = options | {"dtype": dtype, "param_dtype": jnp.dtype(param_dtype)}
     for given in ({}, {"mask": mask}):
-        layer = jax_bn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+        # Left to itself, NNX promotes to its statistics' dtype, too; Flax's own comparison with linen says this as well.
+        layer = jax_bn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), promote_dtype=lambda arrays, **_: arrays, **options)
         linen = jax_bn.BatchNorm(use_running_average=False, **options)
         variables = linen.init(jax.random.key(0), x)
         y, new = linen.apply(variables, x, mutable=["batch_stats"], **given)
@@ -66,6 +67,16 @@ def test_same_as_linen(options, dtypes):
         np.testing.assert_array_equal(y, z)
         np.testing.assert_array_equal(new["batch_stats"]["mean"], layer.mean[...])
         np.testing.assert_array_equal(new["batch_stats"]["var"], layer.var[...])
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("param_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("x_dtype", ["float16", "float32"])
+def test_result_dtype_is_that_of_flax(dtype, param_dtype, x_dtype):
+    options = {"dtype": dtype, "param_dtype": jnp.dtype(param_dtype), "rngs": nnx.Rngs(0)}
+    x = x_like((8, 3)).astype(x_dtype)
+    ours, theirs = jax_bn.nnx.BatchNorm(3, **options), nnx.BatchNorm(3, **options)
+    assert ours(x).dtype == promoting(theirs, x).dtype
 
 
 def test_trained_under_jit():
