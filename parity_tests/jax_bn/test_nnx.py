@@ -57,7 +57,7 @@ def test_same_as_linen(options, dtypes):
     mask = jnp.asarray(np.random.default_rng(1).uniform(size=(8, 1, 1)) < 0.7)
     options = options | {"dtype": dtype, "param_dtype": jnp.dtype(param_dtype)}
     for given in ({}, {"mask": mask}):
-        # Left to itself, NNX promotes to its statistics' dtype, too; Flax's own comparison with linen says this as well.
+        # Left to itself, NNX promotes to its statistics' dtype, too; Flax's own comparison with linen does the same.
         layer = jax_bn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), promote_dtype=lambda arrays, **_: arrays, **options)
         linen = jax_bn.BatchNorm(use_running_average=False, **options)
         variables = linen.init(jax.random.key(0), x)
