@@ -51,6 +51,7 @@ def precise_statistics(
       New variables.
 
     Raises:
+      TypeError: apply is no function; for an NNX model, see `precise_statistics_nnx`.
       ValueError: no batch, no batch norm that moves statistics, or one whose input is not finite.
     """
     unbiased: dict[Path, bool] = {}
@@ -73,6 +74,8 @@ def precise_statistics(
             apply(variables, batch)
         return found
 
+    if isinstance(apply, nnx.Module) or not callable(apply):
+        raise TypeError(f"apply is {type(apply).__name__}; allowed: a function of (variables, batch)")
     jitted = jax.jit(observe)
     seen: dict[Path, FeatureStatistics] = {}
     for batch in batches:
@@ -94,19 +97,24 @@ def precise_statistics_nnx(
     """`precise_statistics` for an NNX model: the statistics of its `jax_bn.nnx.BatchNorm` layers are replaced in place.
 
     Everything else runs in eval mode meanwhile, the batch norms in training mode; the modes are then as they were.
+    Layers with frozen statistics keep them.
 
     Args:
       model: the trained network.
       batches: the data set; an iterable, read once.
-      forward: how a batch goes through the model, `nnx.jit` of a function if it is to be compiled (default:
-        model(batch)).
+      forward: how a batch goes through the model, forward(model, batch); `nnx.jit` of a function if it is to be
+        compiled (default: model(batch)).
 
     Raises:
+      TypeError: no NNX model.
       ValueError: no `jax_bn.nnx.BatchNorm` that moves statistics, no batch, or an input that is not finite. No
         statistic has changed then.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"the model is {type(model).__name__}; allowed: a flax.nnx.Module")
     layers = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, NNXBatchNorm)}
     layers = {path: layer for path, layer in layers.items() if not layer.frozen_statistics}
+    require(bool(layers), "the number of jax_bn.nnx.BatchNorm in the model", 0, "1 or more, with statistics that move")
     seen: dict[Any, FeatureStatistics] = {}
     before = nnx.clone(nnx.state(model))
     modes = {path: dict(_modes(module)) for path, module in nnx.iter_modules(model)}
@@ -166,4 +174,5 @@ def _name(path: Any) -> str:
 
 
 def _require_any(seen: Mapping[Any, FeatureStatistics]) -> None:
-    require(bool(seen), "the number of batch norms that a batch came through in training mode", 0, "1 or more")
+    allowed = "1 or more: batches, batch norms, and these in training mode"
+    require(bool(seen), "the number of batch norms that a batch came through in training mode", 0, allowed)

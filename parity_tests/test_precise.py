@@ -151,7 +151,7 @@ def test_refused_and_nothing_changed():
     x = torch.tensor(data())
     bad = torch.full_like(x, torch.nan)
     cases = [
-        (model, [], "no batch came through"),
+        (model, [], "number of batches that came through a batch norm is 0"),
         (model, [x, bad], "NaN or infinite"),
         (model, [x, x[:1]], "number of values per channel is 1"),
         (torch.nn.Linear(3, 3), [x], "batch norms in the module is 0"),
@@ -173,6 +173,12 @@ def test_refused_and_nothing_changed():
     with pytest.raises(ValueError, match="in training mode is 0"):
         precise_statistics(lambda v, x: apply(v, x, True), variables, [jnp.asarray(data())])
     layer = jax_bn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="apply is BatchNorm"):
+        precise_statistics(layer, variables, [])
+    with pytest.raises(TypeError, match="the model is BatchNorm"):
+        precise_statistics_nnx(linen, [])
+    with pytest.raises(ValueError, match=r"jax_bn.nnx.BatchNorm in the model is 0"):
+        precise_statistics_nnx(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), [])
     with pytest.raises(ValueError, match="NaN or infinite"):
         precise_statistics_nnx(layer, [jnp.asarray(data()), jnp.full((4, 3), jnp.nan)])
     assert not layer.mean[...].any()

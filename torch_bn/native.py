@@ -12,7 +12,9 @@ def convert_batch_norm(module: nn.Module, *, to_native: bool = False) -> nn.Modu
     """Swap every native batch norm in a model for `torch_bn.BatchNorm`, or with to_native back again.
 
     The children are swapped in place, a layer that stands in several places stays one; if the module itself is a batch
-    norm, its successor is returned. Predictions, parameters and statistics are the same before and after.
+    norm, its successor is returned. Predictions, parameters and statistics are the same before and after; their names
+    in the state_dict are each kind's own (weight or gamma), so load a checkpoint before the swap. Back again go layers
+    that keep the unbiased variance, as PyTorch's do; for others, see `BatchNorm.to_native`.
 
     Returns:
       The module.

@@ -24,7 +24,8 @@ def precise_statistics(
     A moving average remembers the last batches only, and the network has changed under it. Here the network stays as
     it is: each batch goes through it once, normalised with its own statistics, as in training; and of all that comes in
     at a batch norm, over all batches, mean and variance are taken, merged exactly from (m, mean, squared deviations) in
-    float64 (Chan, Golub and LeVeque 1979). One batch is held at a time; batches may differ in size.
+    float64 (Chan, Golub and LeVeque 1979). One batch is held at a time; batches may differ in size, but behind a
+    linear layer two examples are the least (`drop_last=True` of a loader).
 
     The variance is the unbiased one, as in Algorithm 2, where the layer keeps the unbiased (PyTorch's layers do), else
     the biased. Dropout and all that is no batch norm runs in eval mode meanwhile; the modes are then as they were.
@@ -33,7 +34,8 @@ def precise_statistics(
     Args:
       module: the trained network; its batch norms are `torch_bn.BatchNorm` or PyTorch's own.
       batches: the data set; an iterable, read once.
-      forward: how a batch goes through the module (default: module(batch)).
+      forward: how a batch goes through the module (default: module(batch)); for a loader of pairs of images and
+        labels, lambda module, batch: module(batch[0]).
 
     Raises:
       ValueError: no batch norm in the module, no batch, a batch norm that no batch came through, or whose input is not
@@ -79,7 +81,8 @@ def precise_statistics(
             for name, value in buffers.items():
                 layer.get_buffer(name).copy_(value)
     missing = [name for layer, name in layers.items() if layer not in seen]
-    require(not missing, "the batch norms that no batch came through", ", ".join(missing), "none")
+    require(bool(seen), "the number of batches that came through a batch norm", 0, "1 or more")
+    require(not missing, f"the number of batches that came through {', '.join(missing)}", 0, "1 or more")
     for layer, statistics in seen.items():  # all is looked at before anything is changed
         enough = np.min(statistics.num_examples) >= 2
         require(bool(enough), f"the number of values per channel of {layers[layer]}", 1, "2 or more")
