@@ -90,6 +90,8 @@ def _add_up(x: Array) -> Array:
     would do anew for every element that their sum is spread over.
     """
     n = x.shape[0]
+    if n <= 8:
+        return x.sum(0)
     columns = next(k for k in range(math.isqrt(n), 0, -1) if n % k == 0)
     rows = x.reshape(n // columns, columns, -1).sum(1)
     return jnp.matmul(jnp.ones(n // columns, x.dtype), rows, precision=lax.Precision.HIGHEST)

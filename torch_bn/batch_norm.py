@@ -279,7 +279,7 @@ class _NormalizeBatch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         m = _num_values(d, mask)
         if _kernel_adds_exactly(d, mask):
-            mean, unbiased = torch.zeros_like(_one_of(d, None)), torch.zeros_like(_one_of(d, None))
+            mean, unbiased = d.new_zeros(d.shape[1]), d.new_zeros(d.shape[1])
             # momentum 1: the running statistics become the batch's; of the variance nothing else is given.
             y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, unbiased, True, 1.0, eps)
             return y, mean, unbiased * ((m - 1) / m)
