@@ -105,10 +105,12 @@ class BatchNorm(nnx.BatchNorm):
         if train and self.observed is not None:
             groups = {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
             num_values, *others, _ = batch_statistics(x, axis=self.axis, mask=mask, **groups)
-            self.observed.set_value(jnp.stack([jnp.broadcast_to(num_values, shape), *others]))
+            self.observed[...] = jnp.stack([jnp.broadcast_to(num_values, shape), *others])
         if train:
-            self.mean.set_value(moved.mean)
-            self.var.set_value(moved.var)
+            # A variable that is a reference is written to while a derivative is taken: as in Flax, without its own.
+            is_reference = self.mean._can_update or self.var._can_update
+            for variable, value in (self.mean, moved.mean), (self.var, moved.var):
+                variable[...] = jax.lax.stop_gradient(value) if is_reference else value
             if tracked is not None:
-                tracked.set_value(tracked.get_value() + 1)
+                tracked[...] = tracked[...] + 1
         return y
