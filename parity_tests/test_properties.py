@@ -41,7 +41,7 @@ def cases(draw):
 
 @pytest.mark.parametrize("name", ["float32", "float64"])
 @pytest.mark.parametrize("wing", WINGS)
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_exact(wing, name, case):
     arrays, options = case
