@@ -1,1 +1,23 @@
-"""The bridge between the two wings, and the only package that imports both frameworks."""
+"""The bridge between the two wings, and the only package that imports both frameworks.
+
+Each name is imported when it is asked for: `python -m parity dump` needs one framework, `compare` none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Name -> the module that it lives in.
+_NAMES = {"check": "checking", "assert_parity": "testing", "Report": "report"}
+_MODULES = ("compare", "convert", "files", "kinds", "offline", "report", "rules", "trajectory", "weights")
+
+__all__ = ["Report", "assert_parity", "check", "weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"parity.{_NAMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"parity.{name}")
+    raise AttributeError(f"module 'parity' has no attribute {name!r}")

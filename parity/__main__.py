@@ -1,0 +1,73 @@
+"""The bridge from the command line.
+
+    python -m parity check                                     this project's own two wings, everything
+    python -m parity check nets.torch:net nets.flax:net --shape 8,3,32,32 --html report.html
+    python -m parity trace nets.torch:net nets.flax:net --inputs batch.npz --eval
+    python -m parity dump nets.torch:net --inputs batch.npz --out a            where there is only PyTorch
+    python -m parity dump nets.flax:net --inputs batch.npz --out b --weights a    where there is only JAX
+    python -m parity compare a b                               anywhere
+    python -m parity convert --help                            weights from one framework to the other
+    python -m parity train --help                              both sides trained in lockstep
+
+Exit status: 0 if they agree, 1 if anything differs, 2 if it could not be compared: a mistake on the command line (one
+line says what was given and what is allowed), or an error in a module (with its traceback).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from bn_common.command_line import parse, refuse
+
+# Commands that have a main(args) of their own, and where.
+ELSEWHERE = {"convert": "parity.convert", "train": "parity.trajectory"}
+COMMANDS = "check", "convert", "trace", "train", "dump", "compare"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit status.
+
+    Raises:
+      SystemExit: a mistake on the command line (2), or --help (0).
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] in (["-h"], ["--help"]):
+        print((__doc__ or "").strip())
+        return 0
+    command, rest = given[0] if given else "", given[1:]
+    prog = f"python -m parity {command}"
+    if command not in COMMANDS:
+        refuse("python -m parity", f"command is {command!r}; allowed: {', '.join(COMMANDS)}, or --help")
+    try:
+        if command in ELSEWHERE:
+            return int(importlib.import_module(ELSEWHERE[command]).main(rest) or 0)
+        if command == "check" and not any(":" in part or part in ("-h", "--help") for part in rest):
+            return int(importlib.import_module("parity.matrix").main(rest) or 0)
+        return _run(command, rest, prog)
+    except (ValueError, TypeError) as error:
+        if "allowed:" not in str(error):
+            return _failed()
+        refuse(prog, str(error))
+    except Exception:  # of a stranger's module; exit status 1 would say that two sides differ
+        return _failed()
+
+
+def _run(command: str, rest: Sequence[str], prog: str) -> int:
+    from parity import commands
+
+    kinds = {"check": commands.Check, "trace": commands.Trace, "dump": commands.Dump, "compare": commands.Compare}
+    kind: Any = kinds[command]
+    return parse(kind, rest, prog=prog, description=kind.__doc__ or "").run()
+
+
+def _failed() -> int:
+    traceback.print_exc()
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

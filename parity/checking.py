@@ -1,0 +1,402 @@
+"""`parity.check`: are these two modules the same network, and if not, where do they part, and why?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import torch
+from flax import nnx
+from numpy.typing import NDArray
+
+from parity import diagnose, flax_side, torch_side
+from parity.identify.finding import Finding
+from parity.noise import Noise
+from parity.pairing import Pairing, pair_layers
+from parity.precision import OwnInputs, precision_findings
+from parity.recording import Layer, Recording
+from parity.report import Diagnosis, Divergence, LayerRow, Report
+from parity.steps import BOUND as STEP_BOUND
+from parity.steps import flax_steps, rule_findings, step_differences, torch_steps
+from parity.trace import Difference, Forcing, Translation, apply_layout, differences, flat_layout_inputs
+
+# What float64 leaves of a network that is the same on both sides is 1e-15 to 1e-12 (`parity/compare.py`); the smallest
+# known mistake, another epsilon under a variance of 1, is above 1e-7.
+FORWARD_BOUND, BACKWARD_BOUND = 1e-10, 1e-9
+# Above this no rounding of a float32 inside a float64 run explains a difference of a single layer.
+MOST_NOISE = 1e-5
+
+
+def check(
+    torch_module: torch.nn.Module,
+    flax_module: Any,
+    *inputs: NDArray,
+    train: bool = True,
+    variables: Any = None,
+    flax_inputs: Sequence[NDArray] | None = None,
+    flax_call: Callable | None = None,
+    layer_map: Mapping[str, str] | None = None,
+    loss: tuple[Callable, Callable] | None = None,
+    steps: int = 0,
+    optimizers: tuple[Callable, Any] | None = None,
+) -> Report:
+    """Compare a PyTorch module with a Flax module: every layer forward and backward, the statistics, the optimiser.
+
+    Both run in float64, each lifted to it, so that mistakes stand out from rounding; then in float32. If anything
+    differs, once more in single-layer mode, in which every layer is given PyTorch's input, and each local difference is
+    traced to the mistake that makes it. Neither module is changed. The bounds are those of rounding: 1e-10 forward and
+    1e-9 backward, relative to the largest value of an array, or, where a side computes in float32 inside, 30 times the
+    rounding measured there.
+
+    Args:
+      torch_module: any module.
+      flax_module: a linen module or an `nnx.Module`.
+      *inputs: numpy arrays in PyTorch's layout, as the PyTorch module takes them. Floating arrays of rank 3 and more go
+        to Flax channels last.
+      train: train or eval mode. In training, dropout is switched off on both sides.
+      variables: Flax's own variables (an `nnx.State` for NNX), which are then examined too: "is my own conversion
+        right?". None: PyTorch's weights are carried over: "are these two the same network?".
+      flax_inputs: what Flax is given instead, in its layout.
+      flax_call: flax_call(module, variables, *inputs, train) returns what `module.apply` gives, where the way to tell
+        train from eval is not found in the module's signature.
+      layer_map: {PyTorch's dotted name: Flax's path "a/b"} of layers that are not paired rightly by order and kind.
+      loss: (torch_loss, jax_loss), each a function of the output. None: the same fixed random projection.
+      steps: how many steps of training to compare, on these inputs.
+      optimizers: (parameters -> torch optimizer, optax.GradientTransformation), needed for steps.
+
+    Returns:
+      The report: `ok`, `first_divergence`, `diagnoses`, `layers`.
+
+    Raises:
+      TypeError: an argument of another kind.
+      ValueError: no input, an unknown layer in layer_map, steps without optimizers, an input of another number.
+      Exception: what either module raises on these inputs.
+    """
+    _check_arguments(torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the user's modules: an eager run in float64 meets more of them
+        comparison = _Comparison(torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss)
+        comparison.carry(variables)
+        comparison.run()
+        if steps:
+            assert optimizers is not None
+            comparison.train(steps, optimizers)
+        return comparison.report()
+
+
+class _Comparison:
+    """One comparison, step by step."""
+
+    def __init__(self, torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss) -> None:
+        self.torch_module, self.flax_module = torch_module, flax_module
+        self.inputs, self.train_mode = [np.asarray(a) for a in inputs], train
+        given = None if flax_inputs is None else [np.asarray(a) for a in flax_inputs]
+        self.flax_inputs = flat_layout_inputs(self.inputs) if given is None else given
+        self.torch_loss, self.jax_loss = loss or (None, None)
+        self.notes: list[str] = []
+        self.located: list[diagnose.Located] = []
+        self.float64 = True
+        self.torch = self._torch_run(float64=True)
+        self.side = flax_side.side_of(flax_module, flax_call)
+        self.flax_layers, shapes = flax_side.structure(self.side, self.flax_inputs, train=train)
+        self.initial = shapes
+        order = list(dict.fromkeys(call.path for call in self.torch.calls))
+        layers = [self.torch.layers[path] for path in order]
+        layers += [layer for path, layer in self.torch.layers.items() if path not in order]
+        torch_shapes = {name: a.shape for name, a in self.torch.tensors.items()}
+        flax_shapes = {name: tuple(v.shape) for name, v in shapes.items()}
+        self.pairing: Pairing = pair_layers(
+            _called_first(layers, order), list(self.flax_layers.values()), (torch_shapes, flax_shapes), layer_map
+        )
+        self.translation = Translation(self.torch, self.pairing)
+        self.free: list[Difference] = []
+        self.local: list[Difference] = []
+        self.rows32: dict[tuple, tuple[float, float]] = {}
+        self.noise: Noise | None = None
+
+    def _torch_run(self, *, float64: bool, inputs: Sequence[NDArray] | None = None) -> Recording:
+        return torch_side.record(
+            self.torch_module,
+            self.inputs if inputs is None else inputs,
+            train=self.train_mode,
+            float64=float64,
+            loss=self.torch_loss,
+        )
+
+    def _flax_run(self, *, float64: bool = True, force: Any = None, gradients: bool = True, **kwargs: Any) -> Recording:
+        return flax_side.record(
+            self.side,
+            self.flax_layers,
+            kwargs.pop("variables", self.variables),
+            kwargs.pop("inputs", self.flax_inputs),
+            train=self.train_mode,
+            float64=float64,
+            loss=self.jax_loss,
+            projections=self._projections,
+            force=force,
+            gradients=gradients,
+            **kwargs,
+        )
+
+    def _projections(self, outputs: Sequence[Any]) -> list[NDArray]:
+        """The default loss's weights in the layout of Flax's outputs."""
+        weights = torch_side.projections(self.torch.outputs)
+        moved = [apply_layout(self.translation.chosen.get(("result", i), ("same",)), w) for i, w in enumerate(weights)]
+        fallback = torch_side.projections(outputs)
+        return [
+            moved[i] if i < len(moved) and moved[i].shape == v.shape else fallback[i] for i, v in enumerate(outputs)
+        ]
+
+    def carry(self, variables: Any) -> None:
+        """Fills in Flax's variables: PyTorch's, or the user's own, which are examined."""
+        expected = self._complete(self.pairing.to_flax(self.torch.tensors))
+        given = None if variables is None else self._given(variables)
+        self.variables = expected if given is None else self._usable(given, expected)
+        # Layer by layer, without gradients: in which order what is flattened arrives, and the network's output.
+        forced = self._flax_run(force=Forcing(self.translation), gradients=False)
+        for i, output in enumerate(forced.outputs[: len(self.torch.outputs)]):
+            self.translation.result(i, output)
+        flattened = dict(self.translation.flattens())
+        for path, shape in flattened.items():
+            self.pairing.with_flatten(path, shape)
+        expected = self._complete(self.pairing.to_flax(self.torch.tensors))
+        self.variables = expected if given is None else self._usable(given, expected)
+        if given is not None:
+            self.located += diagnose.conversion_findings(self.translation, expected, given, self.torch)
+
+    def _complete(self, carried: dict[str, Any]) -> dict[str, Any]:
+        """All that Flax's module wants: what PyTorch has not is 0, a scale or variance 1."""
+        for name, v in self.initial.items():
+            if name not in carried:
+                last = name.rpartition("/")[2]
+                is_one = diagnose.role_of(last, not name.startswith("params/")) in ("scale", "var") and len(v.shape) < 2
+                carried[name] = np.ones(v.shape) if is_one else np.zeros(v.shape)
+        return carried
+
+    def _given(self, variables: Any) -> dict[str, Any]:
+        if isinstance(variables, nnx.State):
+            return flax_side.nnx_state(variables)
+        return flax_side.flat(variables)
+
+    def _usable(self, given: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+        """The user's variables; what is missing or has no fitting shape is replaced, so that the run can go on."""
+        usable = {n: v for n, v in given.items() if n not in expected or np.shape(v) == np.shape(expected[n])}
+        return {**expected, **usable}
+
+    def run(self) -> None:
+        """Each side on its own; if they differ, layer by layer, and what is behind it."""
+        free = self._flax_run_whole()
+        self.free = differences(self.translation, free, train=self.train_mode)
+        self.free += self._loss_difference(free)
+        self._run_float32()
+        left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
+        if not self._failing(self.free) and not self.located and not left:
+            return
+        forced = self._flax_run(force=Forcing(self.translation))
+        self.local = differences(self.translation, forced, train=self.train_mode)
+        if any(self.bound(d) < d.error < 1e-3 for d in (*self.free, *self.local)):
+            self.noise = Noise(self._torch_run, self._flax_run, self.torch, free, self.translation, self.inputs, self.flax_inputs)
+        bounds = {d: self.bound(d, local=True) for d in self.local}
+        if any(d.error > bounds[d] for d in self.local) or left or self.located:
+            found = diagnose.Diagnosis(
+                self.translation, forced, self.local, bounds, train=self.train_mode, flax_inputs=forced.inputs
+            ).run()
+            explained = {(f.layer, f.finding.code) for f in self.located}
+            charged = {f.layer for f in self.located}
+            # Where the user's own conversion is at fault, the layer need not be accused as well.
+            self.located += [
+                f for f in found
+                if (f.layer, f.finding.code) not in explained
+                and not (f.finding.code == "unexplained" and f.layer in charged)
+            ]
+        if self.torch_loss is not None:
+            self.located += diagnose.loss_findings(self.translation, forced, FORWARD_BOUND)
+
+    def _flax_run_whole(self) -> Recording:
+        """The free run with gradients; without, as far as it goes, where other shapes stop it."""
+        try:
+            return self._flax_run()
+        except Exception:
+            return self._flax_run(gradients=False)
+
+    def _loss_difference(self, free: Recording) -> list[Difference]:
+        if self.torch_loss is None or self.torch.loss is None or free.loss is None or free.failure is not None:
+            return []
+        scale = max(abs(self.torch.loss), 1e-30)
+        return [Difference("loss", ("", 0), "", "value", abs(self.torch.loss - free.loss) / scale)]
+
+    def _run_float32(self) -> None:
+        """The same in the dtype that the modules have: for the report, and for products in lower precision."""
+        try:
+            torch32, flax32 = self._torch_run(float64=False), self._flax_run(float64=False)
+        except Exception:
+            return
+        mine = Translation(torch32, self.pairing)
+        mine.chosen = self.translation.chosen
+        self.rows32 = {
+            _which(d): (d.error, float("nan")) for d in differences(mine, flax32, train=self.train_mode)
+        }
+        exact = self._flax_run(force=OwnInputs(flax32), gradients=False)
+        self.located += precision_findings(
+            self.translation, self.torch_module, torch32, flax32, exact, train=self.train_mode
+        )
+
+    def bound(self, d: Difference, *, local: bool = False) -> float:
+        """What rounding explains of a difference."""
+        if d.phase == "optimizer":
+            return STEP_BOUND
+        bound = BACKWARD_BOUND if d.phase == "backward" else FORWARD_BOUND
+        if self.noise is None:
+            return bound
+        measured = 30 * self.noise.of(d)
+        return max(bound, min(measured, MOST_NOISE) if local else measured)
+
+    def _failing(self, found: Iterable[Difference]) -> list[Difference]:
+        return [d for d in found if not d.error <= self.bound(d)]
+
+    def train(self, steps: int, optimizers: tuple[Callable, Any]) -> None:
+        """The two optimisers' rules by themselves; and, if all agreed so far, steps of training in lockstep."""
+        located, notes = rule_findings(self.pairing, self.torch, optimizers)
+        self.located += located
+        self.notes += notes
+        if self._failing(self.free):
+            return
+        factory, transform = optimizers
+        torch_states = torch_steps(
+            self.torch_module, self.inputs, factory, steps, train=self.train_mode, loss=self.torch_loss
+        )
+        flax_states = flax_steps(
+            self.side,
+            self.variables,
+            self.flax_inputs,
+            transform,
+            steps,
+            train=self.train_mode,
+            loss=self.jax_loss,
+            projections=self._projections,
+        )
+        self.free += step_differences(self.pairing, self.torch, torch_states, flax_states)
+
+    def report(self) -> Report:
+        """What was found."""
+        if torch_side.has_dropout(self.torch_module) and self.train_mode:
+            self.notes.append("dropout was switched off on both sides, as it is random in training")
+        located = sorted(
+            self.located, key=lambda f: (diagnose.PHASE_ORDER[f.phase], f.position)
+        )
+        failing = self._failing(self.free)
+        order = {phase: i for i, phase in enumerate(diagnose.PHASE_ORDER)}
+        first = min(failing, key=lambda d: order[d.phase], default=None)
+        local_ok = self.local and not located and not any(d.error > self.bound(d, local=True) for d in self.local)
+        if local_ok and all(np.isfinite(d.error) and d.error < 1e-3 for d in failing):
+            first, failing = None, []  # every layer agrees to rounding: what is left is rounding carried along
+        known = [f for f in located if f.finding.code != "unexplained"]
+        chosen = known or located[:1]
+        diagnoses = list(dict.fromkeys(
+            Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in chosen
+        ))
+        divergence = self._divergence(first, located)
+        if divergence is not None and not diagnoses:
+            text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
+            diagnoses = [Diagnosis("unexplained", divergence.torch_layer, text, divergence.flax_layer)]
+        return Report(divergence, diagnoses, self._rows(), self.notes, self._details())
+
+    def _divergence(self, first: Difference | None, located: Sequence[diagnose.Located]) -> Divergence | None:
+        if first is None:
+            if not located:
+                return None
+            f = located[0]
+            phase = "backward" if f.finding.code in ("bias-missing", "affine-missing") else f.phase
+            return Divergence(phase, f.layer, f.flax_layer, float("inf"), FORWARD_BOUND, "a parameter of one side only"
+                              if phase == "backward" else "output")
+        torch_layer, flax_layer = first.key[0], first.flax_layer
+        here = [f for f in located if f.key == first.key and f.phase == first.phase and first.phase == "forward"]
+        if first.quantity == "input" or first.key == ("", 0):
+            glue = [f for f in here if f.finding.role or first.quantity == "input"]
+            if glue:
+                torch_layer, flax_layer = glue[0].layer, glue[0].flax_layer
+            elif first.key == ("", 0) and self.torch.calls and first.phase == "forward":
+                torch_layer = self.torch.calls[-1].path
+        if first.phase == "loss":
+            torch_layer = flax_layer = ""
+        return Divergence(first.phase, torch_layer, flax_layer, first.error, self.bound(first), first.quantity)
+
+    def _rows(self) -> list[LayerRow]:
+        kinds = {pair.torch.path: pair.kind for pair in self.pairing.layers}
+        local = {_which(d): d.error for d in self.local}
+        return [
+            LayerRow(
+                d.phase,
+                d.key[0],
+                d.flax_layer,
+                kinds.get(d.key[0], ""),
+                d.quantity,
+                d.error,
+                self.bound(d),
+                self.rows32[_which(d)][0] if _which(d) in self.rows32 else None,
+                None,
+                local.get(_which(d)),
+            )
+            for d in self.free
+        ]
+
+    def _details(self) -> dict[str, Any]:
+        return {
+            "mode": "train" if self.train_mode else "eval",
+            "dtype": "float64, and float32 beside it",
+            "torch": torch.__version__,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "numpy": np.__version__,
+            "torch_module": type(self.torch_module).__name__,
+            "flax_module": type(self.flax_module).__name__,
+        }
+
+
+def _which(d: Difference) -> tuple:
+    return d.phase, d.key, d.quantity
+
+
+def _called_first(layers: Sequence[Layer], order: Sequence[str]) -> list[Layer]:
+    """A layer that was never called in this run takes part with its tensors only."""
+    for layer in layers:
+        layer.is_called = layer.is_called and layer.path in order
+    return list(layers)
+
+
+def _check_arguments(torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers) -> None:
+    def require(fine: bool, name: str, given: Any, allowed: str, kind: type[Exception] = TypeError) -> None:
+        if not fine:
+            raise kind(f"{name} is {given}; allowed: {allowed}")
+
+    require(isinstance(torch_module, torch.nn.Module), "torch_module", type(torch_module).__name__, "a torch.nn.Module")
+    flax_side.side_of(flax_module)
+    require(len(inputs) > 0, "inputs", "none", "one numpy array or more", ValueError)
+    for name, arrays in (("inputs", inputs), ("flax_inputs", flax_inputs or ())):
+        require(not isinstance(arrays, np.ndarray), name, "one array", "a sequence of arrays")
+        for a in arrays:
+            fine = hasattr(a, "__array__") and not isinstance(a, torch.Tensor)
+            require(fine, f"one of {name}", type(a).__name__, "numpy arrays")
+            require(np.asarray(a).dtype.kind in "fiub", f"one of {name}", np.asarray(a).dtype, "numbers")
+    require(isinstance(train, bool | np.bool_), "train", repr(train), "True or False")
+    require(flax_call is None or callable(flax_call), "flax_call", repr(flax_call), "a function, or None")
+    fine = layer_map is None or (
+        isinstance(layer_map, Mapping) and all(isinstance(x, str) for pair in layer_map.items() for x in pair)
+    )
+    require(fine, "layer_map", repr(layer_map), "{PyTorch's dotted name: Flax's path}")
+    fine = loss is None or (isinstance(loss, Sequence) and len(loss) == 2 and all(map(callable, loss)))
+    require(fine, "loss", repr(loss), "(torch_loss, jax_loss), or None")
+    require(isinstance(steps, int) and not isinstance(steps, bool), "steps", repr(steps), "an integer")
+    require(steps >= 0, "steps", steps, "0 or more", ValueError)
+    fine = optimizers is None or (
+        isinstance(optimizers, Sequence) and len(optimizers) == 2 and callable(optimizers[0]) and hasattr(optimizers[1], "update")
+    )
+    require(fine, "optimizers", repr(optimizers), "(parameters -> torch optimizer, optax.GradientTransformation), or None")
+    require(steps == 0 or optimizers is not None, "optimizers", None, "a pair, where steps > 0", ValueError)
+
+
+__all__ = ["Finding", "check"]

@@ -1,0 +1,340 @@
+"""From the differences in single-layer mode to the mistakes behind them: each place is given to its identification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity import kinds
+from parity.identify import glue, inputs, losses, norms, parameters, products
+from parity.identify.activations import activation_of
+from parity.identify.finding import Finding
+from parity.pairing import LayerPair, Pairing
+from parity.recording import Call, Recording
+from parity.trace import Difference, Translation
+
+STATISTICS = {"momentum-inverted", "momentum", "unbiased-variance", "statistics-frozen"}
+GRADIENTS = {"stopped-statistics-gradient"}
+PHASE_ORDER = {"forward": 0, "loss": 1, "backward": 2, "statistics": 3, "optimizer": 4}
+MOST_SOURCES = 8
+# What a finding's role charges: which of PyTorch's modules without tensors, by the names of their classes.
+ROLES = {
+    "activation": lambda name: not any(part in name for part in ("Pool", "Dropout", "Flatten", "Pad", "Upsample")),
+    "pool": lambda name: "Pool" in name,
+    "dropout": lambda name: "Drop" in name,
+}
+
+
+class Located(NamedTuple):
+    """A finding, and where.
+
+    Attributes:
+      phase: see `parity.report.PHASES`.
+      position: in PyTorch's order of execution.
+      layer: PyTorch's name of what is charged.
+      flax_layer: Flax's path.
+      finding: what was found.
+      key: PyTorch's call at which it shows.
+    """
+
+    phase: str
+    position: float
+    layer: str
+    flax_layer: str
+    finding: Finding
+    key: tuple[str, int] = ("", 0)
+
+
+class Diagnosis:
+    """Explains the local differences of one comparison."""
+
+    def __init__(
+        self,
+        translation: Translation,
+        forced: Recording,
+        local: Sequence[Difference],
+        bounds: Mapping[Difference, float],
+        *,
+        train: bool,
+        flax_inputs: Sequence[NDArray],
+    ) -> None:
+        self.translation, self.forced, self.train = translation, forced, train
+        self.torch: Recording = translation.torch
+        self.flax_calls = {call.key: call for call in forced.calls}
+        self.flax_inputs = flax_inputs
+        self.failing = [d for d in local if d.error > bounds[d]]
+        self.tolerance = {d: max(1e-9, min(bounds[d], 1e-5)) for d in local}
+
+    def run(self) -> list[Located]:
+        """All findings; forward in order of execution, then backward, then statistics."""
+        found: list[Located] = []
+        for position, call in enumerate(self.torch.calls):
+            pair = self.translation.pair_of.get(call.path)
+            mine = self.flax_calls.get((pair.flax.path, call.index)) if pair else None
+            if pair is None or mine is None:
+                continue
+            here = [d for d in self.failing if d.key == call.key]
+            if any(d.quantity == "input" for d in here):
+                found += self._glue(call, pair, mine, position, self._tolerance(call.key, "input"))
+            left = call.index == 0 and (pair.torch_left or pair.flax_left)
+            if any(d.quantity != "input" and d.quantity != "output gradient" for d in here) or left:
+                found += self._layer(call, pair, mine, position)
+        if any(d.key == ("", 0) and d.quantity == "output" for d in self.failing):
+            found += self._last_glue()
+        found = self._norm_after_activation(found)
+        return sorted(found, key=lambda f: (PHASE_ORDER[f.phase], f.position))
+
+    def _tolerance(self, key: tuple[str, int], quantity: str) -> float:
+        return max((t for d, t in self.tolerance.items() if d.key == key and d.quantity == quantity), default=1e-9)
+
+    def _sources(self, position: int) -> list[glue.Source]:
+        """What the glue before this call can have been made of, the most recent first."""
+        before = self.torch.calls[:position]
+        known = [c for c in before if c.path in self.translation.pair_of][-MOST_SOURCES:]
+        outputs = [glue.Source(f"the output of {c.path}", self.translation.output(c)) for c in reversed(known)]
+        arrived = [
+            glue.Source(f"the input of {c.path}", self.translation.input(c, 0))
+            for c in reversed(known)
+            if c.inputs and c.inputs[0].dtype.kind == "f"
+        ]
+        network = [glue.Source("the network's input", a) for a in self.flax_inputs if a.dtype.kind == "f"]
+        return outputs + arrived + network
+
+    def _glue(self, call: Call, pair: LayerPair, mine: Call, position: int, tolerance: float) -> list[Located]:
+        found: list[Finding] = []
+        for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
+            truth = self.translation.input(call, i)
+            if truth.dtype.kind != "f" or arrived.dtype.kind != "f":
+                if not np.array_equal(truth, arrived):
+                    found.append(Finding("unexplained", f"the integers that arrive at {call.path} differ"))
+                continue
+            if arrived.shape == truth.shape and np.abs(arrived - truth).max(initial=0) <= tolerance * np.abs(truth).max(initial=0):
+                continue
+            if position == 0 and self.flax_inputs:
+                given = inputs.findings(
+                    self.flax_inputs[0],
+                    truth,
+                    arrived,
+                    torch_input=self.torch.inputs[0],
+                    flax_input=self.flax_inputs[0],
+                    tolerance=tolerance,
+                )
+                if given and given[0].code != "unexplained":
+                    found += given
+                    continue
+            found += glue.findings(self._sources(position), truth, arrived, train=self.train, tolerance=tolerance)
+        return [self._located(f, call, pair.flax.path, position) for f in dict.fromkeys(found)]
+
+    def _located(self, finding: Finding, call: Call, flax_layer: str, position: int) -> Located:
+        """Glue is charged to PyTorch's own module where there is one, otherwise to the next layer."""
+        fits = ROLES.get(finding.role)
+        modules = [g for g in self.torch.glue if g.position == position and fits is not None and fits(g.class_name)]
+        layer = modules[0].path if modules else call.path
+        return Located("forward", position - 0.5, layer, flax_layer, finding, call.key)
+
+    def _last_glue(self) -> list[Located]:
+        found: list[Finding] = []
+        for i, output in enumerate(self.forced.outputs[: len(self.torch.outputs)]):
+            truth = self.translation.result(i, output)
+            tolerance = self._tolerance(("", 0), "output")
+            found += glue.findings(self._sources(len(self.torch.calls)), truth, output, train=self.train, tolerance=tolerance)
+        last = self.torch.calls[-1] if self.torch.calls else Call("", 0, [], np.zeros(0))
+        pair = self.translation.pair_of.get(last.path)
+        flax_layer = pair.flax.path if pair else ""
+        position = len(self.torch.calls)
+        return [self._located(f, last, flax_layer, position)._replace(key=("", 0)) for f in dict.fromkeys(found)]
+
+    def _layer(self, call: Call, pair: LayerPair, mine: Call, position: int) -> list[Located]:
+        quantities = [d for d in self.failing if d.key == call.key and d.quantity not in ("input", "output gradient")]
+        tolerance = max((self.tolerance[d] for d in self.tolerance if d.key == call.key), default=1e-9)
+        if pair.kind in kinds.NORMS:
+            found = self._norm(call, pair, mine, tolerance)
+        elif pair.kind in kinds.PRODUCTS:
+            found = products.findings(pair.kind, *self._product(call, pair, mine), tolerance=tolerance)
+        else:
+            found = []
+        found += self._left(pair, found)
+        if not found and quantities:
+            names = ", ".join(f"{d.quantity} by {d.error:.1e}" for d in quantities[:4])
+            found = [Finding("unexplained", f"{call.path} and {pair.flax.path} differ with the same input: {names}")]
+        return [
+            Located(_phase(f, quantities), position, call.path, pair.flax.path, f, call.key) for f in dict.fromkeys(found)
+        ]
+
+    def _left(self, pair: LayerPair, found: Sequence[Finding]) -> list[Finding]:
+        """Parameters that one side only has."""
+        if any(f.code in ("bias-missing", "affine-missing") for f in found):
+            return []
+        left = [(n, "PyTorch", "Flax") for n in pair.torch_left if n not in pair.torch.statistics]
+        left += [(n, "Flax", "PyTorch") for n in pair.flax_left if n not in pair.flax.statistics]
+        if not left:
+            return []
+        name, has, lacks = left[0]
+        is_bias = kinds.SHIFT.fullmatch(name.rpartition("/")[2].rpartition(".")[2]) is not None
+        code = "affine-missing" if pair.kind in kinds.NORMS and not all_bias(left) else "bias-missing" if is_bias else "unexplained"
+        return [Finding(code, f"{has}'s {pair.torch.path} has {', '.join(n for n, *_ in left)}, {lacks}'s has not")]
+
+    def _norm(self, call: Call, pair: LayerPair, mine: Call, tolerance: float) -> list[Finding]:
+        torch, flax = self._norm_side(call, pair, None), self._norm_side(call, pair, mine)
+        if pair.kind == "batch_norm":
+            return norms.batch_norm_findings(torch, flax, train=self.train, tolerance=tolerance)
+        if pair.kind == "group_norm":
+            return norms.group_norm_findings(torch, flax, tolerance=tolerance)
+        return norms.layer_norm_findings(torch, flax, tolerance=tolerance)
+
+    def _norm_side(self, call: Call, pair: LayerPair, mine: Call | None) -> norms.NormSide:
+        """PyTorch's side in Flax's layout, or (with Flax's call) Flax's; statistics only of a layer called once."""
+        tensors = self._tensors(pair, self.torch if mine is None else self.forced, mine is None)
+        once = sum(c.path == call.path for c in self.torch.calls) == 1
+        before, after = tensors["before"], tensors["after"] if once else {}
+        x = self.translation.input(call, 0)
+        y = self.translation.output(call) if mine is None else mine.output
+        dy = self.translation.gradient((call.key, "output"), call.output_gradient)
+        dx = call.input_gradients[0] if call.input_gradients else None
+        dx = self.translation.gradient((call.key, "input", 0), dx) if mine is None else (mine.input_gradients or [None])[0]
+        return norms.NormSide(
+            x, y, before.get("scale"), before.get("bias"), before.get("mean"), before.get("var"),
+            after.get("mean"), after.get("var"), dy, dx,
+        )  # fmt: skip
+
+    def _tensors(self, pair: LayerPair, recording: Recording, is_torch: bool) -> dict[str, dict[str, NDArray]]:
+        """This side's tensors of a layer by role, in Flax's layout, before and after the run."""
+        found: dict[str, dict[str, NDArray]] = {"before": {}, "after": {}, "gradient": {}}
+        sources = {"before": recording.tensors, "after": recording.new_statistics, "gradient": recording.gradients}
+        layer = pair.torch if is_torch else pair.flax
+        moves = {t.torch_name: t.to_flax for t in pair.tensors} if is_torch else {}
+        for local, full in layer.tensors.items():
+            role = role_of(local, local in layer.statistics)
+            for when, arrays in sources.items():
+                if full in arrays and role:
+                    a = arrays[full]
+                    a = moves[local](a) if local in moves else a
+                    found[when][role] = a.reshape(-1) if pair.kind == "batch_norm" else a
+        return found
+
+    def _product(self, call: Call, pair: LayerPair, mine: Call) -> tuple[products.ProductSide, products.ProductSide]:
+        sides = []
+        for is_torch in True, False:
+            tensors = self._tensors(pair, self.torch if is_torch else self.forced, is_torch)
+            kernel = tensors["before"].get("kernel", tensors["before"].get("scale"))
+            dkernel = tensors["gradient"].get("kernel", tensors["gradient"].get("scale"))
+            dx = call.input_gradients[0] if is_torch else mine.input_gradients[0] if mine.input_gradients else None
+            sides.append(
+                products.ProductSide(
+                    self.translation.input(call, 0),
+                    self.translation.output(call) if is_torch else mine.output,
+                    kernel,
+                    tensors["before"].get("bias"),
+                    self.translation.gradient((call.key, "output"), call.output_gradient),
+                    self.translation.gradient((call.key, "input", 0), dx) if is_torch else dx,
+                    dkernel if sum(c.path == call.path for c in self.torch.calls) == 1 else None,
+                    dict((pair.torch if is_torch else pair.flax).config),
+                )
+            )
+        return sides[0], sides[1]
+
+    def _norm_after_activation(self, found: list[Located]) -> list[Located]:
+        """An activation before a batch norm on one side and behind it on the other is one mistake."""
+        calls = self.torch.calls
+        for position, call in enumerate(calls[1:], 1):
+            pair = self.translation.pair_of.get(call.path)
+            before = [f for f in found if f.key == call.key and f.finding.role == "activation"]
+            if pair is None or pair.kind not in kinds.NORMS or not before:
+                continue
+            mine = self.flax_calls[pair.flax.path, call.index]
+            tolerance = self._tolerance(call.key, "input")
+            u = self.translation.input(call, 0), mine.arrived[0]
+            source = self.translation.output(calls[position - 1]) if calls[position - 1].path in self.translation.pair_of else None
+            if source is None or source.shape != u[0].shape:
+                continue
+            acts = [activation_of(source, side, tolerance) for side in u]
+            if "identity" not in acts or None in acts or acts[0] == acts[1]:
+                continue
+            early = "Flax" if acts[0] == "identity" else "PyTorch"
+            name = acts[1] if acts[0] == "identity" else acts[0]
+            behind = calls[position + 1].key if position + 1 < len(calls) else ("", 0)
+            after = [f for f in found if f.key == behind and f.position > position - 1 and f.finding.role == "activation"]
+            text = f"{early} applies {name} before {call.path}, the other side behind it"
+            if not after:
+                continue
+            found = [f for f in found if f not in before and f not in after]
+            found.append(
+                Located("forward", position - 0.5, call.path, pair.flax.path, Finding("norm-after-activation", text), call.key)
+            )
+        return found
+
+
+def all_bias(left: Sequence[tuple[str, str, str]]) -> bool:
+    """Whether all of these parameters are shifts."""
+    return all(kinds.SHIFT.fullmatch(name.rpartition("/")[2].rpartition(".")[2]) for name, *_ in left)
+
+
+def role_of(local: str, is_statistic: bool) -> str | None:
+    """What a tensor is to its layer: kernel, scale, bias, mean or var; by its name."""
+    name = local.rpartition("/")[2].rpartition(".")[2]
+    if is_statistic:
+        return "mean" if kinds.MEAN.fullmatch(name) else "var" if kinds.VAR.fullmatch(name) else None
+    if kinds.SHIFT.fullmatch(name):
+        return "bias"
+    return "kernel" if name in ("kernel", "filter") else "scale" if kinds.SCALE.fullmatch(name) or kinds.WEIGHT.fullmatch(name) else None
+
+
+def _phase(finding: Finding, quantities: Sequence[Difference]) -> str:
+    if finding.code in STATISTICS:
+        return "statistics"
+    if finding.code in GRADIENTS:
+        return "backward"
+    phases = {d.phase for d in quantities}
+    return min(phases, key=PHASE_ORDER.__getitem__) if phases else "backward"
+
+
+def conversion_findings(
+    translation: Translation, expected: Mapping[str, NDArray], given: Mapping[str, Any], torch: Recording
+) -> list[Located]:
+    """What is wrong with the user's own variables: each layer's against PyTorch's carried over."""
+    found: list[Located] = []
+    order = {call.path: i for i, call in reversed(list(enumerate(torch.calls)))}
+    flattened = dict(translation.flattens())
+    pairing: Pairing = translation.pairing
+    for pair in pairing.layers:
+        names = {t.flax_name: pair.flax.tensors[t.flax_name] for t in pair.tensors}
+        mine = {local: np.asarray(given[full], np.float64) for local, full in names.items() if full in given}
+        truth = {local: np.asarray(expected[full], np.float64) for local, full in names.items() if full in expected}
+        raw = {t.flax_name: torch.tensors[pair.torch.tensors[t.torch_name]] for t in pair.tensors if t.part is None}
+        if all(n in mine and mine[n].shape == a.shape and _same(mine[n], a) for n, a in truth.items()):
+            continue
+        got = parameters.findings(pair.kind, truth, mine, spatial=flattened.get(pair.torch.path), raw=raw)
+        position = order.get(pair.torch.path, len(order))
+        found += [Located("forward", position - 0.25, pair.torch.path, pair.flax.path, f, (pair.torch.path, 0)) for f in got]
+    for torch_name, flax_name, pair in pairing.loose:
+        truth, mine = np.asarray(expected[flax_name]), given.get(flax_name)
+        if mine is None or np.shape(mine) != truth.shape or not _same(np.asarray(mine), truth):
+            layer = torch_name.rpartition(".")[0]
+            finding = Finding("unexplained", f"{flax_name} does not hold PyTorch's {torch_name}")
+            found.append(Located("forward", order.get(layer, 0), layer, flax_name, finding, (layer, 0)))
+    return found
+
+
+def _same(a: NDArray, b: NDArray) -> bool:
+    """Equal to float32's rounding."""
+    return bool(np.abs(a - b).max(initial=0) <= 1e-6 * np.abs(b).max(initial=0))
+
+
+def loss_findings(translation: Translation, forced: Recording, bound: float) -> list[Located]:
+    """What is wrong with the losses, of the same output."""
+    torch = translation.torch
+    if torch.loss is None or forced.loss is None or not torch.outputs:
+        return []
+    gradient = translation.gradient(("result", 0), torch.output_gradients[0])
+    if gradient is None or forced.output_gradients[0] is None:
+        return []
+    scale = max(abs(torch.loss), 1e-30)
+    if abs(torch.loss - forced.loss) <= bound * scale and np.abs(forced.output_gradients[0] - gradient).max() <= bound * np.abs(gradient).max():
+        return []
+    got = losses.findings(
+        torch.loss, forced.loss, gradient, forced.output_gradients[0], translation.result(0), tolerance=max(bound, 1e-9)
+    )
+    return [Located("loss", len(torch.calls), "", "", f) for f in got]

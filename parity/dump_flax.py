@@ -1,0 +1,119 @@
+"""Flax's half of `parity dump`. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from parity import flax_side
+from parity.dumping import NOISE_STEP, forcing, loss_weights, noise_of, nudged, pairing_of
+from parity.recording import Recording
+from parity.recording_file import Dump
+
+ALLOWED = 'the name of a dump, or a .safetensors or .npz file with names like "params/Conv_0/kernel"'
+
+
+def dump_flax(
+    module: Any,
+    inputs: Sequence[NDArray],
+    *,
+    train: bool,
+    weights: str | Path | None = None,
+    other: Dump | None = None,
+    loss: Callable | None = None,
+    flax_call: Callable | None = None,
+    layer_map: Mapping[str, str] | None = None,
+) -> Dump:
+    """Record the module on these inputs, see `parity.offline.dump`."""
+    side = flax_side.side_of(module, flax_call)
+    layers, shapes = flax_side.structure(side, inputs, train=train)
+
+    def run(variables: Mapping[str, Any], arrays: Sequence[NDArray] = inputs, **options: Any) -> Recording:
+        return flax_side.record(side, layers, variables, arrays, train=train, loss=loss or default_loss, **options)
+
+    with flax_side.environment(float64=False):
+        variables = {name: np.asarray(v) for name, v in side.initial(inputs, train=train).items()}
+    forced = None
+    if other is not None and other.free.framework == "torch":
+        variables, forced = _carry(run, variables, other.free, layer_map)
+    elif other is not None:
+        variables |= _checked(other.free.tensors, shapes, str(weights))
+    elif weights is not None:
+        variables |= _checked(read_weights(Path(weights)), shapes, str(weights))
+    try:
+        free = run(variables)
+    except Exception:
+        if forced is None:
+            raise
+        free = run(variables, gradients=False)  # as far as it goes with PyTorch's weights
+    noise = {}
+    if free.failure is None:
+        noise = noise_of(free, *(run(variables, nudged(inputs, step)) for step in (NOISE_STEP, -NOISE_STEP)))
+    details = {"jax": jax.__version__, "flax": flax.__version__}
+    return Dump(free, forced, noise, details | ({} if other is None else {"fed_by": other.sha256}))
+
+
+def default_loss(output: Any) -> Any:
+    """See `parity.offline.loss_weights`."""
+    total = jnp.zeros((), jnp.float64)
+    for y in jax.tree.leaves(output):
+        if jnp.issubdtype(y.dtype, jnp.floating):
+            rows = y.reshape(len(y) if y.ndim else 1, -1)
+            total = total + (jnp.asarray(loss_weights(len(rows)), y.dtype) * jnp.sin(rows + 1).sum(1)).sum()
+    return total
+
+
+def _carry(
+    run: Callable, variables: dict[str, Any], other: Recording, layer_map: Mapping[str, str] | None
+) -> tuple[dict[str, Any], Recording]:
+    """The variables with a PyTorch dump's weights in them; and the run in single-layer mode with these."""
+    mine = run(variables, gradients=False)
+    pairing = pairing_of(other, mine, layer_map)
+    carried = _fitting(pairing.to_flax(other.tensors), variables)
+    # Layer by layer on PyTorch's inputs: what is flattened shows in which order it arrives.
+    probe = forcing(other, pairing)
+    first = run(carried, force=probe, gradients=False)
+    for i, output in enumerate(first.outputs[: len(other.outputs)]):
+        probe.translation.result(i, output)
+    for path, shape in dict(probe.translation.flattens()).items():
+        pairing.with_flatten(path, shape)
+    carried = _fitting(pairing.to_flax(other.tensors), variables)
+    return carried, run(carried, force=probe)
+
+
+def _fitting(carried: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: carried[n] if n in carried and np.shape(carried[n]) == np.shape(v) else v for n, v in variables.items()}
+
+
+def read_weights(path: Path, option: str = "--weights") -> dict[str, NDArray]:
+    """Variables by flat names from a .safetensors or .npz file.
+
+    Raises:
+      ValueError: another kind of file, or one that can't be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.numpy.load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                return {name: arrays[name] for name in arrays}
+    except Exception as error:  # each library has its own
+        raise ValueError(f"{option} is {path}, which can't be read ({error}); allowed: {ALLOWED}") from None
+    raise ValueError(f"{option} is {path}; allowed: {ALLOWED}")
+
+
+def _checked(given: Mapping[str, NDArray], shapes: Mapping[str, Any], name: str) -> Mapping[str, NDArray]:
+    problems = [f"lacks {n}" for n in shapes if n not in given]
+    problems += [f"has {n} of another shape" for n, v in shapes.items() if n in given and given[n].shape != v.shape]
+    problems += [f"has {n}, too" for n in given if n not in shapes]
+    if problems:
+        raise ValueError(f"--weights {name} {', '.join(problems)}; allowed: those of this module")
+    return given

@@ -1,0 +1,187 @@
+"""The layers of a Flax module or of variables, in order, and what stands behind a flatten. Never imports torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from parity import flax_side, kinds
+from parity.flax_side import LinenSide, NnxSide, Side
+from parity.kinds import Shape
+from parity.recording import Layer
+from parity.structure import Flattened, Guess, Structure, code, natural, read_code
+
+CARRIED = ("params", "batch_stats")
+
+
+def of_module(side: Side, guess: Guess) -> Structure:
+    """The layers in the order of execution on these inputs; nothing is computed.
+
+    Raises:
+      Exception: whatever the module raises on these inputs.
+    """
+    called: list[tuple[str, Any]] = []
+    outputs: list[tuple[str, Any]] = []
+    feeders: dict[str, str] = {}
+
+    def intercept(path, call, args, kwargs):
+        called.append((path, call.module))
+        y = call(*args, **kwargs)
+        before = next((before for before, v in outputs if args and v is args[0]), None)
+        if before is not None:
+            feeders.setdefault(path, before)
+        outputs.append((path, y))
+        return y
+
+    with flax_side.environment(float64=False):
+        shapes = [jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in guess.flax]
+        if isinstance(side, LinenSide):
+            with nn.intercept_methods(flax_side._linen_interceptor(intercept)):
+                variables = jax.eval_shape(lambda *xs: side.initial(xs, train=False), *shapes)
+        else:
+            variables = side.initial(guess.flax, train=False)
+            jax.eval_shape(lambda *xs: side.apply(variables, xs, train=False, intercept=intercept, seed=0)[0], *shapes)
+    structure = _structure(side, variables, called)
+    own = {layer.path for layer in structure.layers}
+    structure.feeders = {path: before for path, before in feeders.items() if path in own and before in own}
+    return structure
+
+
+def of_definition(module: nnx.Module, side: NnxSide) -> Structure:
+    """The layers of an NNX module in the order in which its attributes were set."""
+    return _structure(side, side.initial((), train=False), list(_defined(module, "", set())))
+
+
+def _defined(node: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, nnx.Module):
+        yield path, node
+    if isinstance(node, Mapping):
+        children = [(str(name), child) for name, child in node.items()]
+    elif isinstance(node, list | tuple | nnx.List):
+        children = [(str(i), child) for i, child in enumerate(node)]
+    elif isinstance(node, nnx.Module):
+        children = list(vars(node).items())
+    else:
+        return
+    for name, child in children:
+        if isinstance(child, nnx.Module | Mapping | list | tuple):
+            yield from _defined(child, f"{path}/{name}" if path else name, seen)
+
+
+def _structure(side: Any, variables: Mapping[str, Any], called: list[tuple[str, Any]]) -> Structure:
+    carried = {name: tuple(np.shape(v)) for name, v in variables.items() if name.split("/")[0] in CARRIED}
+    counters = {name for name, shape in carried.items() if kinds.is_counter(name, shape)}
+    floating = {name: variables[name] for name in carried if name not in counters}
+    layers = flax_side.layers_of(side, floating, called)
+    return Structure(list(layers.values()), {name: carried[name] for name in floating}, _counters(counters))
+
+
+def _counters(names: Any) -> dict[str, str]:
+    return {"/".join(name.split("/")[1:-1]): name for name in names}
+
+
+def of_variables(shapes: Mapping[str, Shape]) -> Structure:
+    """The layers that the names of variables tell of; kinds only where the names say them.
+
+    JAX sorts the keys of dicts that it passes through; where they are sorted, their order says nothing.
+    """
+    counters = {name for name, shape in shapes.items() if kinds.is_counter(name, shape)}
+    own: dict[str, dict[str, str]] = {}
+    for full in shapes:
+        if full not in counters:
+            path, _, local = full.partition("/")[2].rpartition("/")
+            own.setdefault(path, {})[local] = full
+    for path in _attentions(own):
+        prefix = f"{path}/" if path else ""
+        for part in [p for p in own if p.startswith(prefix) and p != path]:
+            own.setdefault(path, {}).update({f"{part.removeprefix(prefix)}/{n}": f for n, f in own.pop(part).items()})
+    layers = []
+    for path, tensors in own.items():
+        statistics = frozenset(local for local, full in tensors.items() if not full.startswith("params/"))
+        kind = _kind_of_variables({local: shapes[full] for local, full in tensors.items()}, statistics)
+        below = kind != "attention" and any(p != path and (p.startswith(f"{path}/") or path == "") for p in own)
+        layers.append(Layer(path, kind, "", tensors, statistics, is_called=not below))
+    paths = [layer.path for layer in layers]
+    ordered = len(paths) == 1 or not _is_sorted([name for name in shapes if name.startswith("params/")])
+    if not ordered:
+        layers.sort(key=lambda layer: natural(layer.path))
+    carried = {full: shapes[full] for layer in layers for full in layer.tensors.values()}
+    return Structure(layers, carried, _counters(counters), ordered=ordered)
+
+
+def flat_in_order(variables: Any) -> dict[str, Any]:
+    """Variables by full name, in the order that they have: that of creation, unless JAX has sorted them."""
+    if isinstance(variables, nnx.State):
+        return flax_side.nnx_state(variables)
+    flat = flatten_dict({name: v for name, v in variables.items() if isinstance(v, Mapping)}, sep="/")
+    if any(isinstance(v, Mapping) for v in flat.values()):  # a FrozenDict
+        flat = flax_side.flat(variables)
+    return {name: nn.unbox(v) for name, v in flat.items()}
+
+
+def _attentions(own: Mapping[str, Any]) -> list[str]:
+    parents = {path.rpartition("/")[0] for path in own if path.rpartition("/")[2] == "query"}
+    return [p for p in parents if all((f"{p}/{n}" if p else n) in own for n in ("query", "key", "value", "out"))]
+
+
+def _is_sorted(names: list[str]) -> bool:
+    split = [name.split("/") for name in names]
+    return split == sorted(split)
+
+
+def _kind_of_variables(shapes: Mapping[str, Shape], statistics: frozenset[str]) -> str:
+    if any(re.fullmatch("query/kernel", name) for name in shapes):
+        return "attention"
+    if "embedding" in shapes and len(shapes) == 1:
+        return "embedding"
+    if statistics:
+        return kinds.kind_of([], shapes, statistics)
+    return "linear" if len(shapes.get("kernel", ())) == 2 else "other"
+
+
+def flattened(side: Side, structure: Structure, guess: Guess) -> dict[str, Flattened]:
+    """Which layers stand behind a flatten, from a run in which every layer's channels are marked."""
+    layers = {layer.path: layer for layer in structure.layers if layer.is_called}
+    seen: dict[str, Any] = {}
+
+    def intercept(path, call, args, kwargs):
+        y = call(*args, **kwargs)
+        if path not in layers or not args or not hasattr(y, "ndim"):
+            return y
+        x = args[0]
+        if path not in seen and getattr(x, "ndim", 0) == 2:
+            seen[path] = x[0].astype(jnp.float32)
+        if y.ndim == 2 and layers[path].kind in kinds.NORMS and x.shape == y.shape:
+            return x
+        return jnp.broadcast_to(jnp.asarray(code(path, y.shape[-1]), y.dtype), y.shape)
+
+    def run(variables, inputs):
+        seen.clear()
+        side.apply(variables, inputs, train=False, intercept=intercept, seed=0)
+        return dict(seen)
+
+    inputs = [
+        np.broadcast_to(code(f"input {i}", a.shape[-1]), a.shape) if a.ndim >= 3 and a.dtype.kind == "f" else a
+        for i, a in enumerate(guess.flax)
+    ]
+    try:
+        with flax_side.environment(float64=False):
+            shapes = jax.eval_shape(lambda *xs: side.initial(xs, train=False), *inputs)
+            ones = {name: jnp.ones(v.shape, v.dtype) for name, v in shapes.items()}
+            # Compiled: what the marks replace is never computed.
+            inputs_by_path = jax.jit(run)(ones, [jnp.asarray(a) for a in inputs])
+    except Exception:  # whatever a stranger's module raises
+        return {}
+    found = {path: read_code(np.asarray(x)) for path, x in inputs_by_path.items()}
+    return {path: shape for path, shape in found.items() if shape is not None}

@@ -1,0 +1,147 @@
+"""What kind of layer a class is: from its name where a library named it, else from its name's end and its variables."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+KINDS = (
+    "linear",
+    "conv",
+    "conv_transpose",
+    "batch_norm",
+    "layer_norm",
+    "group_norm",
+    "rms_norm",
+    "embedding",
+    "attention",
+    "other",
+)
+NORMS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")
+PRODUCTS = ("linear", "conv", "conv_transpose")
+
+Shape = tuple[int, ...]
+
+COUNTERS = re.compile(r"(.*_)?(num_batches_tracked|num_batches|counter|step|steps)", re.IGNORECASE)
+"""Names of counters, which hold no weights. They are scalars."""
+
+WEIGHT = re.compile(r"_*(weights?|w|kernel|filters?|matrix)", re.IGNORECASE)
+SCALE = re.compile(r"_*(gamma|weight|scale|gain|g|w|alpha|a)", re.IGNORECASE)
+SHIFT = re.compile(r"_*(beta|bias|biases|shift|offset|b)", re.IGNORECASE)
+MEAN = re.compile(r"_*((moving|running|ema|pop|population|global|batch|r|m)_*)?(mean|mu|avg|average|m)", re.IGNORECASE)
+VAR = re.compile(
+    r"_*((moving|running|ema|pop|population|global|batch|r|m)_*)?(var|variance|sigma_?2|sigma_?sq\w*|sq_?sigma|v)",
+    re.IGNORECASE,
+)
+
+# How a class's name ends, once a rank ("2d"), digits and "Layer" are taken off. The order decides: a transposed
+# convolution ends in "conv" too.
+ENDINGS: tuple[tuple[str, str], ...] = (
+    (r"(batch_?norm(alization)?|(?<![a-z])bn)", "batch_norm"),
+    (r"(layer_?norm(alization)?|(?<![a-z])ln)", "layer_norm"),
+    (r"((group|instance)_?norm(alization)?|(?<![a-z])gn)", "group_norm"),
+    (r"rms_?norm(alization)?", "rms_norm"),
+    (r"(conv(olution)?_?transposed?|transposed?_?conv(olution)?|deconv(olution)?|up_?conv)(_?nd)?", "conv_transpose"),
+    (r"conv(olution)?(_?(nd|local|same|layer))?", "conv"),
+    (r"((?<!bi)linear|dense)(_?general)?|einsum|fully_?connected|projection|(?<![a-z])fc", "linear"),
+    (r"embed(ding|der)?(_?bag)?", "embedding"),
+    (r"(?<!weight_)(?<!spectral_)norm(alization)?", "layer_norm"),
+)
+# Attention is read as one layer only where it is the library's: a hand-written one is made of layers of its own.
+ATTENTION = {"MultiheadAttention", "MultiHeadDotProductAttention", "MultiHeadAttention", "SelfAttention"}
+
+
+def class_names(cls: type) -> list[str]:
+    """The names of a class and its ancestors with their modules, the most derived first: what `kind_of` reads."""
+    return [f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__ if c is not object]
+
+
+def is_counter(name: str, shape: Shape) -> bool:
+    """A scalar called num_batches_tracked or the like: it counts, and is no weight."""
+    return math.prod(shape) == 1 and len(shape) <= 1 and COUNTERS.fullmatch(_last(name)) is not None
+
+
+def kind_of(class_names: Sequence[str], tensor_shapes: Mapping[str, Shape], statistics: Collection[str]) -> str:
+    """The kind of a layer, one of `KINDS`.
+
+    A class is judged by the first of its ancestors whose name says a kind that its tensors do not contradict, else by
+    the tensors alone: a moving mean and variance make a batch norm, a weight of rank 4 a convolution.
+
+    Args:
+      class_names: of the class and its ancestors, the most derived first, with their modules (`class_names` of this
+        module) or without; with modules, a hand-written MultiHeadAttention is told from a library's.
+      tensor_shapes: the layer's own tensors by local name, statistics included; of attention, sub-layers' too
+        ("query/kernel") or none.
+      statistics: which of them are statistics: PyTorch's buffers, Flax's collections beside params.
+
+    Returns:
+      "other" where nothing says more: bare parameters.
+    """
+    shapes = {name: tuple(shape) for name, shape in tensor_shapes.items() if not is_counter(name, tuple(shape))}
+    if any(_is_attention(name, shapes) for name in class_names):
+        return "attention"
+    for name in class_names:
+        kind = _kind_by_name(name.rpartition(".")[2])
+        if kind is not None and _plausible(kind, shapes):
+            # A name that ends in "Norm" alone says too little: statistics make it a batch norm.
+            return "batch_norm" if kind == "layer_norm" and _has_statistics(shapes, statistics) else kind
+    return _kind_by_tensors(shapes, statistics, " ".join(name.rpartition(".")[2] for name in class_names).lower())
+
+
+def _is_attention(name: str, shapes: Mapping[str, Shape]) -> bool:
+    module, _, plain = name.rpartition(".")
+    if plain not in ATTENTION:
+        return False
+    if module:
+        return module.split(".")[0] in ("torch", "flax")
+    own = any(part in tensor for tensor in shapes for part in ("in_proj", "q_proj_weight", "query/"))
+    return own or not shapes
+
+
+def _kind_by_name(name: str) -> str | None:
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # MyBatchNorm2d -> My_Batch_Norm2d
+    name = re.sub(r"_*\d+_?d?(?=_|$)|_(layer|module|block)$", "", name.lower()).strip("_")
+    return next((kind for ending, kind in ENDINGS if re.search(f"({ending})$", name)), None)
+
+
+def _plausible(kind: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a layer of this kind can have such tensors. No tensors say nothing."""
+    if not shapes:
+        return True
+    ranks = [_rank(shape) for shape in shapes.values()]
+    if kind in NORMS:
+        return len({math.prod(shape) for shape in shapes.values() if shape}) == 1
+    if kind == "embedding":
+        return max(ranks) == 2 and len(shapes) == 1
+    return max(len(shape) for shape in shapes.values()) >= (2 if kind == "linear" else 3)
+
+
+def _kind_by_tensors(shapes: Mapping[str, Shape], statistics: Collection[str], names: str) -> str:
+    if _has_statistics(shapes, statistics):
+        return "batch_norm"
+    learned = {name: shape for name, shape in shapes.items() if name not in statistics}
+    weights = [shape for name, shape in learned.items() if WEIGHT.fullmatch(_last(name)) and len(shape) >= 2]
+    others = [s for n, s in learned.items() if not (WEIGHT.fullmatch(_last(n)) and len(s) >= 2)]
+    if len(weights) == 1 and all(_rank(shape) <= 1 for shape in others) and len(others) <= 1:
+        rank = len(weights[0])
+        if rank >= 4 or (rank == 3 and "conv" in names):
+            return "conv_transpose" if re.search("transpose|deconv", names) else "conv"
+        # "w" may be meant either way round, [out, in] or [in, out]; the libraries' own names may not.
+        if rank == 2 and any(_last(name).lower() in ("weight", "kernel") for name in learned):
+            return "linear"
+    return "other"
+
+
+def _has_statistics(shapes: Mapping[str, Shape], statistics: Collection[str]) -> bool:
+    names = [_last(name) for name in statistics if name in shapes]
+    return any(MEAN.fullmatch(name) for name in names) and any(VAR.fullmatch(name) for name in names)
+
+
+def _rank(shape: Shape) -> int:
+    """Axes longer than 1: (1, C, 1, 1) is a value per channel."""
+    return sum(n != 1 for n in shape)
+
+
+def _last(name: str) -> str:
+    return re.split(r"[./]", name)[-1]

@@ -1,0 +1,258 @@
+"""PyTorch's half of the bridge: runs a module and records every layer. Never imports jax."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from parity.kinds import class_names, kind_of
+from parity.recording import Call, GlueCall, Layer, Recording
+
+COUNTER = "num_batches_tracked"
+CONFIG = ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode", "eps", "momentum", "num_groups")
+
+
+def lifted(module: nn.Module, *, float64: bool) -> nn.Module:
+    """A copy of the module, in float64 on the CPU if that is asked for. The module itself stays as it is."""
+    module = copy.deepcopy(module)
+    return module.cpu().double() if float64 else module
+
+
+def layers_of(module: nn.Module) -> dict[str, Layer]:
+    """The modules with tensors of their own. Attention counts as one layer, its projections with it."""
+    layers: dict[str, Layer] = {}
+    inside: list[str] = []
+    for path, child in module.named_modules():
+        if any(path.startswith(prefix) for prefix in inside):
+            continue
+        own = _tensors(child, recurse=False)
+        names = class_names(type(child))
+        statistics = frozenset(name for name in own if not isinstance(own[name], nn.Parameter))
+        kind = kind_of(names, {name: tuple(v.shape) for name, v in own.items()}, statistics)
+        if kind == "attention":
+            own = _tensors(child, recurse=True)
+            inside.append(f"{path}." if path else "")
+        has_parameters = any(name not in statistics for name in own)
+        if not own or not (has_parameters or kind == "batch_norm"):
+            continue
+        below = any(_tensors(grandchild, recurse=True) for grandchild in child.children()) and kind != "attention"
+        layers[path] = Layer(
+            path,
+            kind,
+            type(child).__name__,
+            {name: f"{path}.{name}" if path else name for name in own},
+            statistics,
+            {name: value for name in CONFIG if isinstance(value := getattr(child, name, None), int | float | str | tuple)},
+            is_called=not below,
+        )
+    return layers
+
+
+def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
+    """Floating parameters and buffers by name; counters and index tables are neither."""
+    named = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+    return {name: v for name, v in named if v.is_floating_point() and name.rpartition(".")[2] != COUNTER}
+
+
+def record(
+    module: nn.Module,
+    inputs: Sequence[NDArray],
+    *,
+    train: bool,
+    float64: bool = True,
+    loss: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+) -> Recording:
+    """Run a copy of the module forward and backward, and record every layer.
+
+    Args:
+      module: any module; it stays as it is.
+      inputs: in PyTorch's layout; floating ones in float64 if that is asked for, else in their own dtype.
+      train: train or eval mode. In training, dropout is switched off.
+      float64: lift the module and its inputs.
+      loss: of the output; None: a fixed random projection (`projections`).
+      seed: of the random numbers in the run (an active dropout).
+
+    Returns:
+      The recording; without gradients where the output has none.
+    """
+    module = lifted(module, float64=float64).train(train)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    device = next((v.device for v in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    given = [torch.tensor(a, device=device) for a in inputs]
+    given = [v.double() if float64 and v.is_floating_point() else v for v in given]
+    given = [v.requires_grad_(v.is_floating_point()) for v in given]
+    recording = Recording("torch", layers_of(module), inputs=[numpy(v) for v in given])
+    recording.tensors = _named(module, recording.layers)
+    watch = _Watch(module, recording)
+    with torch.random.fork_rng(devices=[]), without_dropout(module, train=train), watch:
+        torch.manual_seed(seed)
+        output = module(*given)
+        leaves = _floating(output)
+        recording.outputs = [numpy(v) for v in leaves]
+        for leaf in leaves:
+            if leaf.requires_grad:
+                leaf.retain_grad()
+        total = loss_of(output, loss)
+        recording.loss = total.item() if isinstance(total, Tensor) else float(total)
+        if isinstance(total, Tensor) and total.requires_grad:
+            total.backward()
+    recording.output_gradients = [_grad(v) for v in leaves]
+    recording.input_gradients = [_grad(v) if v.is_floating_point() else None for v in given]
+    watch.gradients()
+    parameters = dict(module.named_parameters())
+    for layer in recording.layers.values():
+        for local, full in layer.tensors.items():
+            if local not in layer.statistics:
+                recording.gradients[full] = _grad(parameters[full])
+    after = _named(module, recording.layers)
+    recording.new_statistics = {
+        layer.tensors[name]: after[layer.tensors[name]] for layer in recording.layers.values() for name in layer.statistics
+    }
+    return recording
+
+
+def _floating(output: Any) -> list[Tensor]:
+    return [v for v in _pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
+    """The user's loss, or the default one: the sum over all outputs, times fixed random weights."""
+    if loss is not None:
+        return loss(output)
+    leaves = _floating(output)
+    weights = [torch.from_numpy(p).to(leaf) for p, leaf in zip(projections(leaves), leaves, strict=True)]
+    return sum(((v * w).sum() for v, w in zip(leaves, weights, strict=True)), torch.zeros(()))
+
+
+def projections(outputs: Sequence[Any]) -> list[NDArray]:
+    """The fixed random weights of the default loss, sum(output * weights), by the outputs' shapes."""
+    rng = np.random.default_rng(20150211)
+    return [rng.normal(size=tuple(v.shape)) for v in outputs]
+
+
+def numpy(tensor: Tensor) -> NDArray:
+    """A copy as numpy has it; half types as float32, which holds them exactly."""
+    tensor = tensor.detach().cpu()
+    return np.array((tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy())
+
+
+def _grad(tensor: Tensor) -> NDArray:
+    return np.zeros(tuple(tensor.shape)) if tensor.grad is None else numpy(tensor.grad)
+
+
+def _named(module: nn.Module, layers: dict[str, Layer]) -> dict[str, NDArray]:
+    tensors = _tensors(module, recurse=True)
+    return {full: numpy(tensors[full]) for layer in layers.values() for full in layer.tensors.values() if full in tensors}
+
+
+@contextlib.contextmanager
+def without_dropout(module: nn.Module, *, train: bool) -> Iterator[None]:
+    """In training, dropout is the identity, as a module and as a function. The module is changed: give a copy."""
+    if not train:
+        yield
+        return
+    for child in module.modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd):
+            child.p = 0.0
+        if isinstance(child, nn.MultiheadAttention):
+            child.dropout = 0.0
+    names = [name for name in dir(nn.functional) if name.endswith("dropout") or name.startswith("dropout")]
+    kept = {name: getattr(nn.functional, name) for name in names}
+    for name in names:
+        setattr(nn.functional, name, lambda input, *args, **kwargs: input)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(nn.functional, name, function)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a dropout module is in it, with a rate above 0."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+
+
+class _Watch(contextlib.ExitStack):
+    """While it is entered, every call goes into the recording."""
+
+    def __init__(self, module: nn.Module, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+        self.kept: list[tuple[Call, list[Tensor], Tensor | None]] = []
+        self.pending: list[list[Tensor]] = []
+        self.counts: dict[str, int] = {}
+        called = {path for path, layer in recording.layers.items() if layer.is_called}
+        for path, child in module.named_modules():
+            if path in called:
+                self._add(child.register_forward_pre_hook(self._before, with_kwargs=True))
+                self._add(child.register_forward_hook(self._after(path), with_kwargs=True))
+            elif not list(child.children()) and not isinstance(child, nn.Identity):
+                attention = any(path.startswith(f"{p}.") for p in called)
+                if not attention:
+                    self._add(child.register_forward_hook(self._glue(path), with_kwargs=True))
+
+    def _add(self, handle: Any) -> None:
+        self.callback(handle.remove)
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Gives the layer copies of its own, so that their gradients are those through this layer only."""
+        mine: list[Tensor] = []
+
+        def own(v: Any) -> Any:
+            if not isinstance(v, Tensor) or v.dtype == torch.bool:
+                return v
+            if not v.is_floating_point():
+                mine.append(v)
+                return v
+            v = v.clone() if v.requires_grad else v.detach().clone().requires_grad_(torch.is_grad_enabled())
+            if v.requires_grad:
+                v.retain_grad()
+            mine.append(v)
+            return v
+
+        args, kwargs = tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}
+        self.pending.append([v.detach().clone() for v in mine])
+        self.pending.append(mine)
+        return args, kwargs
+
+    def _after(self, path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            mine, values = self.pending.pop(), self.pending.pop()
+            y = output[0] if isinstance(output, tuple) else output
+            index = self.counts.get(path, 0)
+            self.counts[path] = index + 1
+            inputs = [numpy(v) for v in values]
+            if not isinstance(y, Tensor):
+                return output
+            if y.requires_grad:
+                y.retain_grad()
+            call = Call(path, index, inputs, numpy(y), arrived=inputs)
+            self.recording.calls.append(call)
+            self.kept.append((call, mine, y))
+            # A copy goes on: an activation in place must not reach back into y.
+            return (y.clone(), *output[1:]) if isinstance(output, tuple) else y.clone()
+
+        return hook
+
+    def _glue(self, path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            self.recording.glue.append(GlueCall(path, type(module).__name__, len(self.recording.calls)))
+
+        return hook
+
+    def gradients(self) -> None:
+        """Fills in the gradients, once the backward pass has been."""
+        for call, inputs, y in self.kept:
+            call.input_gradients = [_grad(v) if v.is_floating_point() else None for v in inputs]
+            call.output_gradient = None if y is None else _grad(y)
