@@ -15,16 +15,15 @@ line says what was given and what is allowed), or an error in a module (with its
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bn_common.command_line import parse, refuse
 
-# Commands that have a main(args) of their own, and where.
-ELSEWHERE = {"convert": "parity.convert", "train": "parity.trajectory"}
 COMMANDS = "check", "convert", "trace", "train", "dump", "compare"
 
 
@@ -43,8 +42,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         refuse("python -m parity", f"command is {command!r}; allowed: {', '.join(COMMANDS)}, or --help")
     try:
-        if command in ELSEWHERE:
-            return int(importlib.import_module(ELSEWHERE[command]).main(rest) or 0)
+        if command == "train":
+            return int(importlib.import_module("parity.trajectory").main(rest) or 0)
         if command == "check" and not any(":" in part or part in ("-h", "--help") for part in rest):
             return int(importlib.import_module("parity.matrix").main(rest) or 0)
         return _run(command, rest, prog)
@@ -59,9 +58,23 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(command: str, rest: Sequence[str], prog: str) -> int:
     from parity import commands
 
-    kinds = {"check": commands.Check, "trace": commands.Trace, "dump": commands.Dump, "compare": commands.Compare}
-    kind: Any = kinds[command]
-    return parse(kind, rest, prog=prog, description=kind.__doc__ or "").run()
+    kind: Any = getattr(commands, command.capitalize())
+    with _absent("torch"):
+        options = parse(kind, rest, prog=prog, description=kind.__doc__ or "")
+    return options.run()
+
+
+@contextlib.contextmanager
+def _absent(name: str) -> Iterator[None]:
+    """Where a module is kept from being imported by a None in its place, tyro would take it for imported."""
+    is_blocked = sys.modules.get(name, sys) is None
+    if is_blocked:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        if is_blocked:
+            sys.modules[name] = None  # type: ignore[assignment]  # which is how it is blocked
 
 
 def _failed() -> int:

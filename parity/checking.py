@@ -22,7 +22,7 @@ from parity.recording import Layer, Recording
 from parity.report import Diagnosis, Divergence, LayerRow, Report
 from parity.steps import BOUND as STEP_BOUND
 from parity.steps import flax_steps, rule_findings, step_differences, torch_steps
-from parity.trace import Difference, Forcing, Translation, apply_layout, differences, flat_layout_inputs
+from parity.trace import Difference, Forcing, Translation, apply_layout, differences, error_of, flat_layout_inputs
 
 # What float64 leaves of a network that is the same on both sides is 1e-15 to 1e-12 (`parity/compare.py`); the smallest
 # known mistake, another epsilon under a variance of 1, is above 1e-7.
@@ -94,12 +94,16 @@ class _Comparison:
     def __init__(self, torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss) -> None:
         self.torch_module, self.flax_module = torch_module, flax_module
         self.inputs, self.train_mode = [np.asarray(a) for a in inputs], train
-        given = None if flax_inputs is None else [np.asarray(a) for a in flax_inputs]
-        self.flax_inputs = flat_layout_inputs(self.inputs) if given is None else given
+        self.flax_inputs = flat_layout_inputs(self.inputs)
+        if flax_inputs is not None:
+            given = [np.asarray(a) for a in flax_inputs]
+            # The same but for float32's rounding counts as the same: in float64 it would show everywhere.
+            same = [len(given) == len(self.flax_inputs) and _nearly(a, b) for a, b in zip(given, self.flax_inputs, strict=False)]
+            self.flax_inputs = [b if s else a for a, b, s in zip(given, self.flax_inputs, same, strict=False)] or given
         self.torch_loss, self.jax_loss = loss or (None, None)
         self.notes: list[str] = []
         self.located: list[diagnose.Located] = []
-        self.float64 = True
+        self.programs: dict = {}
         self.torch = self._torch_run(float64=True)
         self.side = flax_side.side_of(flax_module, flax_call)
         self.flax_layers, shapes = flax_side.structure(self.side, self.flax_inputs, train=train)
@@ -139,6 +143,7 @@ class _Comparison:
             projections=self._projections,
             force=force,
             gradients=gradients,
+            programs=self.programs,
             **kwargs,
         )
 
@@ -158,8 +163,7 @@ class _Comparison:
         self.variables = expected if given is None else self._usable(given, expected)
         # Layer by layer, without gradients: in which order what is flattened arrives, and the network's output.
         forced = self._flax_run(force=Forcing(self.translation), gradients=False)
-        for i, output in enumerate(forced.outputs[: len(self.torch.outputs)]):
-            self.translation.result(i, output)
+        self.translation.settle(forced)
         flattened = dict(self.translation.flattens())
         for path, shape in flattened.items():
             self.pairing.with_flatten(path, shape)
@@ -198,7 +202,9 @@ class _Comparison:
             return
         forced = self._flax_run(force=Forcing(self.translation))
         self.local = differences(self.translation, forced, train=self.train_mode)
-        if any(self.bound(d) < d.error < 1e-3 for d in (*self.free, *self.local)):
+        # Larger ones no rounding explains, and where nothing local differs, rounding is what is carried along.
+        doubtful = [d for d in self.local if self.bound(d) < d.error]
+        if not doubtful or any(d.error <= MOST_NOISE for d in doubtful):
             self.noise = Noise(self._torch_run, self._flax_run, self.torch, free, self.translation, self.inputs, self.flax_inputs)
         bounds = {d: self.bound(d, local=True) for d in self.local}
         if any(d.error > bounds[d] for d in self.local) or left or self.located:
@@ -221,7 +227,7 @@ class _Comparison:
         try:
             return self._flax_run()
         except Exception:
-            return self._flax_run(gradients=False)
+            return self._flax_run(gradients=False, compiled=False)
 
     def _loss_difference(self, free: Recording) -> list[Difference]:
         if self.torch_loss is None or self.torch.loss is None or free.loss is None or free.failure is not None:
@@ -253,7 +259,7 @@ class _Comparison:
         if self.noise is None:
             return bound
         measured = 30 * self.noise.of(d)
-        return max(bound, min(measured, MOST_NOISE) if local else measured)
+        return max(bound, min(measured, MOST_NOISE if local else 1e-4))
 
     def _failing(self, found: Iterable[Difference]) -> list[Difference]:
         return [d for d in found if not d.error <= self.bound(d)]
@@ -285,9 +291,7 @@ class _Comparison:
         """What was found."""
         if torch_side.has_dropout(self.torch_module) and self.train_mode:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
-        located = sorted(
-            self.located, key=lambda f: (diagnose.PHASE_ORDER[f.phase], f.position)
-        )
+        located = diagnose.in_order(self.located)
         failing = self._failing(self.free)
         order = {phase: i for i, phase in enumerate(diagnose.PHASE_ORDER)}
         first = min(failing, key=lambda d: order[d.phase], default=None)
@@ -299,6 +303,9 @@ class _Comparison:
         diagnoses = list(dict.fromkeys(
             Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in chosen
         ))
+        forward = [d for f in located if f.phase == "forward" for d in self.free if d.phase == "forward" and d.key == f.key and d.error > 0]
+        if forward and (first is None or first.phase != "forward"):
+            first = max(forward[:2], key=lambda d: d.error)  # found, though the noise that it makes itself would hide it
         divergence = self._divergence(first, located)
         if divergence is not None and not diagnoses:
             text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
@@ -355,6 +362,10 @@ class _Comparison:
             "torch_module": type(self.torch_module).__name__,
             "flax_module": type(self.flax_module).__name__,
         }
+
+
+def _nearly(a: NDArray, b: NDArray) -> bool:
+    return a.dtype.kind == b.dtype.kind == "f" and error_of(a, b) <= 1e-6
 
 
 def _which(d: Difference) -> tuple:

@@ -115,8 +115,7 @@ class Check(_Pair):
     """Are these two modules the same network, and if not, where do they part, and why?"""
 
     variables: Path | None = None
-    """Flax's own variables, examined too: .safetensors or .npz with names like "params/Conv_0/kernel". None: PyTorch's
-    weights are carried over."""
+    """Flax's own variables, examined too: .safetensors, .npz or Orbax. None: PyTorch's weights are carried over."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +131,7 @@ class Check(_Pair):
         if self.variables is not None:
             from flax.traverse_util import unflatten_dict
 
-            from parity.dump_flax import read_weights
+            from parity.dumping import read_weights
 
             variables = unflatten_dict(read_weights(self.variables, "--variables"), sep="/")
         report = check(
@@ -172,7 +171,7 @@ class Dump:
     """The inputs are in Flax's layout already; otherwise floating ones of rank 3 and more are moved channels last."""
     weights: Path | None = None
     """The name of a dump, of either side, whose weights are taken; or a file of this side's own weights: .safetensors,
-    .npz or, for PyTorch, .pt. None: the module's own."""
+    .npz, .pt or Orbax. None: the module's own."""
     loss: str | None = None
     """package.module:name of a function of the output; both sides must be given the same one, each in its framework."""
     map: tuple[str, ...] = ()
@@ -187,7 +186,7 @@ class Dump:
         if self.weights is not None:
             from parity.recording_file import is_dump
 
-            fine = self.weights.is_file() or is_dump(self.weights)
+            fine = self.weights.exists() or is_dump(self.weights)
             require(fine, "--weights", self.weights, "the name of a dump, or a file that is there")
         layer_map(self.map)
 
@@ -231,6 +230,42 @@ class Compare:
         from parity.offline import compare
 
         return self.output.finish(compare(self.first, self.second, layer_map=layer_map(self.map)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Carry weights in a file from PyTorch to Flax, or back: the names in it say which."""
+
+    source: tyro.conf.Positional[Path]
+    """.pt, .pth, .safetensors, .npz or a folder of Orbax."""
+    target: tyro.conf.Positional[Path]
+    """Where to write; its suffix says the format, no suffix or .orbax is Orbax."""
+    torch_module: str
+    """PyTorch's module: package.module:name of a module, its class or a function that makes it."""
+    flax_module: str
+    """Flax's module, in the same way."""
+    inputs: tuple[Path, ...] = ()
+    """.npy files of inputs in PyTorch's layout, for networks whose inputs can't be guessed; only their shapes count."""
+    map: tuple[str, ...] = ()
+    """Layers that are not paired rightly by order and kind, such as conv.0=Conv_0."""
+
+    def __post_init__(self) -> None:
+        check_name("--torch-module", self.torch_module)
+        check_name("--flax-module", self.flax_module)
+        layer_map(self.map)
+
+    def run(self) -> int:
+        """Convert; gives the exit status."""
+        from parity.convert import convert
+
+        return convert(
+            self.source,
+            self.target,
+            torch_module=self.torch_module,
+            flax_module=self.flax_module,
+            inputs=self.inputs,
+            layer_map=self.map,
+        )
 
 
 def layer_map(pairs: Sequence[str]) -> Mapping[str, str]:

@@ -70,11 +70,15 @@ def _convert(
     options: dict[str, Any] = {"layer_map": _layer_map(layer_map)}
     if inputs:
         options["inputs"] = [_input(path) for path in inputs]
+    import torch
+
     from parity import weights
 
+    if not isinstance(torch_made, torch.nn.Module):
+        raise ValueError(f"--torch-module makes a {type(torch_made).__name__}; allowed: a torch.nn.Module")
     if given.framework == "torch":
         variables = weights.to_flax(_torch_tensors(given.tensors), flax_made, **options, torch_module=torch_made)
-        carried = weights.named(variables)
+        carried: dict[str, Any] = dict(weights.named(variables))
     else:
         carried = weights.to_torch(files.nested(given.tensors), torch_made, flax_module=flax_made, **options)
     to = "flax" if given.framework == "torch" else "torch"

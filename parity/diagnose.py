@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ PHASE_ORDER = {"forward": 0, "loss": 1, "backward": 2, "statistics": 3, "optimiz
 MOST_SOURCES = 8
 # What a finding's role charges: which of PyTorch's modules without tensors, by the names of their classes.
 ROLES = {
-    "activation": lambda name: not any(part in name for part in ("Pool", "Dropout", "Flatten", "Pad", "Upsample")),
-    "pool": lambda name: "Pool" in name,
-    "dropout": lambda name: "Drop" in name,
+    "activation": lambda names: not re.search("Pool|Drop|Flatten|Pad|Upsample", names),
+    "pool": lambda names: "Pool" in names,
+    "dropout": lambda names: "Drop" in names,
 }
 
 
@@ -46,6 +47,11 @@ class Located(NamedTuple):
     flax_layer: str
     finding: Finding
     key: tuple[str, int] = ("", 0)
+
+
+def in_order(found: Sequence[Located]) -> list[Located]:
+    """By phase; forward in the order of execution, backward from behind."""
+    return sorted(found, key=lambda f: (PHASE_ORDER[f.phase], -f.position if f.phase == "backward" else f.position))
 
 
 class Diagnosis:
@@ -85,7 +91,7 @@ class Diagnosis:
         if any(d.key == ("", 0) and d.quantity == "output" for d in self.failing):
             found += self._last_glue()
         found = self._norm_after_activation(found)
-        return sorted(found, key=lambda f: (PHASE_ORDER[f.phase], f.position))
+        return in_order(found)
 
     def _tolerance(self, key: tuple[str, int], quantity: str) -> float:
         return max((t for d, t in self.tolerance.items() if d.key == key and d.quantity == quantity), default=1e-9)
@@ -114,13 +120,15 @@ class Diagnosis:
             if arrived.shape == truth.shape and np.abs(arrived - truth).max(initial=0) <= tolerance * np.abs(truth).max(initial=0):
                 continue
             if position == 0 and self.flax_inputs:
+                # The inputs themselves are often float32, and so is whatever relates them.
+                rounded = max(tolerance, 1e-6)
                 given = inputs.findings(
                     self.flax_inputs[0],
                     truth,
                     arrived,
                     torch_input=self.torch.inputs[0],
                     flax_input=self.flax_inputs[0],
-                    tolerance=tolerance,
+                    tolerance=rounded,
                 )
                 if given and given[0].code != "unexplained":
                     found += given
@@ -131,7 +139,7 @@ class Diagnosis:
     def _located(self, finding: Finding, call: Call, flax_layer: str, position: int) -> Located:
         """Glue is charged to PyTorch's own module where there is one, otherwise to the next layer."""
         fits = ROLES.get(finding.role)
-        modules = [g for g in self.torch.glue if g.position == position and fits is not None and fits(g.class_name)]
+        modules = [g for g in self.torch.glue if g.position == position and fits is not None and fits(" ".join(g.class_names))]
         layer = modules[0].path if modules else call.path
         return Located("forward", position - 0.5, layer, flax_layer, finding, call.key)
 

@@ -10,15 +10,13 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
 
 from parity import flax_side
-from parity.dumping import NOISE_STEP, forcing, loss_weights, noise_of, nudged, pairing_of
-from parity.recording import Recording
+from parity.dumping import NOISE_STEP, forcing, in_order, loss_weights, noise_of, nudged, read_weights
+from parity.pairing import pair_layers
+from parity.recording import Layer, Recording
 from parity.recording_file import Dump
-
-ALLOWED = 'the name of a dump, or a .safetensors or .npz file with names like "params/Conv_0/kernel"'
 
 
 def dump_flax(
@@ -36,14 +34,16 @@ def dump_flax(
     side = flax_side.side_of(module, flax_call)
     layers, shapes = flax_side.structure(side, inputs, train=train)
 
-    def run(variables: Mapping[str, Any], arrays: Sequence[NDArray] = inputs, **options: Any) -> Recording:
-        return flax_side.record(side, layers, variables, arrays, train=train, loss=loss or default_loss, **options)
+    def run(variables: Mapping[str, Any], arrays: Sequence[NDArray] = inputs, **given: Any) -> Recording:
+        # Operation by operation: several runs of the same shapes share what is compiled for each.
+        options: dict[str, Any] = {"train": train, "loss": loss or default_loss, "compiled": False} | given
+        return flax_side.record(side, layers, variables, arrays, **options)
 
     with flax_side.environment(float64=False):
         variables = {name: np.asarray(v) for name, v in side.initial(inputs, train=train).items()}
     forced = None
     if other is not None and other.free.framework == "torch":
-        variables, forced = _carry(run, variables, other.free, layer_map)
+        variables, forced = _carry(run, layers, variables, other.free, layer_map)
     elif other is not None:
         variables |= _checked(other.free.tensors, shapes, str(weights))
     elif weights is not None:
@@ -72,17 +72,20 @@ def default_loss(output: Any) -> Any:
 
 
 def _carry(
-    run: Callable, variables: dict[str, Any], other: Recording, layer_map: Mapping[str, str] | None
+    run: Callable,
+    layers: dict[str, Layer],
+    variables: dict[str, Any],
+    other: Recording,
+    layer_map: Mapping[str, str] | None,
 ) -> tuple[dict[str, Any], Recording]:
     """The variables with a PyTorch dump's weights in them; and the run in single-layer mode with these."""
-    mine = run(variables, gradients=False)
-    pairing = pairing_of(other, mine, layer_map)
+    shapes = {name: a.shape for name, a in other.tensors.items()}, {n: np.shape(v) for n, v in variables.items()}
+    pairing = pair_layers(in_order(other), list(layers.values()), shapes, layer_map)
     carried = _fitting(pairing.to_flax(other.tensors), variables)
     # Layer by layer on PyTorch's inputs: what is flattened shows in which order it arrives.
     probe = forcing(other, pairing)
     first = run(carried, force=probe, gradients=False)
-    for i, output in enumerate(first.outputs[: len(other.outputs)]):
-        probe.translation.result(i, output)
+    probe.translation.settle(first)
     for path, shape in dict(probe.translation.flattens()).items():
         pairing.with_flatten(path, shape)
     carried = _fitting(pairing.to_flax(other.tensors), variables)
@@ -91,23 +94,6 @@ def _carry(
 
 def _fitting(carried: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
     return {n: carried[n] if n in carried and np.shape(carried[n]) == np.shape(v) else v for n, v in variables.items()}
-
-
-def read_weights(path: Path, option: str = "--weights") -> dict[str, NDArray]:
-    """Variables by flat names from a .safetensors or .npz file.
-
-    Raises:
-      ValueError: another kind of file, or one that can't be read.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.numpy.load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                return {name: arrays[name] for name in arrays}
-    except Exception as error:  # each library has its own
-        raise ValueError(f"{option} is {path}, which can't be read ({error}); allowed: {ALLOWED}") from None
-    raise ValueError(f"{option} is {path}; allowed: {ALLOWED}")
 
 
 def _checked(given: Mapping[str, NDArray], shapes: Mapping[str, Any], name: str) -> Mapping[str, NDArray]:

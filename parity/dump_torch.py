@@ -7,18 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from parity import torch_side
-from parity.dumping import NOISE_STEP, loss_weights, noise_of, nudged, pairing_of, translated
+from parity.dumping import NOISE_STEP, loss_weights, noise_of, nudged, pairing_of, read_weights, translated
 from parity.recording import Recording
 from parity.recording_file import Dump
 
-ALLOWED = "the name of a dump, or a .pt, .safetensors or .npz file of a state_dict"
 MOST_FLATTENS = 3
 
 
@@ -84,27 +81,7 @@ def _carry(
         known = flattens
 
 
-def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """A state_dict from a .pt (or .pth), .safetensors or .npz file.
-
-    Raises:
-      ValueError: another kind of file, or one that can't be read.
-    """
-    try:
-        if path.suffix in (".pt", ".pth"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return state.get("state_dict", state)
-        if path.suffix == ".safetensors":
-            return {name: torch.from_numpy(a) for name, a in safetensors.numpy.load_file(path).items()}
-        if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays}
-    except Exception as error:  # each library has its own
-        raise ValueError(f"--weights is {path}, which can't be read ({error}); allowed: {ALLOWED}") from None
-    raise ValueError(f"--weights is {path}; allowed: {ALLOWED}")
-
-
-def load_state(module: nn.Module, arrays: Mapping[str, Any], name: str) -> None:
+def load_state(module: nn.Module, arrays: Mapping[str, NDArray], name: str) -> None:
     """Load a state_dict, strictly.
 
     Raises:
@@ -121,4 +98,5 @@ def load_state(module: nn.Module, arrays: Mapping[str, Any], name: str) -> None:
             *(f"has {n} of another shape" for n in wrong),
         ]
         raise ValueError(f"--weights {name} {', '.join(problems)}; allowed: those of this module")
-    module.load_state_dict({n: torch.as_tensor(a).to(state[n].dtype) for n, a in arrays.items()}, strict=False)
+    given = {n: a.astype("float32") if a.dtype.name == "bfloat16" else a for n, a in arrays.items()}  # exactly
+    module.load_state_dict({n: torch.as_tensor(a).to(state[n].dtype) for n, a in given.items()}, strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,21 @@ from parity.recording_file import Noise
 from parity.trace import Forcing, Translation
 
 NOISE_STEP = 1e-6
+
+
+def read_weights(path: Path, option: str = "--weights") -> dict[str, NDArray]:
+    """Weights by full names from any file that `parity.files` reads.
+
+    Raises:
+      ValueError: no such file, or one that can't be read.
+    """
+    from parity import files
+
+    try:
+        return files.load(path).tensors
+    except ValueError as error:
+        allowed = "" if "allowed:" in str(error) else f"; allowed: {', '.join(files.SUFFIXES)}"
+        raise ValueError(f"{option}: {error}{allowed}") from None
 
 
 def loss_weights(count: int) -> NDArray:
@@ -37,10 +53,11 @@ def pairing_of(torch: Recording, flax: Recording, layer_map: Mapping[str, str] |
       ValueError: a name in layer_map that is no layer.
     """
     shapes = tuple({name: tuple(a.shape) for name, a in recording.tensors.items()} for recording in (torch, flax))
-    return pair_layers(_in_order(torch), _in_order(flax), (shapes[0], shapes[1]), layer_map)
+    return pair_layers(in_order(torch), in_order(flax), (shapes[0], shapes[1]), layer_map)
 
 
-def _in_order(recording: Recording) -> list[Layer]:
+def in_order(recording: Recording) -> list[Layer]:
+    """The layers in the order of their first call; then those that were not called, of which only the tensors count."""
     called = list(dict.fromkeys(call.path for call in recording.calls))
     layers = [recording.layers[path] for path in called]
     rest = [layer for path, layer in recording.layers.items() if path not in called]
@@ -52,16 +69,7 @@ def _in_order(recording: Recording) -> list[Layer]:
 def translated(torch: Recording, flax: Recording, pairing: Pairing) -> Translation:
     """Decides from both runs in which layout each array goes across, and what stands behind a flatten."""
     translation = Translation(torch, pairing)
-    calls = {call.key: call for call in flax.calls}
-    for call in torch.calls:
-        pair = translation.pair_of.get(call.path)
-        mine = calls.get((pair.flax.path, call.index)) if pair else None
-        if mine is not None:
-            for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
-                translation.input(call, i, arrived)
-            translation.output(call, mine.output)
-    for i, output in enumerate(flax.outputs[: len(torch.outputs)]):
-        translation.result(i, output)
+    translation.settle(flax)
     for path, shape in dict(translation.flattens()).items():
         pairing.with_flatten(path, shape)
     return translation

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
+import safetensors.numpy
 from numpy.typing import NDArray
 
 from bn_common.run_folder import write_whole
@@ -25,7 +26,7 @@ SUFFIXES = (".pt", ".pth", ".safetensors", ".npz", ".orbax")
 METADATA = "parity.json"
 _KEY = "parity"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# What safetensors calls numpy's types; numpy itself has no name for bfloat16.
+# What safetensors calls numpy's types. Its own reader for numpy knows no bfloat16.
 _SAFE = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -53,7 +54,7 @@ class Weights(NamedTuple):
 
     @property
     def framework(self) -> str:
-        """ "flax" or "torch", by the names."""
+        """Whose names they are: "flax" or "torch"."""
         return "flax" if any(name.split("/")[0] in ("params", "batch_stats") for name in self.tensors) else "torch"
 
 
@@ -142,22 +143,19 @@ def _as_array(value: Any) -> NDArray:
         if value.dtype == torch.bfloat16:
             return value.view(torch.int16).numpy().view(_BFLOAT16)
         return value.numpy()
-    return np.ascontiguousarray(value)
+    return np.array(value, order="C")
 
 
 # Safetensors and npz
 
 
 def _safetensors_bytes(arrays: Mapping[str, NDArray], about: Mapping[str, Any]) -> bytes:
-    names = {dtype: name for name, dtype in _SAFE.items()}
-    described = {}
-    for name, a in arrays.items():
-        if a.dtype not in names:
-            raise ValueError(f"{name} is {a.dtype}; allowed: {', '.join(str(dtype) for dtype in names)}")
-        words = {"BF16": "bfloat16", "BOOL": "bool"}
-        dtype = words.get(names[a.dtype], a.dtype.name)
-        described[name] = {"dtype": dtype, "shape": list(a.shape), "data": a.tobytes()}
-    return safetensors.serialize(described, metadata={_KEY: json.dumps(about)} if about else None)
+    wrong = [f"{name} is {a.dtype}" for name, a in arrays.items() if a.dtype not in _SAFE.values()]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}; allowed: {', '.join(str(dtype) for dtype in _SAFE.values())}")
+    # safetensors sorts the tensors, and their order may be all that tells the order of the layers.
+    entry = json.dumps({"metadata": dict(about), "names": list(arrays)})
+    return safetensors.numpy.save(dict(arrays), metadata={_KEY: entry})
 
 
 def _load_safetensors(path: Path) -> Weights:
@@ -166,9 +164,9 @@ def _load_safetensors(path: Path) -> Weights:
     for name, view in safetensors.deserialize(content):
         tensors[name] = np.frombuffer(bytes(view["data"]), _SAFE[view["dtype"]]).reshape(view["shape"]).copy()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    order = [name for name in header if name in tensors]
-    about = json.loads(header.get("__metadata__", {}).get(_KEY, "{}"))
-    return Weights({name: tensors[name] for name in order}, about)
+    entry = json.loads(header.get("__metadata__", {}).get(_KEY, "{}"))
+    names = [name for name in entry.get("names", ()) if name in tensors] or [name for name in header if name in tensors]
+    return Weights({name: tensors[name] for name in names}, entry.get("metadata", {}))
 
 
 def _npz_bytes(arrays: Mapping[str, NDArray], about: Mapping[str, Any]) -> bytes:
@@ -228,7 +226,7 @@ def _load_torch(path: Path) -> Weights:
 
 
 def _save_orbax(path: Path, arrays: Mapping[str, NDArray], about: Mapping[str, Any]) -> None:
-    import orbax.checkpoint as ocp
+    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -239,7 +237,8 @@ def _save_orbax(path: Path, arrays: Mapping[str, NDArray], about: Mapping[str, A
         (temporary / METADATA).write_text(json.dumps({"metadata": about, "names": list(arrays)}))
         os.rename(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in path.parent.glob(f"{temporary.name}*"):  # Orbax has a temporary folder of its own
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _load_orbax(path: Path) -> Weights:

@@ -288,8 +288,15 @@ def lifted(value: Any, *, float64: bool) -> Any:
 
 @contextlib.contextmanager
 def environment(*, float64: bool) -> Iterator[None]:
-    """JAX as most users have it, whatever the caller's settings; float64 known, and then on the CPU, if asked for."""
+    """JAX as most users have it, whatever the caller's settings; float64 known, and then on the CPU, if asked for.
+
+    Every program runs once, so that on a CPU XLA's optimisations cost more than they gain.
+    """
+    hurried = jax.config.read("jax_disable_most_optimizations")
     with contextlib.ExitStack() as stack:
+        if float64 or jax.default_backend() == "cpu":
+            jax.config.update("jax_disable_most_optimizations", True)
+            stack.callback(jax.config.update, "jax_disable_most_optimizations", hurried)
         stack.enter_context(jax.enable_x64(float64))
         stack.enter_context(jax.numpy_dtype_promotion("standard"))
         stack.enter_context(jax.numpy_rank_promotion("allow"))
@@ -391,6 +398,8 @@ def record(
     projections: Callable[[Sequence[Any]], list[NDArray]] | None = None,
     force: Force | None = None,
     gradients: bool = True,
+    compiled: bool = True,
+    programs: dict | None = None,
     seed: int = 0,
 ) -> Recording:
     """Run the module forward and backward, and record every layer.
@@ -406,6 +415,8 @@ def record(
       projections: of the outputs; needed where loss is None.
       force: for single-layer mode.
       gradients: take them too.
+      programs: keeps what was compiled for the next run of the same module, variables' statistics and inputs' shapes.
+      compiled: as one function. Without, and without gradients, a run that fails is recorded as far as it went.
       seed: of the random numbers in the run.
     """
     with environment(float64=float64):
@@ -420,22 +431,54 @@ def record(
         recording.tensors = {name: _numpy(v) for name, v in every.items()}
         xs = [given[i] for i in floating]
         if gradients:
-            probes = jax.eval_shape(lambda p, x: run(p, x, None)[1]["probes"], parameters, xs)
-            zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), probes)
-            total, pull, seen = jax.vjp(run, parameters, xs, zeros, has_aux=True)
-            by_parameter, by_input, by_probe = pull(jnp.ones_like(total)) if jnp.issubdtype(total.dtype, jnp.floating) else ({}, [], zeros)
+            # A run without another side's arrays differs from the next in its arguments only.
+            key = None if force is not None or programs is None else (train, float64, tuple((v.shape, v.dtype) for v in given))
+            if key is None or key not in programs:
+                program = run, _program(run, parameters, xs, compiled=compiled)
+                programs = {} if programs is None else programs
+                programs[key] = program
+            run, whole = programs[key]
+            total, (by_parameter, by_input, by_probe), seen = whole(parameters, xs)
         else:
             by_parameter, by_input, by_probe = {}, [], None
             try:
-                total, seen = run(parameters, xs, None)
+                total, seen = _compiled(lambda p, x: run(p, x, None), compiled)(parameters, xs)
             except Exception as error:
+                if compiled:
+                    raise
                 # As far as it went: where layers of other shapes make what follows impossible.
                 recording.failure = error
                 seen = run.seen | {"statistics": {}, "result": []}
-                del seen["inputs"][len(seen["outputs"]):], seen["arrived"][len(seen["outputs"]):]
+                del seen["inputs"][len(seen["outputs"]) :], seen["arrived"][len(seen["outputs"]) :]
                 total = jnp.full((), jnp.nan)
         _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floating)
     return recording
+
+
+def _program(run: _Run, parameters: Any, xs: Any, *, compiled: bool) -> Callable:
+    """(parameters, floating inputs) -> (loss, gradients by them and by the probes, what was seen)."""
+    probes = jax.eval_shape(lambda p, x: run(p, x, None)[1]["probes"], parameters, xs)
+    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), probes)
+
+    def whole(parameters, xs):
+        total, pull, seen = jax.vjp(run, parameters, xs, zeros, has_aux=True)
+        return total, pull(jnp.ones_like(total)), seen
+
+    return _compiled(whole, compiled)
+
+
+def _compiled(function: Callable, compiled: bool) -> Callable:
+    """The function compiled as one; as it is where it cannot be, as it looks at the values of its arrays."""
+
+    program = jax.jit(function)
+
+    def run(*args: Any) -> Any:
+        try:
+            return program(*args)
+        except jax.errors.JAXTypeError:
+            return function(*args)
+
+    return run if compiled else function
 
 
 def _numpy(v: Any) -> NDArray:
@@ -482,15 +525,19 @@ class _Run:
             key = (path, counts.get(path, 0))
             counts[path] = key[1] + 1
             arrived, used = [], []
+            mine: dict[int, Any] = {}  # one array given several times (attention) is one input
 
             def own(v):
                 if not isinstance(v, Array | np.ndarray) or v.dtype == bool or jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key):
                     return v
-                v = jnp.asarray(v)
+                if id(v) in mine:
+                    return mine[id(v)]
+                given, v = v, jnp.asarray(v)
                 arrived.append(v)
                 if jnp.issubdtype(v.dtype, jnp.floating):
                     v = probe(v, None if self.force is None else self.force.input(key, len(arrived) - 1, v))
                 used.append(v)
+                mine[id(given)] = v
                 return v
 
             args, kwargs = tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}

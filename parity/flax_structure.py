@@ -84,7 +84,17 @@ def _structure(side: Any, variables: Mapping[str, Any], called: list[tuple[str, 
     counters = {name for name, shape in carried.items() if kinds.is_counter(name, shape)}
     floating = {name: variables[name] for name in carried if name not in counters}
     layers = flax_side.layers_of(side, floating, called)
+    for layer in layers.values():
+        layer.config = {**layer.config, **_convention(dict(called).get(layer.path))}
     return Structure(list(layers.values()), {name: carried[name] for name in floating}, _counters(counters))
+
+
+def _convention(module: Any) -> dict[str, Any]:
+    """How a batch norm keeps its statistics; Flax's own keeps the biased variance, from 1."""
+    if not isinstance(module, nn.BatchNorm | nnx.BatchNorm):
+        return {}
+    names = {"momentum": None, "epsilon": None, "unbiased_moving_var": False, "initial_moving_var": 1.0}
+    return {name: getattr(module, name, usual) for name, usual in names.items()}
 
 
 def _counters(names: Any) -> dict[str, str]:

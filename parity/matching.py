@@ -59,6 +59,8 @@ class _Matching:
     def __init__(self, torch: Structure, flax: Structure, found: Partners) -> None:
         self.torch, self.flax, self.found = torch, flax, found
         self.cache: dict[tuple, bool] = {}
+        # The order of execution is the same on both sides; that of definition may be another.
+        self.executed = torch.feeders is not None and flax.feeders is not None
 
     def run(self) -> Partners:
         for is_called in True, False:
@@ -67,6 +69,9 @@ class _Matching:
                     self._norms_behind(is_called)
                 t, f = self._free(is_called, is_norm)
                 if self.flax.ordered:
+                    if not self.executed:
+                        self.found |= self._counted(t, f)
+                        t, f = self._free(is_called, is_norm)
                     self.found |= self._aligned(t, f)
                     self.found |= self._elsewhere(*self._free(is_called, is_norm))
                 else:
@@ -115,18 +120,25 @@ class _Matching:
 
     def _elsewhere(self, t: Sequence[Layer], f: Sequence[Layer]) -> Partners:
         """What fits but comes in another order: as many as there are, in their own order; else by names."""
-        found: Partners = {}
-        for x in t:
-            fitting = [y for y in f if self.fits(x, y)]
-            group = [z for z in t if fitting and self.fits(z, fitting[0])]
-            if len(group) == len(fitting) and fitting:
-                found[x.path] = fitting[group.index(x)].path if x in group else fitting[0].path
+        found = self._counted(t, f)
         every = [
             (similarity(x.path, y.path), -i, -j) for i, x in enumerate(t) for j, y in enumerate(f) if self.fits(x, y)
         ]
         for _, i, j in sorted(every, reverse=True):
             if t[-i].path not in found and f[-j].path not in found.values():
                 found[t[-i].path] = f[-j].path
+        return found
+
+    def _counted(self, t: Sequence[Layer], f: Sequence[Layer]) -> Partners:
+        """Layers that fit the same ones, if there are as many on both sides: the first to the first, and so on."""
+        found: Partners = {}
+        for x in t:
+            fitting = [y for y in f if self.fits(x, y)]
+            group = [z for z in t if fitting and self.fits(z, fitting[0])]
+            if x in group and len(group) == len(fitting):
+                path = fitting[group.index(x)].path
+                if path not in found.values():
+                    found[x.path] = path
         return found
 
     def _norms_behind(self, is_called: bool) -> None:
@@ -161,10 +173,16 @@ class _Matching:
         # Of one family, such as Conv_0, Conv_1, the numbers are the order, unless the layers before them are not in it.
         if len({_family(f.path) for f in fs}) == 1 and len(ts) == len(fs) and known == sorted(known):
             return {t.path: f.path for t, f in zip(ts, fs, strict=True)}
+        blocks = [self._blocks(t) for t in ts]
         alike = np.array(
             [
-                [similarity(t.path, f.path) + (0.0 if sibling is None else _beside(sibling, f.path)) for f in fs]
-                for t, sibling in zip(ts, siblings, strict=True)
+                [
+                    similarity(t.path, f.path)
+                    + sum(block == f.path.rpartition("/")[0] for block in around)
+                    + (0.0 if sibling is None else _beside(sibling, f.path))
+                    for f in fs
+                ]
+                for t, sibling, around in zip(ts, siblings, blocks, strict=True)
             ]
         )
         alike += np.array([[-1.0 + self.fits(t, f) for f in fs] for t in ts]) * 100
@@ -182,6 +200,15 @@ class _Matching:
                     )
         self._in_order_of_numbers(chosen, fs, [i for i in chosen if siblings[i] is None])
         return {ts[i].path: fs[j].path for i, j in chosen.items()}
+
+    def _blocks(self, t: Layer) -> list[str]:
+        """Flax's blocks of the layers before and after a norm, as far as their partners are known."""
+        if not _is_norm(t, self.torch) or not t.is_called:
+            return []
+        i = self.torch.layers.index(t)
+        around = self.torch.layers[:i][::-1], self.torch.layers[i + 1 :]
+        nearest = [next((self.found[x.path] for x in side if x.path in self.found), None) for side in around]
+        return [path.rpartition("/")[0] for path in nearest if path is not None]
 
     @staticmethod
     def _in_order_of_numbers(chosen: dict[int, int], fs: Sequence[Layer], free: Sequence[int]) -> None:

@@ -44,10 +44,12 @@ class Noise:
             sides.append((flax, flax_run, flax_inputs, path))
         for base, run, inputs, names in sides:
             nudged = [run(float64=True, inputs=_nudged(inputs, sign)) for sign in (STEP, -STEP)]
+            sizes = _largest(base)
             for which, a, plus, minus in zip(*(list(x) for x in _columns(base, *nudged)), strict=True):
                 if a is None or a.shape != plus.shape or a.dtype.kind != "f":
                     continue
-                size = np.abs(a).max(initial=0)
+                # A gradient that is 0 by cancellation is nothing but rounding.
+                size = max(float(np.abs(a).max(initial=0)), 1e-6 * sizes[which[0]])
                 noise = float(np.abs((plus + minus) / 2 - a).max(initial=0) / size) if size else 0.0
                 key = (which[0], (names.get(which[1], which[1]), which[2]))
                 self.measured[key] = max(self.measured.get(key, 0.0), noise)
@@ -56,6 +58,14 @@ class Noise:
         """The rounding where this difference was found."""
         phase = {"loss": "backward"}.get(d.phase, d.phase)
         return self.measured.get((phase, d.key), max(self.measured.values(), default=0.0))
+
+
+def _largest(recording: Recording) -> dict[str, float]:
+    """By phase, the largest value of all arrays."""
+    sizes = {"forward": 0.0, "backward": 0.0, "statistics": 0.0}
+    for key, a in _arrays(recording):
+        sizes[key[0]] = max(sizes[key[0]], float(np.abs(a[np.isfinite(a)]).max(initial=0)))
+    return sizes
 
 
 def _nudged(inputs: Sequence[NDArray], step: float) -> list[NDArray]:

@@ -58,10 +58,13 @@ class Call:
 
 @dataclass
 class GlueCall:
-    """One call of a module without tensors (activation, pool, dropout, ...), and how many layers were called before."""
+    """One call of a module without tensors (activation, pool, dropout, ...), and how many layers were called before.
+
+    `class_names` are those of its class and its ancestors, the most derived first.
+    """
 
     path: str
-    class_name: str
+    class_names: tuple[str, ...]
     position: int
 
 

@@ -208,17 +208,22 @@ class _Watch(contextlib.ExitStack):
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Gives the layer copies of its own, so that their gradients are those through this layer only."""
         mine: list[Tensor] = []
+        known: dict[int, Tensor] = {}  # one tensor given several times (attention) is one input
 
         def own(v: Any) -> Any:
             if not isinstance(v, Tensor) or v.dtype == torch.bool:
                 return v
+            if id(v) in known:
+                return known[id(v)]
             if not v.is_floating_point():
                 mine.append(v)
                 return v
+            given = v
             v = v.clone() if v.requires_grad else v.detach().clone().requires_grad_(torch.is_grad_enabled())
             if v.requires_grad:
                 v.retain_grad()
             mine.append(v)
+            known[id(given)] = v
             return v
 
         args, kwargs = tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}
@@ -247,7 +252,8 @@ class _Watch(contextlib.ExitStack):
 
     def _glue(self, path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            self.recording.glue.append(GlueCall(path, type(module).__name__, len(self.recording.calls)))
+            names = tuple(c.__name__ for c in type(module).__mro__)
+            self.recording.glue.append(GlueCall(path, names, len(self.recording.calls)))
 
         return hook
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from parity import kinds
 from parity.pairing import LayerPair, Pairing
 from parity.recording import Call, Recording
 
@@ -80,7 +81,7 @@ class Translation:
         return None if path is None else self.calls.get((path, flax_key[1]))
 
     def input(self, call: Call, i: int, arrived: Any = None) -> NDArray:
-        """The i-th input of PyTorch's call in Flax's layout; `arrived` is Flax's, to choose by."""
+        """The i-th input of PyTorch's call in Flax's layout; `arrived` is Flax's, for its shape."""
         kind = self.pair_of[call.path].kind
         flattened = self._before_flatten(call) if kind == "linear" else ()
         return self._layout((call.key, "input", i), call.inputs[i], kind, arrived, flattened)
@@ -100,9 +101,27 @@ class Translation:
     def _layout(self, which, a, kind, like, flattened=()) -> NDArray:
         if which not in self.chosen:
             shape = apply_layout(layouts_for(kind, a, ())[0], a).shape if like is None else np.shape(like)
-            fitting = layouts_for(kind, a, shape, flattened)
-            self.chosen[which] = fitting[0] if like is None else _closest(fitting, a, np.asarray(like))
+            self.chosen[which] = layouts_for(kind, a, shape, flattened)[0]
         return apply_layout(self.chosen[which], a)
+
+    def settle(self, forced: Recording) -> None:
+        """Where shapes leave a choice of layouts, chooses by what arrived in single-layer mode."""
+        for mine in forced.calls:
+            call = self.torch_call(mine.key)
+            if call is None:
+                continue
+            kind, layout = self.pair_of[call.path].kind, None
+            flattened = self._before_flatten(call) if kind == "linear" and call.inputs else ()
+            for i, (a, arrived) in enumerate(zip(call.inputs, mine.arrived, strict=False)):
+                which, fitting = (call.key, "input", i), layouts_for(kind, a, arrived.shape, flattened)
+                # Where the kind says it, numbers that happen to agree must not: it may be the mistake.
+                self.chosen[which] = fitting[0] if kind in CHANNELS_FIRST else _closest(fitting, a, arrived)
+                layout = layout or self.chosen[which]
+            fitting = layouts_for(kind, call.output, mine.output.shape)
+            self.chosen[call.key, "output"] = layout if layout in fitting else fitting[0]
+        for i, (a, output) in enumerate(zip(self.torch.outputs, forced.outputs, strict=False)):
+            fitting = layouts_for("other", a, output.shape, self._channels_before())
+            self.chosen["result", i] = _closest(fitting, a, output)
 
     def _before_flatten(self, call: Call) -> list[tuple[int, ...]]:
         """What can have been flattened to this linear layer's input: (C, H, W) of as many numbers."""
@@ -139,7 +158,7 @@ class Translation:
 
 def _closest(layouts: list[Layout], a: NDArray, like: NDArray) -> Layout:
     """The layout in which the numbers agree best; the usual one unless another is clearly closer."""
-    if len(layouts) == 1:
+    if len(layouts) == 1 or apply_layout(layouts[0], a).shape != like.shape:
         return layouts[0]
     distances = [float(np.linalg.norm(apply_layout(layout, a) - like)) for layout in layouts]
     best = int(np.argmin(distances))
@@ -157,7 +176,7 @@ class Forcing:
         call = self.translation.torch_call(key)
         if call is None or i >= len(call.inputs) or call.inputs[i].dtype.kind != "f":
             return None
-        value = self.translation.input(call, i, _concrete(arrived))
+        value = self.translation.input(call, i, arrived)
         gradients = call.input_gradients
         return value, self.translation.gradient((call.key, "input", i), gradients[i] if i < len(gradients) else None)
 
@@ -166,7 +185,7 @@ class Forcing:
         call = self.translation.torch_call(key)
         if call is None:
             return None
-        value = self.translation.output(call, _concrete(output))
+        value = self.translation.output(call, output)
         return value, self.translation.gradient((call.key, "output"), call.output_gradient)
 
     def result(self, i, output):
@@ -174,17 +193,9 @@ class Forcing:
         torch = self.translation.torch
         if i >= len(torch.outputs):
             return None
-        value = self.translation.result(i, _concrete(output))
+        value = self.translation.result(i, output)
         gradient = torch.output_gradients[i] if i < len(torch.output_gradients) else None
         return value, self.translation.gradient(("result", i), gradient)
-
-
-def _concrete(value: Any) -> Any:
-    """The array, if it has numbers; while a derivative is taken it has none, and the layouts are known already."""
-    try:
-        return np.asarray(value)
-    except Exception:
-        return np.empty(value.shape)
 
 
 class Difference(NamedTuple):
@@ -280,7 +291,8 @@ def _parameters(translation, flax, pair: LayerPair, call: Call, dy: NDArray, lar
             continue
         truth = t.to_flax(torch.gradients[torch_name])
         # A bias before a batch norm is a gauge: what its gradient sums up cancels to 0.
-        summed = float(np.abs(dy).sum(tuple(range(dy.ndim - 1))).max(initial=0)) if truth.ndim == 1 else 0.0
+        is_bias = kinds.SHIFT.fullmatch(t.flax_name.rpartition("/")[2]) is not None
+        summed = float(np.abs(dy).sum(tuple(range(dy.ndim - 1))).max(initial=0)) if is_bias else 0.0
         error = error_of(flax.gradients[flax_name], truth, max(largest, summed))
         found.append(Difference("backward", call.key, pair.flax.path, f"{t.torch_name} gradient", error))
     return found

@@ -5,9 +5,8 @@ Which layer is which is found by `matching.py`, which tensor of a layer is which
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,13 +18,13 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from numpy.typing import NDArray
 
-from bn_common.conventions import complement
-from parity import flax_side, flax_structure, kinds, matching, torch_structure
+from parity import flax_structure, misfits, torch_structure
 from parity.flax_side import NnxSide
-from parity.pairing import LayerPair, Pairing
-from parity.recording import Layer
+from parity.layer_conventions import conventions, notes
+from parity.pairing import Pairing
 from parity.rules import OIHW, OUT_IN, SAME, Layout, behind_flatten, register
-from parity.structure import Flattened, Guess, Structure, given_guesses, guesses
+from parity.settling import settle, settle_torch
+from parity.structure import Structure
 
 __all__ = [
     "BLENET_GAUGES",
@@ -34,7 +33,10 @@ __all__ = [
     "SAME",
     "Layout",
     "ParityWarning",
+    "as_tensor",
     "behind_flatten",
+    "conventions",
+    "named",
     "notes",
     "register",
     "to_flax",
@@ -57,8 +59,6 @@ BLENET_GAUGES = {
     "fc.0.bias": "fc.1.moving_mean",
     "fc.3.bias": "fc.4.moving_mean",
 }
-
-MOST_ATTEMPTS = 200
 
 
 def to_flax(
@@ -105,19 +105,19 @@ def to_flax(
     state, prefix = _state_of(source)
     arrays = {name: _to_numpy(v) for name, v in state.items()}
     whose = source if isinstance(source, torch.nn.Module) else torch_module
-    torch_structure_ = _torch_structure(whose, {name: a.shape for name, a in arrays.items()})
+    given = _torch_structure(whose, {name: a.shape for name, a in arrays.items()})
     module = torch_structure.unwrapped(whose)[0] if isinstance(whose, torch.nn.Module) else None
-    found, flax = _settle(module, torch_structure_, flax_module, inputs, flax_inputs, layer_map)
+    found, flax = settle(module, given, flax_module, inputs, flax_inputs, layer_map)
     if module is not None:
-        _check_single_layers(found, torch_structure_, flax, module, flax_module)
+        _check_single_layers(found, given, flax, module, flax_module)
     problems = [
         f"{prefix}{name} is {a.dtype}, but jax_enable_x64 is off, so it would be rounded"
         for name, a in arrays.items()
         if a.dtype == np.float64 and jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype
     ]
-    problems += _wrong(found, torch_structure_, flax, arrays, to="flax")
-    problems += _left_over_of_torch(found, torch_structure_, state, is_module=whose is source)
-    problems += [f"{full} is missing (for {f})" for full, f in _missing_in_torch(found)]
+    problems += misfits.wrong(found, given, flax, arrays, to="flax")
+    problems += misfits.left_over_of_torch(found, given, state, is_module=whose is source)
+    problems += [f"{full} is missing (for {f})" for full, f in misfits.missing_in_torch(found)]
     _raise(problems)
     carried = found.to_flax(arrays)
     _warn_unless_finite(arrays)
@@ -125,7 +125,7 @@ def to_flax(
     leaves = {name: jnp.array(carried[name]) for name in flax_names}
     partner = {pair.flax.path: pair.torch.path for pair in found.layers}
     for path, name in flax.counters.items():
-        count = arrays.get(torch_structure_.counters.get(partner.get(path, ""), ""), np.zeros(()))
+        count = arrays.get(given.counters.get(partner.get(path, ""), ""), np.zeros(()))
         leaves[name] = jnp.array(count, jnp.int32)
     if isinstance(flax_module, nnx.Module):
         side = NnxSide(flax_module)
@@ -154,8 +154,9 @@ def to_torch(
     Args:
       variables: {"params": ..., "batch_stats": ...}, an `nnx.State`, or an NNX module.
       torch_module: where they go. It is not changed.
-      flax_module: whose variables they are. Without it the layers' order is that of the variables, and where these
-        have been sorted by name, that of the names.
+      flax_module: whose variables they are; to be exact, give it. Without it the layers' order is that of the
+        variables, and where JAX has sorted these, that of the numbers in their names; what is flattened is taken to
+        be channels last, and `transpose_kernel` to be False.
       inputs: see `to_flax`.
       flax_inputs: see `to_flax`.
       layer_map: see `to_flax`.
@@ -190,18 +191,18 @@ def to_torch(
     target = torch_structure.of_module(module)
     given = flax_structure.of_variables({name: a.shape for name, a in arrays.items()})
     if flax_module is None:
-        found = _settle_torch(module, target, given, inputs, flax_inputs, layer_map)
+        found = settle_torch(module, target, given, inputs, flax_inputs, layer_map)
     else:
-        found, given = _settle(module, target, flax_module, inputs, flax_inputs, layer_map)
-    problems = _wrong(found, target, given, arrays, to="torch")
+        found, given = settle(module, target, flax_module, inputs, flax_inputs, layer_map)
+    problems = misfits.wrong(found, target, given, arrays, to="torch")
     expected = {full for layer in given.layers for full in layer.tensors.values()} | set(given.counters.values())
     left = [*found.left()[1], *(name for name in arrays if name not in expected)]
     problems += [
         f"{name} is left over: the target has no place for it" for name in dict.fromkeys(left) if name in arrays
     ]
     state = module.state_dict()
-    tied = _tied(state)
-    problems += _missing_in_flax(found, target, tied)
+    tied = misfits.tied(state)
+    problems += misfits.missing_in_flax(found, target, tied)
     _raise(problems)
     _warn_unless_finite(arrays)
     carried = {name: _from_numpy(a) for name, a in found.to_torch(arrays).items()}
@@ -215,290 +216,6 @@ def to_torch(
         source = next((n for n in tied[name] if n in carried), None)
         result[prefix + name] = value.clone() if source is None else carried[source]
     return result
-
-
-def notes(torch_module: torch.nn.Module, flax_module: nn.Module | nnx.Module, **options: Any) -> list[str]:
-    """What weights alone do not carry over: conventions in which the paired layers differ.
-
-    Args:
-      torch_module: PyTorch's.
-      flax_module: Flax's.
-      **options: `inputs`, `flax_inputs`, `layer_map`, see `to_flax`.
-
-    Returns:
-      A sentence each: momentum, the moving variance's bias, epsilon.
-    """
-    module, _ = torch_structure.unwrapped(torch_module)
-    structure = torch_structure.of_module(module)
-    given = (options.get("inputs"), options.get("flax_inputs"), options.get("layer_map"))
-    found, _flax = _settle(module, structure, flax_module, *given)
-    return [note for pair in found.layers for note in _notes_of(pair, module)]
-
-
-def conventions(
-    torch_module: torch.nn.Module, flax_module: nn.Module | nnx.Module, **options: Any
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the batch norms say of themselves: {"torch": {path: {momentum, unbiased_moving_var, ...}}, "flax": ...}."""
-    module, _ = torch_structure.unwrapped(torch_module)
-    structure = torch_structure.of_module(module)
-    given = (options.get("inputs"), options.get("flax_inputs"), options.get("layer_map"))
-    _found, flax = _settle(module, structure, flax_module, *given)
-    return {
-        "torch": {
-            layer.path: torch_convention(module.get_submodule(layer.path))
-            for layer in structure.layers
-            if layer.kind == "batch_norm"
-        },
-        "flax": {layer.path: flax_convention(layer.config) for layer in flax.layers if layer.kind == "batch_norm"},
-    }
-
-
-def _notes_of(pair: LayerPair, module: torch.nn.Module) -> list[str]:
-    where = f"{pair.torch.path or 'the layer'} and {pair.flax.path or 'the layer'}"
-    layer = module.get_submodule(pair.torch.path)
-    torch_says, flax_says = torch_convention(layer), flax_convention(pair.flax.config)
-    return [
-        f"{where}: {name} is {torch_says[key]} in PyTorch and {flax_says[key]} in Flax"
-        for key, name in CONVENTION.items()
-        if key in torch_says and key in flax_says and torch_says[key] != flax_says[key]
-    ]
-
-
-CONVENTION = {
-    "momentum": "momentum (weight of the old value)",
-    "unbiased_moving_var": "unbiased_moving_var",
-    "epsilon": "epsilon",
-}
-
-
-def torch_convention(layer: torch.nn.Module) -> dict[str, Any]:
-    """What a norm says of itself, in this project's words; momentum is the weight of the old value."""
-    says: dict[str, Any] = {}
-    if (eps := getattr(layer, "eps", None)) is not None:
-        says["epsilon"] = eps
-    if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
-        says |= {"momentum": complement(layer.momentum), "unbiased_moving_var": True}
-    elif hasattr(layer, "unbiased_moving_var"):
-        says |= {"momentum": layer.momentum, "unbiased_moving_var": layer.unbiased_moving_var}
-    return says
-
-
-def flax_convention(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of Flax's; only norms have an epsilon."""
-    says: dict[str, Any] = {name: config[name] for name in ("epsilon", "momentum") if name in config}
-    if "momentum" in says:
-        says["unbiased_moving_var"] = bool(config.get("unbiased_moving_var", False))
-    return says
-
-
-# How a network is run to learn its structure.
-
-
-def _settle(
-    module: torch.nn.Module | None,
-    torch_: Structure,
-    flax_module: nn.Module | nnx.Module,
-    inputs: Sequence[NDArray] | None,
-    flax_inputs: Sequence[NDArray] | None,
-    layer_map: Mapping[str, str] | None,
-) -> tuple[Pairing, Structure]:
-    """The pairing on the first inputs that both modules take and on which all shapes fit; else the closest."""
-    side = flax_side.side_of(flax_module)
-    runner = None if module is None else torch_structure.Runner(module, torch_)
-    best: tuple[int, Pairing, Structure, Guess] | None = None
-    error: Exception | None = None
-    original = list(torch_.layers)
-    for guess in itertools.islice(_candidates(runner, torch_, flax_module, inputs, flax_inputs), MOST_ATTEMPTS):
-        try:
-            flax = flax_structure.of_module(side, guess)
-        except Exception as refused:  # whatever a stranger's module raises
-            error = error or refused
-            continue
-        run = None if runner is None else runner.run(guess)
-        torch_.layers, torch_.feeders = _in_order(original, run), None if run is None else run.feeders
-        found = matching.match(torch_, flax, layer_map)
-        count = _misfits(found)
-        unchanged = best is not None and best[2].shapes == flax.shapes
-        if best is None or count < best[0]:
-            best = count, found, flax, guess
-        if count == 0 or unchanged:
-            break
-    if best is None:
-        if isinstance(side, NnxSide):
-            assert isinstance(flax_module, nnx.Module)
-            flax = flax_structure.of_definition(flax_module, side)
-            _suppose_flattened(torch_)
-            return matching.match(torch_, flax, layer_map), flax
-        raise ValueError(
-            "flax_module takes none of the inputs that PyTorch's first layer suggests; allowed: inputs=[...], numpy "
-            f"arrays in PyTorch's layout that it does take. It says: {type(error).__name__}: {error}"
-        ) from error
-    _, found, flax, guess = best
-    run = None if runner is None else runner.run(guess)
-    torch_.layers, torch_.feeders = _in_order(original, run), None if run is None else run.feeders
-    if runner is not None and run is not None:
-        torch_.flattened = runner.flattened(guess, run)
-        if not torch_structure.may_be_flattened(run.calls, {x.path: x.kind for x in torch_.layers}, guess):
-            return found, flax
-    flax.flattened = flax_structure.flattened(side, flax, guess)
-    if run is None and not flax.flattened:
-        _suppose_flattened(torch_)
-    return matching.match(torch_, flax, layer_map), flax
-
-
-def _settle_torch(
-    module: torch.nn.Module,
-    torch_: Structure,
-    flax: Structure,
-    inputs: Sequence[NDArray] | None,
-    flax_inputs: Sequence[NDArray] | None,
-    layer_map: Mapping[str, str] | None,
-) -> Pairing:
-    """The pairing with variables whose module is not known."""
-    runner = torch_structure.Runner(module, torch_)
-    every = given_guesses(inputs, flax_inputs) if inputs is not None else guesses(torch_.layers, torch_.shapes)
-    ran = next(((guess, run) for guess in every if (run := runner.run(guess)) is not None), None)
-    if ran is None:
-        _suppose_flattened(torch_)
-    else:
-        guess, run = ran
-        torch_.layers, torch_.feeders = _in_order(torch_.layers, run), run.feeders
-        torch_.flattened = runner.flattened(guess, run)
-    return matching.match(torch_, flax, layer_map)
-
-
-def _candidates(
-    runner: torch_structure.Runner | None,
-    torch_: Structure,
-    flax_module: Any,
-    inputs: Sequence[NDArray] | None,
-    flax_inputs: Sequence[NDArray] | None,
-) -> Iterable[Guess]:
-    if inputs is not None:
-        return given_guesses(inputs, flax_inputs)
-    groups = getattr(flax_module, "feature_group_count", 1)
-    every = list(guesses(torch_.layers, torch_.shapes, groups if isinstance(groups, int) else 1))
-    if runner is None:
-        return every
-    return itertools.chain(itertools.islice((g for g in every if runner.run(g) is not None), 3), every)
-
-
-def _in_order(layers: list[Layer], run: torch_structure.Run | None) -> list[Layer]:
-    """The layers that were called first, in that order; the others as they were."""
-    if run is None:
-        return layers
-    place = {path: i for i, path in enumerate(run.order)}
-    return sorted(layers, key=lambda layer: place.get(layer.path, len(place)))
-
-
-def _suppose_flattened(structure: Structure) -> None:
-    """Without a run: a matrix that takes a multiple of what the convolution before it gives stands behind a flatten."""
-    channels = None
-    for layer in structure.layers:
-        weight = max((structure.shapes[full] for full in layer.tensors.values()), key=len, default=())
-        if len(weight) >= 3 and layer.is_called:
-            channels = weight[1] if layer.kind == "conv_transpose" else weight[0]
-        elif len(weight) == 2:
-            if channels and weight[1] > channels and weight[1] % channels == 0:
-                structure.flattened[layer.path] = Flattened(channels, weight[1] // channels, True)
-            channels = None
-
-
-# What does not fit, in words.
-
-
-def _misfits(found: Pairing) -> int:
-    left = found.left()
-    return sum(not t.fits for pair in found.layers for t in pair.tensors) + len(left[0]) + len(left[1])
-
-
-def _wrong(found: Pairing, torch_: Structure, flax: Structure, arrays: Mapping[str, NDArray], *, to: str) -> list[str]:
-    """Tensors of a wrong dtype or shape, or not there."""
-    problems: dict[str, None] = {}
-    for torch_name, flax_name, pair in found.tensors():
-        name, target = (torch_name, flax_name) if to == "flax" else (flax_name, torch_name)
-        if name not in arrays:
-            problems[f"{name} is missing (for {target})"] = None
-            continue
-        if to == "flax":
-            shape = pair.to_torch(np.empty(flax.shapes[flax_name], np.bool_)).shape
-            if pair.part is not None:
-                shape = (shape[0] * (pair.part[2] // (pair.part[1] - pair.part[0])), *shape[1:])
-        else:
-            shape = pair.to_flax(np.empty(torch_.shapes[torch_name], np.bool_)).shape
-        if not jnp.issubdtype(arrays[name].dtype, jnp.floating):
-            problems[f"{name} is {arrays[name].dtype}; allowed: floating point (for {target})"] = None
-        elif not pair.fits or arrays[name].shape != shape:
-            problems[f"{name} has shape {arrays[name].shape}; allowed: {shape} (for {target})"] = None
-    return list(problems)
-
-
-def _missing_in_torch(found: Pairing) -> list[tuple[str, str]]:
-    """(the name that PyTorch's tensor would have, Flax's name) of what nothing fills."""
-    partner = {full: pair.torch for pair in found.layers for full in pair.flax.tensors.values()}
-    missing = []
-    for full in found.left()[1]:
-        layer = partner.get(full)
-        if layer is None:
-            missing.append(("PyTorch's tensor", full))
-            continue
-        local = full.rpartition("/")[2]
-        own = any(name in layer.tensors for name in ("gamma", "beta", "moving_mean"))
-        names = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_var"} if own else {}
-        usual = {
-            "scale": "weight",
-            "kernel": "weight",
-            "embedding": "weight",
-            "mean": "running_mean",
-            "var": "running_var",
-        }
-        name = names.get(local, usual.get(local, local))
-        missing.append((f"{layer.path}.{name}" if layer.path else name, full))
-    return missing
-
-
-def _missing_in_flax(found: Pairing, torch_: Structure, tied: Mapping[str, Sequence[str]]) -> list[str]:
-    """PyTorch's tensors that nothing fills, with the name that Flax's would have."""
-    carried = {name for name, _, _ in found.tensors()}
-    partner = {full: pair.flax for pair in found.layers for full in pair.torch.tensors.values()}
-    problems = []
-    for full in found.left()[0]:
-        if any(name in carried for name in tied.get(full, ())):
-            continue
-        layer = partner.get(full)
-        local = full.rpartition(".")[2]
-        if layer is None:
-            problems.append(f"{full} has no variable that fills it")
-            continue
-        name = _flax_name(local, layer.kind)
-        collection = "batch_stats" if name in ("mean", "var") else "params"
-        problems.append(f"{'/'.join(part for part in (collection, layer.path, name) if part)} is missing (for {full})")
-    return problems
-
-
-def _flax_name(local: str, kind: str) -> str:
-    if kinds.MEAN.fullmatch(local):
-        return "mean"
-    if kinds.VAR.fullmatch(local):
-        return "var"
-    if kinds.SHIFT.fullmatch(local):
-        return "bias"
-    return "scale" if kind in kinds.NORMS else "embedding" if kind == "embedding" else "kernel"
-
-
-def _left_over_of_torch(
-    found: Pairing, torch_: Structure, state: Mapping[str, torch.Tensor], *, is_module: bool
-) -> list[str]:
-    carried = {name for name, _, _ in found.tensors()}
-    tied = _tied(state)
-    left = set(found.left()[0])
-    if not is_module:  # a module's tensors outside of its layers are constants
-        left |= {n for n, v in state.items() if n not in torch_.shapes and n not in torch_.counters.values()}
-    return [
-        f"{name} is left over: the target has no place for it"
-        for name in state
-        if name in left and state[name].is_floating_point() and not any(n in carried for n in tied[name])
-    ]
 
 
 def _check_single_layers(
@@ -540,15 +257,6 @@ def _torch_structure(source: Any, shapes: Mapping[str, tuple[int, ...]]) -> Stru
     if isinstance(source, torch.nn.Module):
         return torch_structure.of_module(torch_structure.unwrapped(source)[0])
     return torch_structure.of_state(shapes)
-
-
-def _tied(state: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
-    """Name -> all names of the same tensor: layers that share a weight."""
-    by_place: dict[Any, list[str]] = {}
-    for name, v in state.items():
-        place = (v.data_ptr(), tuple(v.shape), v.stride()) if v.numel() and v.device.type != "meta" else name
-        by_place.setdefault(place, []).append(name)
-    return {name: names for names in by_place.values() for name in names}
 
 
 def named(variables: Any) -> dict[str, NDArray]:

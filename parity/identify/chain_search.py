@@ -42,11 +42,21 @@ def search(sources: Sequence[Source], target: Target) -> list[Chain]:
 
 
 def _stages(sources: Sequence[Source], target: Target) -> Iterator[list[Chain]]:
-    for level in ("exact", "solved", "loose", "rare"):
-        for place, source in enumerate(sources):
-            yield _fits(source.name, source.value, target, level, with_pool=level != "rare" or place < PAIRED_WITH_POOL)
     near = _near(sources, PAIRED)
     pairs = list(itertools.combinations(range(len(near)), 2))
+    # Without a pool a hypothesis costs next to nothing; with one, as much as there are geometries.
+    for level in ("exact", "solved", "loose"):
+        for source in sources:
+            yield _fits(source.name, source.value, target, level, with_pool=False)
+        if level == "exact":
+            for place, source in enumerate(sources):
+                if place < PAIRED_WITH_POOL or source.value.size != target.value.size:
+                    yield _fits(source.name, source.value, target, level)
+    for i, j in pairs:
+        yield _pair(near[i], near[j], target, "exact", with_pool=False)
+    for level in ("solved", "loose", "rare"):
+        for source in sources[:PAIRED_WITH_POOL]:
+            yield _fits(source.name, source.value, target, level)
     for level in ("exact", "loose", "solved"):
         for i, j in pairs:
             yield _pair(near[i], near[j], target, level, with_pool=j < PAIRED_WITH_POOL)

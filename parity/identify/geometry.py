@@ -204,7 +204,7 @@ def isotropic(call: Call) -> Iterator[Geometry]:
 
 
 def anisotropic(call: Call) -> Iterator[Geometry]:
-    """Every plausible geometry; with three axes, of one dilation only. Those padded with zeros first."""
+    """Every plausible geometry, those padded with zeros first; of three axes fewer, as there are too many."""
     rank = len(call.inputs)
     axes = []
     if not rank:
@@ -214,7 +214,7 @@ def anisotropic(call: Call) -> Iterator[Geometry]:
         numbers = range(1, LARGEST + 1)
         every = [
             (s, d, low)
-            for s, d in itertools.product(numbers, numbers if line.kernel[0] > 1 else (1,))
+            for s, d in itertools.product(numbers, numbers[: 4 if rank < 3 else 2] if line.kernel[0] > 1 else (1,))
             for low in range(-1 if call.transposed else 0, max(line.kernel[0], line.span((d,))[0]) + 2)
             if line.possible(Geometry((s,), (d,), (low,)))
         ]
@@ -224,7 +224,7 @@ def anisotropic(call: Call) -> Iterator[Geometry]:
         dilated = {d for (_, d, _), k in zip(combination, call.kernel, strict=True) if k > 1}
         if rank < 3 or len(dilated) < 2:
             choices.append(tuple(zip(*combination, strict=True)))
-    for mode, (stride, dilation, low) in itertools.product(MODES, choices):
+    for mode, (stride, dilation, low) in itertools.product(MODES if rank < 3 else MODES[:1], choices):
         geometry = Geometry(stride, dilation, low, mode)
         if _sensible(call, geometry):
             yield geometry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,7 @@ class Answers(NamedTuple):
 
 
 def questions(steps: int) -> Questions:
-    """Gradients from 1e-9 to 1e2, so that every epsilon shows; parameters 0 (first half) or 30 to 100, so that decay does.
+    """Gradients from 1e-9 to 1e2, so that every epsilon shows; parameters 0, then 30 to 100, so that decay does.
 
     Over the steps sign and size change, once to a hundredth, and parameters are set anew before every step: a rule is
     then a function of what it is given, and what it kept from before can be told from what it sees.
@@ -105,7 +106,7 @@ def ask(
     total = int(offsets[-1])
 
     def tree(flat: NDArray) -> Any:
-        parts = [flat[a:b].reshape(s) for a, b, s in zip(offsets, offsets[1:], shapes, strict=False)]
+        parts = [flat[a:b].reshape(s) for a, b, s in zip(offsets[:-1], offsets[1:], shapes, strict=True)]
         return jax.tree.unflatten(treedef, parts)
 
     # Which element of the tree is which of PyTorch's: the map is asked with serial numbers.
@@ -132,7 +133,7 @@ def ask(
     covered = np.zeros(total, bool)
     for serial in serials.values():
         covered[serial.ravel()] = True
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in pairwise(offsets):
         here = np.arange(start, end)[covered[start:end]]
         if len(here) == 0:
             continue

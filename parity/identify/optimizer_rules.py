@@ -3,7 +3,7 @@
     h = g + l2 p                                            (L2: decay added to the gradient)
     linear:    b <- beta b + (1 - dampening) h;  d = b, or h + beta b (Nesterov)
     adaptive:  m <- b1 m + (1 - b1) h;  v <- b2 v + (1 - b2) h^2, or v <- v + h^2 (Adagrad)
-               d = m / (sqrt(v) + eps), each with its bias correction or without; m Nesterov's, v centred, d with momentum
+               d = m / (sqrt(v) + eps), each corrected for its bias or not; m Nesterov's, v centred, d with momentum
     update  = -lr (d + decay p)                             (decoupled decay)
 
 lr is solved at every step by itself, so that any schedule fits; what else there is must hold for all steps.

@@ -213,20 +213,23 @@ class Side:
         return exact or single[:_MANY], sorted(near, key=lambda pair: pair[0])
 
     def _conceivable(self, call: Call, geometry: Geometry, kernels: NDArray[Any], shape: tuple[int, ...]) -> bool:
-        """Whether one output away from the padding comes near with any kernel; True if there is no such output."""
+        """Whether one output away from the padding (otherwise a few) comes near what is given, with any kernel."""
         row = self._strongest[0]
-        seen = inner(self.data.x[row], self.data.y[row], call, geometry)
+        x, y = self.data.x[row], self.data.y[row]
+        largest = np.abs(y).max()
+        seen = inner(x, y, call, geometry)
         if seen is None:
-            return True
-        inputs = shape[-2]
-        channel = looked_at(shape[-1])[0]
-        group = channel // (shape[-1] // (self.data.x.shape[-1] // inputs))
-        window = seen[0][..., group * inputs : (group + 1) * inputs].ravel()
-        sums = window @ kernels[0]
-        error = min(np.abs(sums + bias[channel] - seen[1][channel]).min() for bias in self._biases)
+            errors = Probe(x[None], y[None], call, geometry, few=True).errors(kernels, shape[-2], self._biases)
+            return any(error <= max(precision.LARGEST * largest, 10 * FLOAT32 * size) for error, size in errors)
+        inputs, channels = shape[-2], looked_at(shape[-1])
+        groups = channels // (shape[-1] // (self.data.x.shape[-1] // inputs))
+        windows = [seen[0][..., group * inputs : (group + 1) * inputs].ravel() for group in groups]
+        sums = np.stack([window @ kernel for window, kernel in zip(windows, kernels, strict=True)])
+        biases = np.stack([bias[channels] for bias in self._biases])
+        errors = np.abs(sums + biases[..., None] - seen[1][channels, None]).max(1)
         # Above the size of rounded products, and of what float32 sums of such terms may be off.
-        terms = np.sqrt(window @ window) * np.abs(kernels[0]).max()
-        return bool(error <= max(precision.LARGEST * np.abs(self.data.y[row]).max(), 10 * FLOAT32 * terms))
+        terms = max(np.sqrt(window @ window) for window in windows) * np.abs(kernels).max()
+        return bool(errors.min() <= max(precision.LARGEST * largest, 10 * FLOAT32 * terms))
 
     def _bias(self, added: bool | None) -> NDArray[Any]:
         return self.data.bias if added and self.data.bias is not None else np.zeros(self.data.y.shape[-1])

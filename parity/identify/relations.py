@@ -35,7 +35,7 @@ INVERTED = (
 _GRID = np.linspace(-30.0, 30.0, 6001)
 _VALUES = {name: FUNCTIONS[name](_GRID) for name in INVERTED}
 # A function that moves less than this from one point of the grid to the next says nothing exact about its argument.
-_FLAT = 1e-5
+_FLAT = 1e-4
 
 
 class _Piece(NamedTuple):

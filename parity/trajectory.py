@@ -1,0 +1,181 @@
+"""Trains both sides in lockstep: the same weights, the same batches, the same optimiser, and a float64 referee each.
+
+    python -m parity train                                     this project's BLeNet on the Fashion-MNIST sample
+    python -m parity train --optimizer sgd --dtype float64 --steps 200 --out runs/lockstep
+    python -m parity train --torch nets.torch:net --flax nets.flax:net    a pair that takes the same images
+
+What counts as "the same" is measured and not guessed. The referees, each side's own model in float64, must stay as
+close as rounding lets them: a run whose weights and inputs are nudged by one unit in the last place at every step says
+how far that is. And in float32 neither side may be farther from its referee than four times the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from parity import flax_side, torch_side, torch_structure
+from parity.pairing import Pairing
+from parity.settling import settle
+from parity.trajectory_gauges import Fixed, find
+from parity.trajectory_optimizers import OPTIMIZERS, PairedOptimizer, paired
+from parity.trajectory_result import Trajectory, Verdict, distances
+from parity.trajectory_runs import FlaxRun, TorchRun, flax_cross_entropy, flax_step, torch_cross_entropy
+
+__all__ = ["OPTIMIZERS", "PairedOptimizer", "Trajectory", "lockstep", "main"]
+
+Batch = tuple[Any, NDArray]
+"""(input or tuple of inputs, target), numpy, in PyTorch's layout."""
+
+
+def lockstep(
+    torch_module: torch.nn.Module,
+    flax_module: Any,
+    batches: Iterable[Batch],
+    *,
+    optimizer: str | PairedOptimizer = "adam",
+    lr: float = 1e-3,
+    steps: int = 50,
+    dtype: str = "float32",
+    loss: tuple[Callable, Callable] | None = None,
+    layer_map: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Trajectory:
+    """Trains both from PyTorch's weights, and holds them against each other and against float64 after every step.
+
+    Args:
+      torch_module: a PyTorch module; it is copied.
+      flax_module: a linen or NNX module that should be the same network.
+      batches: (input, target) in PyTorch's layout, over and over if there are fewer than `steps`. Floating inputs of
+        rank 3 and more go to Flax channels last.
+      optimizer: a name of `OPTIMIZERS`, or a `PairedOptimizer`.
+      lr: learning rate, > 0.
+      steps: >= 1.
+      dtype: "float32" or "float64", of the two sides; a referee is always float64.
+      loss: (torch_loss, jax_loss), each of (output, target); None is the mean cross-entropy with integer targets.
+      layer_map: see `weights.to_flax`.
+      progress: called with the number of steps done.
+
+    Returns:
+      The trajectory; `ok` says whether they stayed together.
+
+    Raises:
+      ValueError: an argument out of range, or a parameter that only one side has.
+    """
+    _check(steps, lr, dtype)
+    rule, given = paired(optimizer), [_split(batch) for batch in batches]
+    if not given:
+        raise ValueError("batches is empty; allowed: at least one (input, target)")
+    losses = loss or (torch_cross_entropy, flax_cross_entropy)
+    with flax_side.environment(float64=True):
+        pairing = _pair(torch_module, flax_module, given[0][0], layer_map)
+        runs = _Runs(torch_module, flax_module, pairing, rule, lr, losses, dtype)
+        batch = _cast(given[0], "float64")
+        fixed = find(partial(runs.torch, "float64"), *batch)
+        trajectory = Trajectory(
+            optimizer if isinstance(optimizer, str) else "custom", lr, dtype, gauges=sorted(fixed.masks)
+        )
+        every = runs.all()
+        views = {name: Fixed(fixed) for name in every}
+        verdict = Verdict(trajectory)
+        initial = {n: p.detach().cpu().numpy() for n, p in torch_module.named_parameters()}
+        parameters = dict.fromkeys(every, initial)
+        for number, raw in enumerate(itertools.islice(itertools.cycle(given), steps), 1):
+            # Float64 is given what the side's own dtype holds, so that both see the same images.
+            cast = _cast(raw, dtype)
+            seen, values = {}, {}
+            for name, run in every.items():
+                views[name].before_step(parameters[name])
+                values[name] = run.step(*_cast(cast, "float64" if "64" in name else dtype))
+                snapshot = run.snapshot()
+                parameters[name] = snapshot["parameters"]
+                seen[name] = views[name](snapshot)
+            verdict.add(values, {pair: distances(seen[pair[0]], seen[pair[1]], values, pair) for pair in verdict.pairs})
+            if progress is not None:
+                progress(number)
+    return trajectory
+
+
+def _check(steps: int, lr: float, dtype: str) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; allowed: an integer >= 1")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr is {lr!r}; allowed: > 0")
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype is {dtype!r}; allowed: 'float32', 'float64'")
+
+
+def _split(batch: Batch) -> tuple[list[NDArray], NDArray]:
+    inputs, target = batch
+    return [np.asarray(a) for a in (inputs if isinstance(inputs, tuple | list) else [inputs])], np.asarray(target)
+
+
+def _cast(batch: tuple[Sequence[NDArray], NDArray], dtype: str) -> tuple[list[NDArray], NDArray]:
+    """Floating inputs and targets in that dtype, whole-number targets as PyTorch wants them."""
+
+    def cast(a: NDArray) -> NDArray:
+        return a.astype(dtype) if a.dtype.kind == "f" else a.astype(np.int64) if a.dtype.kind in "iu" else a
+
+    return [cast(a) for a in batch[0]], cast(batch[1])
+
+
+def _pair(torch_module: torch.nn.Module, flax_module: Any, inputs, layer_map) -> Pairing:
+    module = torch_structure.unwrapped(torch_module)[0]
+    found, flax = settle(module, torch_structure.of_module(module), flax_module, list(inputs), None, layer_map)
+    left = [name for side in found.left() for name in side]
+    if left:
+        raise ValueError(f"{', '.join(left)} has no counterpart; allowed: modules with the same parameters")
+    return found
+
+
+class _Runs:
+    """Makes the runs of both sides, all from the same weights."""
+
+    def __init__(self, torch_module, flax_module, pairing: Pairing, rule: PairedOptimizer, lr, losses, dtype) -> None:
+        self.module, self.pairing, self.rule, self.lr = torch_structure.unwrapped(torch_module)[0], pairing, rule, lr
+        self.losses, self.dtype = losses, dtype
+        self.side, self.transform = flax_side.side_of(flax_module), rule.optax(lr)
+        self.flax_take_step = flax_step(self.side, self.transform, losses[1])
+        # Both precisions begin with the weights as `dtype` holds them.
+        self.module = torch_side.lifted(self.module, float64=False).cpu().to(getattr(torch, dtype))
+        state = {n: v.numpy() for n, v in self.module.state_dict().items() if v.is_floating_point()}
+        self.variables = pairing.to_flax(state)
+
+    def torch(self, dtype: str, nudge: np.random.Generator | None = None) -> TorchRun:
+        return TorchRun(self.module, self.pairing, self.rule, self.lr, self.losses[0], dtype=dtype, nudge=nudge)
+
+    def flax(self, dtype: str, nudge: np.random.Generator | None = None) -> FlaxRun:
+        return FlaxRun(
+            self.side,
+            self.pairing,
+            self.variables,
+            self.rule,
+            self.flax_take_step,
+            self.transform,
+            dtype=dtype,
+            nudge=nudge,
+        )
+
+    def all(self) -> dict[str, TorchRun | FlaxRun]:
+        """By name; "64" in a name says float64, a dash that it is nudged."""
+        made: dict[str, TorchRun | FlaxRun] = {}
+        for dtype in dict.fromkeys(("float64", self.dtype)):
+            end = "64" if dtype == "float64" else ""
+            for name, make in (("PyTorch", self.torch), ("Flax", self.flax)):
+                made[f"{name}{end}"] = make(dtype)
+                made[f"{name}{end}'"] = make(dtype, np.random.default_rng(7))
+        return made
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """`python -m parity train`; gives the exit status."""
+    from bn_common.command_line import parse
+    from parity.trajectory_command import Train
+
+    return parse(Train, args, prog="python -m parity train", description=Train.__doc__ or "").run()

@@ -1,0 +1,14 @@
+"""The corpus of planted mistakes."""
+
+from parity_tests.parity.planted import glue, kernels, networks, norms, training
+from parity_tests.parity.planted.chain import Case, Planted
+
+CASES: list[Case] = [
+    *norms.cases(),
+    *kernels.cases(),
+    *glue.cases(),
+    *training.cases(),
+    *networks.cases(),
+]
+
+__all__ = ["CASES", "Case", "Planted"]

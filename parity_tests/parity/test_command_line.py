@@ -1,0 +1,248 @@
+"""`python -m parity` from outside: what each command prints and writes, and its exit status."""
+
+import importlib
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity import __main__ as program
+from parity.report import Diagnosis, Divergence, LayerRow, Report
+
+ROOT = Path(__file__).parents[2]
+NETS = """
+import flax.linen
+import torch
+
+class Torch(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+
+class Flax(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+        return flax.linen.Dense(3)(x)
+
+class Relu(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+        return flax.linen.relu(flax.linen.Dense(3)(x))
+
+flax_module, number = Flax(), 3
+
+def breaks():
+    raise RuntimeError("the factory broke")
+
+class Refuses(torch.nn.Module):
+    def forward(self, x):
+        raise ValueError("x is bad; allowed: nothing")
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    """A folder with a module of networks, from which the program is run."""
+    (tmp_path / "nets_of_a_test.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("nets_of_a_test", None)
+
+
+def run(*args):
+    """Exit status of the program, run within this process."""
+    try:
+        return program.main([str(part) for part in args])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """`parity.check` stands in for itself: gives `checked.report`, keeps what it was given."""
+    seen = types.SimpleNamespace(report=Report(), calls=[])
+
+    def check(*args, **options):
+        seen.calls.append((args, options))
+        return seen.report
+
+    monkeypatch.setitem(sys.modules, "parity.checking", types.SimpleNamespace(check=check))
+    return seen
+
+
+def different():
+    row = LayerRow("forward", "", "Dense_0", "linear", "output", float("inf"), 1e-10)
+    return Report(Divergence("forward", "", "Dense_0", float("inf"), 1e-10), [Diagnosis("padding", "", "SAME")], [row])
+
+
+def test_check(nets, checked, capsys):
+    """Status 0 and 1, the report on standard output and in both files."""
+    given = "check", "nets_of_a_test:Torch", "nets_of_a_test.py:flax_module", "--shape", "2,4"
+    assert run(*given) == 0
+    assert capsys.readouterr().out == "ok: 0 layers, 0 quantities agree\n"
+    checked.report = different()
+    assert run(*given, "3,4", "--eval", "--json", "r.json", "--html", "r.html", "--map", "a.0=A/B", "b=C") == 1
+    assert capsys.readouterr().out == f"{checked.report}\n"
+    assert json.loads(Path("r.json").read_text()) == checked.report.to_dict()
+    assert Path("r.html").read_text().startswith("<!doctype html>")
+    (first, options), (second, more) = checked.calls
+    assert [type(part).__name__ for part in first[:2]] == ["Torch", "Flax"]
+    assert first[2].shape == (2, 4)
+    assert first[2].dtype == np.float32
+    assert options == {"train": True, "variables": None, "layer_map": None}
+    assert [a.shape for a in second[2:]] == [(2, 4), (3, 4)]
+    assert more == {"train": False, "variables": None, "layer_map": {"a.0": "A/B", "b": "C"}}
+
+
+def test_inputs_and_variables(nets, checked):
+    """Arrays in the order of the file; the same numbers for the same seed."""
+    x, y = np.arange(8.0), np.arange(4)
+    np.savez("xy.npz", second=y, first=x)
+    np.save("x.npy", x)
+    np.savez("variables.npz", **{"params/Dense_0/kernel": np.ones((4, 3))})
+    given = "check", "nets_of_a_test:Torch", "nets_of_a_test:Flax"
+    run(*given, "--inputs", "xy.npz", "--variables", "variables.npz")
+    run(*given, "--inputs", "x.npy")
+    for seed in (1, 1, 2):
+        run(*given, "--shape", "5", "--seed", seed)
+    arrays = [args[2:] for args, _ in checked.calls]
+    np.testing.assert_array_equal(arrays[0][0], y)
+    np.testing.assert_array_equal(arrays[0][1], x)
+    np.testing.assert_array_equal(arrays[1][0], x)
+    np.testing.assert_array_equal(arrays[2][0], arrays[3][0])
+    assert not np.array_equal(arrays[3][0], arrays[4][0])
+    assert checked.calls[0][1]["variables"]["params"]["Dense_0"]["kernel"].shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("", "command is ''; allowed: check, convert, trace, train, dump, compare, or --help"),
+        ("chekc", "command is 'chekc'; allowed: check, convert, trace, train, dump, compare, or --help"),
+        ("check {t} {f}", "--inputs is not given; allowed: --inputs FILE or --shape SIZES"),
+        ("check {t} {f} --shape 3,x", "--shape is 3,x; allowed: positive integers with commas between"),
+        ("check {t} {f} --shape 3,0", "--shape is 3,0; allowed: positive"),
+        ("check {t} {f} --shape 3 --seed -1", "--seed is -1; allowed: an integer >= 0"),
+        ("check {t} {f} --inputs no.npz", "--inputs is no.npz; allowed: a .npz or .npy file"),
+        ("check {t} {f} --inputs bad.npz", "--inputs is bad.npz, which can't be read ("),
+        ("check {t} {f} --inputs bad.npz --shape 3", "--inputs is bad.npz with --shape 3; allowed: one of the two"),
+        ("check {t} {f} --shape 3 --json no/r.json", "--json is no/r.json; allowed: a file in a folder that is there"),
+        ("check {t} {f} --shape 3 --html .", "--html is .; allowed: a file in a folder that is there"),
+        ("check {t} {f} --shape 3 --map a", "--map is a; allowed: PyTorch's name=Flax's path"),
+        ("check {t} {f} --shape 3 --variables no", "--variables is no; allowed: a file that is there"),
+        ("check {t} {f} --shape 3 --variables bad.txt", "--variables: the suffix of bad.txt is .txt; allowed: "),
+        ("check nets_of_a_test {t} --shape 3", "torch is 'nets_of_a_test'; allowed: package.module:name or file.py:"),
+        ("check no.such:net {f} --shape 3", "torch is 'no.such:net', and there is no module no; allowed: package"),
+        ("check no.py:net {f} --shape 3", "torch is 'no.py:net'; allowed: package.module:name or file.py:name of"),
+        ("check nets_of_a_test:no {f} --shape 3", "torch is 'nets_of_a_test:no'; allowed: package.module:name"),
+        ("check {f} {f} --shape 3", "torch is 'nets_of_a_test:Flax', which gives Flax; allowed: a torch.nn.Module"),
+        ("check {t} nets_of_a_test:number --shape 3", "flax is 'nets_of_a_test:number', which gives int; allowed: "),
+        ("check {t} {f} --shape 3 --evla", "Unrecognized options"),
+        ("trace {t}", "Missing from python -m parity trace"),
+        ("dump {t} --shape 3", "Missing from python -m parity dump: --out"),
+        ("dump {t} --out a", "--inputs is not given"),
+        ("dump {t} --out no/a --shape 3", "--out is no/a; allowed: a name in a folder that is there"),
+        ("dump {t} --out a --shape 3 --weights no", "--weights is no; allowed: the name of a dump, or a file"),
+        ("dump {t} --out a --shape 3 --loss x", "--loss is 'x'; allowed: package.module:name"),
+        ("dump nets_of_a_test:Refuses --out a --shape 3", "x is bad; allowed: nothing"),
+        ("compare a b", "a is no dump ("),
+    ],
+)  # fmt: skip
+def test_refused(nets, checked, capsys, args, message):
+    """Status 2 and one line that says what was given and what is allowed; nothing is run or written."""
+    Path("bad.npz").write_bytes(b"PK")
+    Path("bad.txt").write_bytes(b"")
+    before = sorted(nets.iterdir())
+    names = args.format(t="nets_of_a_test:Torch", f="nets_of_a_test:Flax").split()
+    assert run(*names) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("python -m parity")
+    assert err.count("\n") == 1
+    assert not out
+    assert not checked.calls
+    assert [path for path in sorted(nets.iterdir()) if path.name != "__pycache__"] == before
+
+
+def test_an_error_in_a_module_is_no_divergence(nets, checked, capsys):
+    """Status 2, with the traceback."""
+    assert run("check", "nets_of_a_test:breaks", "nets_of_a_test:Flax", "--shape", "2,4") == 2
+    assert "RuntimeError: the factory broke" in capsys.readouterr().err
+    assert run("dump", "nets_of_a_test:Torch", "--out", "a", "--shape", "2,5") == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert not Path("a.json").exists()
+
+
+def test_commands_of_their_own(monkeypatch):
+    """train, and check without a pair, go where they live; their status is the program's."""
+    seen = []
+    for place, status in (("parity.trajectory", 1), ("parity.matrix", None)):
+        fake = types.SimpleNamespace(main=lambda args, place=place, status=status: seen.append((place, args)) or status)
+        monkeypatch.setitem(sys.modules, place, fake)
+    assert run("train", "--steps", 3) == 1
+    assert run("check") == 0
+    assert run("check", "--json", "r.json") == 0
+    places = ("parity.trajectory", "parity.matrix", "parity.matrix")
+    assert seen == list(zip(places, (["--steps", "3"], [], ["--json", "r.json"]), strict=True))
+
+
+def test_convert(nets, monkeypatch):
+    seen = []
+    fake = types.SimpleNamespace(convert=lambda *args, **options: seen.append((args, options)) or 2)
+    monkeypatch.setitem(sys.modules, "parity.convert", fake)
+    pair = "--torch-module", "nets_of_a_test:Torch", "--flax-module", "nets_of_a_test:Flax"
+    assert run("convert", "a.pt", "b.npz", *pair, "--inputs", "x.npy", "--map", "a=A/B") == 2
+    ((args, options),) = seen
+    assert args == (Path("a.pt"), Path("b.npz"))
+    assert options == {
+        "torch_module": pair[1],
+        "flax_module": pair[3],
+        "inputs": (Path("x.npy"),),
+        "layer_map": ("a=A/B",),
+    }
+
+
+@pytest.mark.parametrize("command", ["check", "convert", "trace", "dump", "compare"])
+def test_help(command, capsys):
+    assert run(command, "--help") == 0
+    assert f"python -m parity {command}" in capsys.readouterr().out
+
+
+def test_help_of_all(capsys):
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"python -m parity {command}" in out for command in program.COMMANDS)
+
+
+def test_from_a_shell(nets):
+    """Nothing but the text, and neither framework for a mistake on the command line."""
+    code = (
+        "import runpy, sys; sys.modules.update(torch=None, jax=None, flax=None)\n"
+        "sys.argv = ['parity', 'compare', 'a', 'b', 'c']; runpy.run_module('parity', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 2
+    assert done.stderr == ("python -m parity compare: error: Unrecognized options: c; allowed: what --help lists\n")
+
+
+def test_trace_dump_and_compare(nets, capsys):
+    """The real thing, on one linear layer."""
+    importlib.import_module("nets_of_a_test")
+    pair = "nets_of_a_test:Torch", "nets_of_a_test:Flax"
+    assert run("trace", *pair, "--shape", "2,4") == 0
+    out = capsys.readouterr().out
+    assert "weight gradient" in out
+    assert "alone" in out
+    assert run("trace", pair[0], "nets_of_a_test:Relu", "--shape", "2,4") == 1
+    assert "differs first in forward" in capsys.readouterr().out
+    assert run("dump", pair[0], "--out", "a", "--shape", "2,4") == 0
+    assert capsys.readouterr().out == "written: a.safetensors and a.json\n"
+    assert run("dump", pair[1], "--out", "b", "--shape", "2,4", "--weights", "a") == 0
+    assert run("compare", "b", "a", "--html", "r.html") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("ok: ")

@@ -1,0 +1,99 @@
+"""Every known mistake, planted: `parity.check` sees it, names it first, charges the right layer and the right phase."""
+
+from __future__ import annotations
+
+import pytest
+
+import parity
+from parity_tests.parity.planted import CASES, Case, Planted
+from parity_tests.parity.planted.networks import two_mistakes, unexplained
+
+CODES = [
+    "momentum-inverted",
+    "unbiased-variance",
+    "initial-variance",
+    "statistics-frozen",
+    "epsilon",
+    "epsilon-outside-sqrt",
+    "eval-uses-batch-statistics",
+    "train-uses-moving-statistics",
+    "wrong-reduction-axes",
+    "affine-swapped",
+    "affine-missing",
+    "bias-missing",
+    "kernel-transposed",
+    "kernel-layout",
+    "kernel-flipped",
+    "kernel-hw-swapped",
+    "flatten-order",
+    "padding",
+    "stride",
+    "dilation",
+    "pool-kind",
+    "pool-count-padding",
+    "activation",
+    "norm-after-activation",
+    "dropout-active",
+    "stopped-statistics-gradient",
+    "loss-reduction",
+    "label-offset",
+    "input-scale",
+    "input-layout",
+    "adam-epsilon",
+    "bias-correction",
+    "weight-decay-coupling",
+    "momentum-dampening",
+    "nesterov",
+    "learning-rate",
+    "per-device-statistics",
+    "matmul-precision",
+]
+
+
+def check(planted: Planted):
+    return parity.check(planted.torch_module, planted.flax_module, *planted.inputs, **planted.options)
+
+
+def test_every_code_is_planted_in_either_wing_alone_and_deep():
+    planted = {(case.code, case.wing, case.depth) for case in CASES}
+    wanted = {(code, wing, depth) for code in CODES for wing in ("torch", "flax") for depth in ("alone", "deep")}
+    assert wanted <= planted
+
+
+def test_names_are_unique():
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_planted(case: Case):
+    report = check(case.make())
+    assert not report.ok
+    codes = [d.code for d in report.diagnoses]
+    assert codes[0] == case.code, report.diagnoses
+    assert set(codes) <= {case.code, *case.also}, report.diagnoses
+    if case.layers:
+        assert report.diagnoses[0].layer in case.layers, report.diagnoses
+    if case.phase is not None:
+        assert report.first_divergence.phase == case.phase
+    assert report.diagnoses[0].evidence
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [pytest.param(two.make, two.expected, id=two.name) for two in two_mistakes()]
+)
+def test_two_mistakes_are_both_named(make, expected):
+    report = check(make())
+    assert not report.ok
+    assert {d.code: d.layer for d in report.diagnoses} == expected, report.diagnoses
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"), [pytest.param(make, layers, id=name) for name, make, layers in unexplained()]
+)
+def test_what_fits_nothing_is_unexplained(make, layers):
+    report = check(make())
+    assert not report.ok
+    assert [d.code for d in report.diagnoses] == ["unexplained"], report.diagnoses
+    if layers:
+        assert report.diagnoses[0].layer in layers, report.diagnoses
+    assert report.first_divergence is not None
