@@ -22,7 +22,7 @@ from parity.recording import Layer, Recording
 from parity.report import Diagnosis, Divergence, LayerRow, Report
 from parity.steps import BOUND as STEP_BOUND
 from parity.steps import flax_steps, rule_findings, step_differences, torch_steps
-from parity.trace import Difference, Forcing, Translation, apply_layout, differences, error_of, flat_layout_inputs
+from parity.trace import NETWORK, Difference, Forcing, Translation, apply_layout, differences, error_of, flat_layout_inputs
 
 # What float64 leaves of a network that is the same on both sides is 1e-15 to 1e-12 (`parity/compare.py`); the smallest
 # known mistake, another epsilon under a variance of 1, is above 1e-7.
@@ -233,7 +233,7 @@ class _Comparison:
         if self.torch_loss is None or self.torch.loss is None or free.loss is None or free.failure is not None:
             return []
         scale = max(abs(self.torch.loss), 1e-30)
-        return [Difference("loss", ("", 0), "", "value", abs(self.torch.loss - free.loss) / scale)]
+        return [Difference("loss", NETWORK, "", "value", abs(self.torch.loss - free.loss) / scale)]
 
     def _run_float32(self) -> None:
         """The same in the dtype that the modules have: for the report, and for products in lower precision."""
@@ -322,11 +322,11 @@ class _Comparison:
                               if phase == "backward" else "output")
         torch_layer, flax_layer = first.key[0], first.flax_layer
         here = [f for f in located if f.key == first.key and f.phase == first.phase and first.phase == "forward"]
-        if first.quantity == "input" or first.key == ("", 0):
+        if first.quantity == "input" or first.key == NETWORK:
             glue = [f for f in here if f.finding.role or first.quantity == "input"]
             if glue:
                 torch_layer, flax_layer = glue[0].layer, glue[0].flax_layer
-            elif first.key == ("", 0) and self.torch.calls and first.phase == "forward":
+            elif first.key == NETWORK and self.torch.calls and first.phase == "forward":
                 torch_layer = self.torch.calls[-1].path
         if first.phase == "loss":
             torch_layer = flax_layer = ""

@@ -15,7 +15,7 @@ from parity.identify.activations import activation_of
 from parity.identify.finding import Finding
 from parity.pairing import LayerPair, Pairing
 from parity.recording import Call, Recording
-from parity.trace import Difference, Translation
+from parity.trace import NETWORK, Difference, Translation
 
 STATISTICS = {"momentum-inverted", "momentum", "unbiased-variance", "statistics-frozen"}
 GRADIENTS = {"stopped-statistics-gradient"}
@@ -46,7 +46,7 @@ class Located(NamedTuple):
     layer: str
     flax_layer: str
     finding: Finding
-    key: tuple[str, int] = ("", 0)
+    key: tuple[str, int] = NETWORK
 
 
 def in_order(found: Sequence[Located]) -> list[Located]:
@@ -88,7 +88,7 @@ class Diagnosis:
             left = call.index == 0 and (pair.torch_left or pair.flax_left)
             if any(d.quantity != "input" and d.quantity != "output gradient" for d in here) or left:
                 found += self._layer(call, pair, mine, position)
-        if any(d.key == ("", 0) and d.quantity == "output" for d in self.failing):
+        if any(d.key == NETWORK and d.quantity == "output" for d in self.failing):
             found += self._last_glue()
         found = self._norm_after_activation(found)
         return in_order(found)
@@ -147,21 +147,23 @@ class Diagnosis:
         found: list[Finding] = []
         for i, output in enumerate(self.forced.outputs[: len(self.torch.outputs)]):
             truth = self.translation.result(i, output)
-            tolerance = self._tolerance(("", 0), "output")
+            tolerance = self._tolerance(NETWORK, "output")
             found += glue.findings(self._sources(len(self.torch.calls)), truth, output, train=self.train, tolerance=tolerance)
         last = self.torch.calls[-1] if self.torch.calls else Call("", 0, [], np.zeros(0))
         pair = self.translation.pair_of.get(last.path)
         flax_layer = pair.flax.path if pair else ""
         position = len(self.torch.calls)
-        return [self._located(f, last, flax_layer, position)._replace(key=("", 0)) for f in dict.fromkeys(found)]
+        return [self._located(f, last, flax_layer, position)._replace(key=NETWORK) for f in dict.fromkeys(found)]
 
     def _layer(self, call: Call, pair: LayerPair, mine: Call, position: int) -> list[Located]:
         quantities = [d for d in self.failing if d.key == call.key and d.quantity not in ("input", "output gradient")]
         tolerance = max((self.tolerance[d] for d in self.tolerance if d.key == call.key), default=1e-9)
+        found: list[Finding]
         if pair.kind in kinds.NORMS:
             found = self._norm(call, pair, mine, tolerance)
         elif pair.kind in kinds.PRODUCTS:
             found = products.findings(pair.kind, *self._product(call, pair, mine), tolerance=tolerance)
+            found = [_of_layout(f, pair.kind) for f in found]
         else:
             found = []
         found += self._left(pair, found)
@@ -263,7 +265,7 @@ class Diagnosis:
                 continue
             early = "Flax" if acts[0] == "identity" else "PyTorch"
             name = acts[1] if acts[0] == "identity" else acts[0]
-            behind = calls[position + 1].key if position + 1 < len(calls) else ("", 0)
+            behind = calls[position + 1].key if position + 1 < len(calls) else NETWORK
             after = [f for f in found if f.key == behind and f.position > position - 1 and f.finding.role == "activation"]
             text = f"{early} applies {name} before {call.path}, the other side behind it"
             if not after:
@@ -299,6 +301,30 @@ def _phase(finding: Finding, quantities: Sequence[Difference]) -> str:
     return min(phases, key=PHASE_ORDER.__getitem__) if phases else "backward"
 
 
+def _of_layout(finding: Finding, kind: str) -> Finding:
+    """A convolution's kernel with inputs and outputs exchanged is one of the wrong layouts, not a transposed matrix."""
+    wrong = finding.code == "kernel-transposed" and kind in ("conv", "conv_transpose")
+    return finding._replace(code="kernel-layout") if wrong else finding
+
+
+def _attention(expected: Mapping[str, NDArray], given: Mapping[str, NDArray]) -> list[Finding]:
+    """The conversion of an attention layer: each projection is a matrix, [E, heads * depth] or, of "out", back."""
+    found: list[Finding] = []
+    for name, truth in expected.items():
+        part, _, local = name.rpartition("/")
+        mine = given.get(name)
+        if mine is None or mine.size != truth.size:
+            found.append(Finding("unexplained", f"{name} is missing, or of another size"))
+        elif local == "kernel":
+            shape = (-1, truth.shape[-1]) if part.startswith("out") else (len(truth), -1)
+            a, b = truth.reshape(shape), mine.reshape(shape)
+            got = parameters.findings("linear", {"kernel": a}, {"kernel": b}, raw={"kernel": a.T})
+            found += [f._replace(evidence=f"{part}: {f.evidence}") for f in got]
+        else:
+            found += parameters.findings("linear", {"bias": truth.ravel()}, {"bias": mine.ravel()})
+    return found
+
+
 def conversion_findings(
     translation: Translation, expected: Mapping[str, NDArray], given: Mapping[str, Any], torch: Recording
 ) -> list[Located]:
@@ -314,7 +340,10 @@ def conversion_findings(
         raw = {t.flax_name: torch.tensors[pair.torch.tensors[t.torch_name]] for t in pair.tensors if t.part is None}
         if all(n in mine and mine[n].shape == a.shape and _same(mine[n], a) for n, a in truth.items()):
             continue
-        got = parameters.findings(pair.kind, truth, mine, spatial=flattened.get(pair.torch.path), raw=raw)
+        got = _attention(truth, mine) if pair.kind == "attention" else [
+            _of_layout(f, pair.kind)
+            for f in parameters.findings(pair.kind, truth, mine, spatial=flattened.get(pair.torch.path), raw=raw)
+        ]
         position = order.get(pair.torch.path, len(order))
         found += [Located("forward", position - 0.25, pair.torch.path, pair.flax.path, f, (pair.torch.path, 0)) for f in got]
     for torch_name, flax_name, pair in pairing.loose:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from parity.pairing import Pairing, pair_layers
 from parity.recording import Layer, Recording
 from parity.recording_file import Noise
-from parity.trace import Forcing, Translation
+from parity.trace import NETWORK, Forcing, Translation
 
 NOISE_STEP = 1e-6
 
@@ -113,7 +113,7 @@ def _by_place(recording: Recording) -> Iterator[tuple[tuple, NDArray]]:
         yield from ((("forward", call.key, i), a) for i, a in enumerate(call.arrived))
         gradients = (call.output_gradient, *call.input_gradients)
         yield from ((("backward", call.key, i), g) for i, g in enumerate(gradients) if g is not None)
-    yield from ((("forward", ("", 0), i), a) for i, a in enumerate(recording.outputs))
+    yield from ((("forward", NETWORK, i), a) for i, a in enumerate(recording.outputs))
     for phase, named in (("backward", recording.gradients), ("statistics", recording.new_statistics)):
         for layer in recording.layers.values():
             yield from (

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.recording import Recording
-from parity.trace import Difference, Translation
+from parity.trace import NETWORK, Difference, Translation
 
 STEP = 1e-6
 
@@ -93,7 +93,7 @@ def _arrays(r: Recording) -> Iterator[tuple[tuple, NDArray]]:
             if g is not None:
                 yield ("backward", *call.key, i), g
     for i, a in enumerate(r.outputs):
-        yield ("forward", "", 0, i), a
+        yield ("forward", *NETWORK, i), a
     for layer in r.layers.values():
         for full in layer.tensors.values():
             if full in r.gradients:

@@ -20,7 +20,7 @@ from parity.dumping import pairing_of, translated
 from parity.pairing import Pairing
 from parity.recording_file import Dump
 from parity.report import PHASES, Diagnosis, Divergence, LayerRow, Report
-from parity.trace import Difference, Translation, differences, flat_layout_inputs
+from parity.trace import NETWORK, Difference, Translation, differences, flat_layout_inputs
 
 if TYPE_CHECKING:
     from parity.diagnose import Located
@@ -221,16 +221,16 @@ class _Comparison:
         a, b = self.torch.free.loss, self.flax.free.loss
         if a is None or b is None or self.flax.free.failure is not None:
             return []
-        return [Difference("loss", ("", 0), "", "value", abs(a - b) / max(abs(a), 1e-30))]
+        return [Difference("loss", NETWORK, "", "value", abs(a - b) / max(abs(a), 1e-30))]
 
     def _is_local(self, d: Difference) -> bool:
         """Whether both sides were given the same there, so that the difference is the layer's own."""
         failing = [other for other in self.free if not other.error <= self.bound(other)]
         at = self.translation.position.get(d.key, len(self.translation.position))
-        if d.phase == "forward" and d.quantity == "output" and d.key != ("", 0):
+        if d.phase == "forward" and d.quantity == "output" and d.key != NETWORK:
             return not any(f.key == d.key and f.quantity == "input" for f in failing)
         if d.phase == "forward":
-            before = [f for f in failing if f.phase == "forward" and f.quantity == "output" and f.key != ("", 0)]
+            before = [f for f in failing if f.phase == "forward" and f.quantity == "output" and f.key != NETWORK]
             return not any(self.translation.position.get(f.key, -1) < at for f in before)
         if d.phase == "statistics":
             return not any(f.key == d.key and f.quantity == "input" for f in failing)
@@ -300,7 +300,7 @@ class _Comparison:
         if failing:
             d = failing[0]
             layer, flax_layer = d.key[0], d.flax_layer
-            if d.quantity == "input" or d.key == ("", 0):
+            if d.quantity == "input" or d.key == NETWORK:
                 glue = [f for f in located if f.key == d.key and f.phase == d.phase == "forward"]
                 layer, flax_layer = (glue[0].layer, glue[0].flax_layer) if glue else (layer, flax_layer)
             divergence = Divergence(d.phase, layer, flax_layer, d.error, self.bound(d), d.quantity)

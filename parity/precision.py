@@ -16,7 +16,7 @@ from parity import kinds, torch_side
 from parity.diagnose import Located
 from parity.identify.finding import Finding
 from parity.recording import Recording
-from parity.trace import Translation
+from parity.trace import NETWORK, Translation
 
 LIMIT = 2e-5
 
@@ -56,7 +56,7 @@ def precision_findings(
     found = []
     for position, call in enumerate(torch32.calls):
         pair = translation.pair_of.get(call.path)
-        key = (pair.flax.path, call.index) if pair else ("", 0)
+        key = (pair.flax.path, call.index) if pair else NETWORK
         if pair is None or pair.kind not in kinds.PRODUCTS or key not in exact_calls or key not in flax_calls:
             continue
         with torch.no_grad():

@@ -15,6 +15,9 @@ from parity.recording import Call, Recording
 # Kinds of layers whose channels PyTorch has on axis 1, Flax on the last; all others have them last in both.
 CHANNELS_FIRST = {"conv", "conv_transpose", "batch_norm", "group_norm"}
 
+NETWORK = ("", -1)
+"""In the place of a call: the network as a whole."""
+
 Layout = tuple
 """How an activation goes from PyTorch to Flax: ("same",), ("last",), ("swap",) or ("flatten", (C, *spatial))."""
 
@@ -203,7 +206,7 @@ class Difference(NamedTuple):
 
     Attributes:
       phase: see `parity.report.PHASES`.
-      key: PyTorch's call (layer, index); ("", 0) is the network itself.
+      key: PyTorch's call (layer, index); `NETWORK` is the network itself.
       flax_layer: Flax's path.
       quantity: "input" | "output" | "output gradient" | "input gradient" | a parameter's or statistic's local name.
       error: see `error_of`.
@@ -236,9 +239,9 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
         add("forward", call.key, flax_key[0], "output", error_of(mine.output, translation.output(call, mine.output)))
     if flax.failure is None:
         if len(torch.outputs) != len(flax.outputs):
-            add("forward", ("", 0), "", "output", float("inf"))
+            add("forward", NETWORK, "", "output", float("inf"))
         for i, output in enumerate(flax.outputs[: len(torch.outputs)]):
-            add("forward", ("", 0), "", "output", error_of(output, translation.result(i, output)))
+            add("forward", NETWORK, "", "output", error_of(output, translation.result(i, output)))
     if flax.gradients and flax.failure is None:
         found += _backward(translation, flax, keys, calls)
     if train and flax.failure is None:
@@ -260,7 +263,7 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Di
     for i, gradient in enumerate(flax.output_gradients[: len(torch.outputs)]):
         truth = translation.gradient(("result", i), torch.output_gradients[i])
         if gradient is not None and truth is not None:
-            found.append(Difference("loss", ("", 0), "", "gradient", error_of(gradient, truth)))
+            found.append(Difference("loss", NETWORK, "", "gradient", error_of(gradient, truth)))
     for call, flax_key in reversed(keys):
         mine, pair = calls.get(flax_key), translation.pair_of[call.path]
         if mine is None or mine.output_gradient is None or call.output_gradient is None:

@@ -127,7 +127,7 @@ def _cast(batch: tuple[Sequence[NDArray], NDArray], dtype: str) -> tuple[list[ND
 
 def _pair(torch_module: torch.nn.Module, flax_module: Any, inputs, layer_map) -> Pairing:
     module = torch_structure.unwrapped(torch_module)[0]
-    found, flax = settle(module, torch_structure.of_module(module), flax_module, list(inputs), None, layer_map)
+    found, _ = settle(module, torch_structure.of_module(module), flax_module, list(inputs), None, layer_map)
     left = [name for side in found.left() for name in side]
     if left:
         raise ValueError(f"{', '.join(left)} has no counterpart; allowed: modules with the same parameters")

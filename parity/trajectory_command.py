@@ -48,7 +48,9 @@ class Train:
         require(self.steps >= 1, "--steps", self.steps, "an integer >= 1")
         require(self.optimizer in OPTIMIZERS, "--optimizer", self.optimizer, ", ".join(OPTIMIZERS))
         require(self.lr is None or 0 < self.lr < float("inf"), "--lr", self.lr, "> 0")
-        require(2 <= self.batch_size <= 6000, "--batch-size", self.batch_size, "2 to 6000, the sample's training images")
+        require(
+            2 <= self.batch_size <= 6000, "--batch-size", self.batch_size, "2 to 6000, the sample's training images"
+        )
         require(self.dtype in DTYPES, "--dtype", self.dtype, " or ".join(DTYPES))
         require(self.seed >= 0, "--seed", self.seed, "an integer >= 0")
         both = (self.torch is None) == (self.flax is None)
@@ -64,7 +66,9 @@ class Train:
 
         lr = self.lr if self.lr is not None else LEARNING_RATES.get(self.optimizer, ADAM_LEARNING_RATE)
         console = Console()
-        bar = iter(track(range(self.steps), "training", console=console, transient=True, disable=not sys.stdout.isatty()))
+        bar = iter(
+            track(range(self.steps), "training", console=console, transient=True, disable=not sys.stdout.isatty())
+        )
         trajectory = lockstep(
             *self._modules(),
             batches(self.batch_size, self.steps, self.seed),

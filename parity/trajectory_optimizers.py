@@ -1,4 +1,4 @@
-"""Which optimiser of PyTorch is which of optax, with which options they are the same rule, and where either keeps what."""
+"""Which optimiser of PyTorch is which of optax, with the options that make them one rule, and where each keeps what."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PairedOptimizer(NamedTuple):
 
     torch: Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Optimizer]
     optax: Callable[[float], optax.GradientTransformation]
-    state: Mapping[str, str] = {}  # noqa: RUF012  # a NamedTuple's default, never written to
+    state: Mapping[str, str] = {}  # a NamedTuple's default, never written to
 
 
 MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}

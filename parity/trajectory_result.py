@@ -93,7 +93,13 @@ class Trajectory:
 
     def to_json(self, path: str | Path) -> None:
         """Everything, for other programs."""
-        about = {"ok": self.ok, "verdict": self.verdict, "optimizer": self.optimizer, "lr": self.lr, "dtype": self.dtype}
+        about = {
+            "ok": self.ok,
+            "verdict": self.verdict,
+            "optimizer": self.optimizer,
+            "lr": self.lr,
+            "dtype": self.dtype,
+        }
         over = None if self.first_over is None else self.first_over._asdict()
         curves = {"losses": self.losses, "distances": self.distances, "bounds": self.bounds}
         whole = {**about, "steps": self.steps, "gauges": self.gauges, "first_over": over, **curves}

@@ -106,7 +106,9 @@ class FlaxRun:
         nudge: np.random.Generator | None = None,
     ) -> None:
         every = {n: _as(v, dtype) for n, v in variables.items()}
-        self.tree = unflatten_dict({n[len("params/") :]: v for n, v in every.items() if n.startswith("params/")}, sep="/")
+        self.tree = unflatten_dict(
+            {n[len("params/") :]: v for n, v in every.items() if n.startswith("params/")}, sep="/"
+        )
         self.statistics = {n: v for n, v in every.items() if not n.startswith("params/")}
         self.state, self.take_step = transform.init(self.tree), step
         self.pairing, self.fields, self.nudge = pairing, dict(optimizer.state), nudge

@@ -1,4 +1,4 @@
-"""Training in lockstep: correct pairs stay together, planted mistakes part, gauges are found, and the command says so."""
+"""Training in lockstep: correct pairs stay together, planted mistakes part, gauges are found; and the command."""
 
 import json
 
