@@ -15,14 +15,23 @@ from numpy.typing import NDArray
 
 from parity import diagnose, flax_side, torch_side
 from parity.identify.finding import Finding
-from parity.noise import Noise
+from parity.noise import Noise, rounding
 from parity.pairing import Pairing, pair_layers
 from parity.precision import OwnInputs, precision_findings
 from parity.recording import Layer, Recording
 from parity.report import Diagnosis, Divergence, LayerRow, Report
 from parity.steps import BOUND as STEP_BOUND
 from parity.steps import flax_steps, rule_findings, step_differences, torch_steps
-from parity.trace import NETWORK, Difference, Forcing, Translation, apply_layout, differences, error_of, flat_layout_inputs
+from parity.trace import (
+    NETWORK,
+    Difference,
+    Forcing,
+    Translation,
+    apply_layout,
+    differences,
+    error_of,
+    flat_layout_inputs,
+)
 
 # What float64 leaves of a network that is the same on both sides is 1e-15 to 1e-12 (`parity/compare.py`); the smallest
 # known mistake, another epsilon under a variance of 1, is above 1e-7.
@@ -76,7 +85,9 @@ def check(
       ValueError: no input, an unknown layer in layer_map, steps without optimizers, an input of another number.
       Exception: what either module raises on these inputs.
     """
-    _check_arguments(torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers)
+    _check_arguments(
+        torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's modules: an eager run in float64 meets more of them
         comparison = _Comparison(torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss)
@@ -98,9 +109,13 @@ class _Comparison:
         if flax_inputs is not None:
             given = [np.asarray(a) for a in flax_inputs]
             # The same but for float32's rounding counts as the same: in float64 it would show everywhere.
-            same = [len(given) == len(self.flax_inputs) and _nearly(a, b) for a, b in zip(given, self.flax_inputs, strict=False)]
+            same = [
+                len(given) == len(self.flax_inputs) and _nearly(a, b)
+                for a, b in zip(given, self.flax_inputs, strict=False)
+            ]
             self.flax_inputs = [b if s else a for a, b, s in zip(given, self.flax_inputs, same, strict=False)] or given
-        self.torch_loss, self.jax_loss = loss or (None, None)
+        self.torch_loss: Callable | None = None if loss is None else loss[0]
+        self.jax_loss: Callable | None = None if loss is None else loss[1]
         self.notes: list[str] = []
         self.located: list[diagnose.Located] = []
         self.programs: dict = {}
@@ -121,6 +136,7 @@ class _Comparison:
         self.local: list[Difference] = []
         self.rows32: dict[tuple, tuple[float, float]] = {}
         self.noise: Noise | None = None
+        self.dropout_off = False
 
     def _torch_run(self, *, float64: bool, inputs: Sequence[NDArray] | None = None) -> Recording:
         return torch_side.record(
@@ -194,9 +210,10 @@ class _Comparison:
     def run(self) -> None:
         """Each side on its own; if they differ, layer by layer, and what is behind it."""
         free = self._flax_run_whole()
+        self.dropout_off = self.torch.dropout_off or free.dropout_off
         self.free = differences(self.translation, free, train=self.train_mode)
         self.free += self._loss_difference(free)
-        self._run_float32()
+        self._run_float32(free)
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
         if not self._failing(self.free) and not self.located and not left:
             return
@@ -205,7 +222,9 @@ class _Comparison:
         # Larger ones no rounding explains, and where nothing local differs, rounding is what is carried along.
         doubtful = [d for d in self.local if self.bound(d) < d.error]
         if not doubtful or any(d.error <= MOST_NOISE for d in doubtful):
-            self.noise = Noise(self._torch_run, self._flax_run, self.torch, free, self.translation, self.inputs, self.flax_inputs)
+            self.noise = Noise(
+                self._torch_run, self._flax_run, self.torch, free, self.translation, self.inputs, self.flax_inputs
+            )
         bounds = {d: self.bound(d, local=True) for d in self.local}
         if any(d.error > bounds[d] for d in self.local) or left or self.located:
             found = diagnose.Diagnosis(
@@ -215,7 +234,8 @@ class _Comparison:
             charged = {f.layer for f in self.located}
             # Where the user's own conversion is at fault, the layer need not be accused as well.
             self.located += [
-                f for f in found
+                f
+                for f in found
                 if (f.layer, f.finding.code) not in explained
                 and not (f.finding.code == "unexplained" and f.layer in charged)
             ]
@@ -235,7 +255,7 @@ class _Comparison:
         scale = max(abs(self.torch.loss), 1e-30)
         return [Difference("loss", NETWORK, "", "value", abs(self.torch.loss - free.loss) / scale)]
 
-    def _run_float32(self) -> None:
+    def _run_float32(self, free: Recording) -> None:
         """The same in the dtype that the modules have: for the report, and for products in lower precision."""
         try:
             torch32, flax32 = self._torch_run(float64=False), self._flax_run(float64=False)
@@ -243,8 +263,10 @@ class _Comparison:
             return
         mine = Translation(torch32, self.pairing)
         mine.chosen = self.translation.chosen
+        sides = rounding(torch32, self.torch, {}), rounding(flax32, free, self.translation.torch_path)
         self.rows32 = {
-            _which(d): (d.error, float("nan")) for d in differences(mine, flax32, train=self.train_mode)
+            _which(d): (d.error, sum(side.get((d.phase, d.key), 0.0) for side in sides))
+            for d in differences(mine, flax32, train=self.train_mode)
         }
         exact = self._flax_run(force=OwnInputs(flax32), gradients=False)
         self.located += precision_findings(
@@ -289,7 +311,7 @@ class _Comparison:
 
     def report(self) -> Report:
         """What was found."""
-        if torch_side.has_dropout(self.torch_module) and self.train_mode:
+        if self.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
         located = diagnose.in_order(self.located)
         failing = self._failing(self.free)
@@ -300,12 +322,20 @@ class _Comparison:
             first, failing = None, []  # every layer agrees to rounding: what is left is rounding carried along
         known = [f for f in located if f.finding.code != "unexplained"]
         chosen = known or located[:1]
-        diagnoses = list(dict.fromkeys(
-            Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in chosen
-        ))
-        forward = [d for f in located if f.phase == "forward" for d in self.free if d.phase == "forward" and d.key == f.key and d.error > 0]
+        diagnoses = list(
+            dict.fromkeys(Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in chosen)
+        )
+        forward = [
+            d
+            for f in located
+            if f.phase == "forward"
+            for d in self.free
+            if d.phase == "forward" and d.key == f.key and d.error > 0
+        ]
         if forward and (first is None or first.phase != "forward"):
-            first = max(forward[:2], key=lambda d: d.error)  # found, though the noise that it makes itself would hide it
+            first = max(
+                forward[:2], key=lambda d: d.error
+            )  # found, though the noise that it makes itself would hide it
         divergence = self._divergence(first, located)
         if divergence is not None and not diagnoses:
             text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
@@ -318,8 +348,14 @@ class _Comparison:
                 return None
             f = located[0]
             phase = "backward" if f.finding.code in ("bias-missing", "affine-missing") else f.phase
-            return Divergence(phase, f.layer, f.flax_layer, float("inf"), FORWARD_BOUND, "a parameter of one side only"
-                              if phase == "backward" else "output")
+            return Divergence(
+                phase,
+                f.layer,
+                f.flax_layer,
+                float("inf"),
+                FORWARD_BOUND,
+                "a parameter of one side only" if phase == "backward" else "output",
+            )
         torch_layer, flax_layer = first.key[0], first.flax_layer
         here = [f for f in located if f.key == first.key and f.phase == first.phase and first.phase == "forward"]
         if first.quantity == "input" or first.key == NETWORK:
@@ -344,9 +380,9 @@ class _Comparison:
                 d.quantity,
                 d.error,
                 self.bound(d),
-                self.rows32[_which(d)][0] if _which(d) in self.rows32 else None,
-                None,
-                local.get(_which(d)),
+                error32=self.rows32.get(_which(d), (None, None))[0],
+                rounding32=self.rows32.get(_which(d), (None, None))[1],
+                local_error=local.get(_which(d)),
             )
             for d in self.free
         ]
@@ -379,7 +415,9 @@ def _called_first(layers: Sequence[Layer], order: Sequence[str]) -> list[Layer]:
     return list(layers)
 
 
-def _check_arguments(torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers) -> None:
+def _check_arguments(
+    torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers
+) -> None:
     def require(fine: bool, name: str, given: Any, allowed: str, kind: type[Exception] = TypeError) -> None:
         if not fine:
             raise kind(f"{name} is {given}; allowed: {allowed}")
@@ -404,9 +442,14 @@ def _check_arguments(torch_module, flax_module, inputs, train, flax_inputs, flax
     require(isinstance(steps, int) and not isinstance(steps, bool), "steps", repr(steps), "an integer")
     require(steps >= 0, "steps", steps, "0 or more", ValueError)
     fine = optimizers is None or (
-        isinstance(optimizers, Sequence) and len(optimizers) == 2 and callable(optimizers[0]) and hasattr(optimizers[1], "update")
+        isinstance(optimizers, Sequence)
+        and len(optimizers) == 2
+        and callable(optimizers[0])
+        and hasattr(optimizers[1], "update")
     )
-    require(fine, "optimizers", repr(optimizers), "(parameters -> torch optimizer, optax.GradientTransformation), or None")
+    require(
+        fine, "optimizers", repr(optimizers), "(parameters -> torch optimizer, optax.GradientTransformation), or None"
+    )
     require(steps == 0 or optimizers is not None, "optimizers", None, "a pair, where steps > 0", ValueError)
 
 

@@ -117,7 +117,9 @@ class Diagnosis:
                 if not np.array_equal(truth, arrived):
                     found.append(Finding("unexplained", f"the integers that arrive at {call.path} differ"))
                 continue
-            if arrived.shape == truth.shape and np.abs(arrived - truth).max(initial=0) <= tolerance * np.abs(truth).max(initial=0):
+            if arrived.shape == truth.shape and np.abs(arrived - truth).max(initial=0) <= tolerance * np.abs(truth).max(
+                initial=0
+            ):
                 continue
             if position == 0 and self.flax_inputs:
                 # The inputs themselves are often float32, and so is whatever relates them.
@@ -139,7 +141,9 @@ class Diagnosis:
     def _located(self, finding: Finding, call: Call, flax_layer: str, position: int) -> Located:
         """Glue is charged to PyTorch's own module where there is one, otherwise to the next layer."""
         fits = ROLES.get(finding.role)
-        modules = [g for g in self.torch.glue if g.position == position and fits is not None and fits(" ".join(g.class_names))]
+        modules = [
+            g for g in self.torch.glue if g.position == position and fits is not None and fits(" ".join(g.class_names))
+        ]
         layer = modules[0].path if modules else call.path
         return Located("forward", position - 0.5, layer, flax_layer, finding, call.key)
 
@@ -148,7 +152,9 @@ class Diagnosis:
         for i, output in enumerate(self.forced.outputs[: len(self.torch.outputs)]):
             truth = self.translation.result(i, output)
             tolerance = self._tolerance(NETWORK, "output")
-            found += glue.findings(self._sources(len(self.torch.calls)), truth, output, train=self.train, tolerance=tolerance)
+            found += glue.findings(
+                self._sources(len(self.torch.calls)), truth, output, train=self.train, tolerance=tolerance
+            )
         last = self.torch.calls[-1] if self.torch.calls else Call("", 0, [], np.zeros(0))
         pair = self.translation.pair_of.get(last.path)
         flax_layer = pair.flax.path if pair else ""
@@ -171,7 +177,8 @@ class Diagnosis:
             names = ", ".join(f"{d.quantity} by {d.error:.1e}" for d in quantities[:4])
             found = [Finding("unexplained", f"{call.path} and {pair.flax.path} differ with the same input: {names}")]
         return [
-            Located(_phase(f, quantities), position, call.path, pair.flax.path, f, call.key) for f in dict.fromkeys(found)
+            Located(_phase(f, quantities), position, call.path, pair.flax.path, f, call.key)
+            for f in dict.fromkeys(found)
         ]
 
     def _left(self, pair: LayerPair, found: Sequence[Finding]) -> list[Finding]:
@@ -184,7 +191,13 @@ class Diagnosis:
             return []
         name, has, lacks = left[0]
         is_bias = kinds.SHIFT.fullmatch(name.rpartition("/")[2].rpartition(".")[2]) is not None
-        code = "affine-missing" if pair.kind in kinds.NORMS and not all_bias(left) else "bias-missing" if is_bias else "unexplained"
+        code = (
+            "affine-missing"
+            if pair.kind in kinds.NORMS and not all_bias(left)
+            else "bias-missing"
+            if is_bias
+            else "unexplained"
+        )
         return [Finding(code, f"{has}'s {pair.torch.path} has {', '.join(n for n, *_ in left)}, {lacks}'s has not")]
 
     def _norm(self, call: Call, pair: LayerPair, mine: Call, tolerance: float) -> list[Finding]:
@@ -204,7 +217,11 @@ class Diagnosis:
         y = self.translation.output(call) if mine is None else mine.output
         dy = self.translation.gradient((call.key, "output"), call.output_gradient)
         dx = call.input_gradients[0] if call.input_gradients else None
-        dx = self.translation.gradient((call.key, "input", 0), dx) if mine is None else (mine.input_gradients or [None])[0]
+        dx = (
+            self.translation.gradient((call.key, "input", 0), dx)
+            if mine is None
+            else (mine.input_gradients or [None])[0]
+        )
         return norms.NormSide(
             x, y, before.get("scale"), before.get("bias"), before.get("mean"), before.get("var"),
             after.get("mean"), after.get("var"), dy, dx,
@@ -229,7 +246,8 @@ class Diagnosis:
         sides = []
         for is_torch in True, False:
             tensors = self._tensors(pair, self.torch if is_torch else self.forced, is_torch)
-            kernel = tensors["before"].get("kernel", tensors["before"].get("scale"))
+            before = tensors["before"]
+            kernel = before["kernel"] if "kernel" in before else before["scale"]
             dkernel = tensors["gradient"].get("kernel", tensors["gradient"].get("scale"))
             dx = call.input_gradients[0] if is_torch else mine.input_gradients[0] if mine.input_gradients else None
             sides.append(
@@ -237,7 +255,7 @@ class Diagnosis:
                     self.translation.input(call, 0),
                     self.translation.output(call) if is_torch else mine.output,
                     kernel,
-                    tensors["before"].get("bias"),
+                    before.get("bias"),
                     self.translation.gradient((call.key, "output"), call.output_gradient),
                     self.translation.gradient((call.key, "input", 0), dx) if is_torch else dx,
                     dkernel if sum(c.path == call.path for c in self.torch.calls) == 1 else None,
@@ -257,7 +275,11 @@ class Diagnosis:
             mine = self.flax_calls[pair.flax.path, call.index]
             tolerance = self._tolerance(call.key, "input")
             u = self.translation.input(call, 0), mine.arrived[0]
-            source = self.translation.output(calls[position - 1]) if calls[position - 1].path in self.translation.pair_of else None
+            source = (
+                self.translation.output(calls[position - 1])
+                if calls[position - 1].path in self.translation.pair_of
+                else None
+            )
             if source is None or source.shape != u[0].shape:
                 continue
             acts = [activation_of(source, side, tolerance) for side in u]
@@ -266,13 +288,22 @@ class Diagnosis:
             early = "Flax" if acts[0] == "identity" else "PyTorch"
             name = acts[1] if acts[0] == "identity" else acts[0]
             behind = calls[position + 1].key if position + 1 < len(calls) else NETWORK
-            after = [f for f in found if f.key == behind and f.position > position - 1 and f.finding.role == "activation"]
+            after = [
+                f for f in found if f.key == behind and f.position > position - 1 and f.finding.role == "activation"
+            ]
             text = f"{early} applies {name} before {call.path}, the other side behind it"
             if not after:
                 continue
             found = [f for f in found if f not in before and f not in after]
             found.append(
-                Located("forward", position - 0.5, call.path, pair.flax.path, Finding("norm-after-activation", text), call.key)
+                Located(
+                    "forward",
+                    position - 0.5,
+                    call.path,
+                    pair.flax.path,
+                    Finding("norm-after-activation", text),
+                    call.key,
+                )
             )
         return found
 
@@ -289,7 +320,13 @@ def role_of(local: str, is_statistic: bool) -> str | None:
         return "mean" if kinds.MEAN.fullmatch(name) else "var" if kinds.VAR.fullmatch(name) else None
     if kinds.SHIFT.fullmatch(name):
         return "bias"
-    return "kernel" if name in ("kernel", "filter") else "scale" if kinds.SCALE.fullmatch(name) or kinds.WEIGHT.fullmatch(name) else None
+    return (
+        "kernel"
+        if name in ("kernel", "filter")
+        else "scale"
+        if kinds.SCALE.fullmatch(name) or kinds.WEIGHT.fullmatch(name)
+        else None
+    )
 
 
 def _phase(finding: Finding, quantities: Sequence[Difference]) -> str:
@@ -340,15 +377,21 @@ def conversion_findings(
         raw = {t.flax_name: torch.tensors[pair.torch.tensors[t.torch_name]] for t in pair.tensors if t.part is None}
         if all(n in mine and mine[n].shape == a.shape and _same(mine[n], a) for n, a in truth.items()):
             continue
-        got = _attention(truth, mine) if pair.kind == "attention" else [
-            _of_layout(f, pair.kind)
-            for f in parameters.findings(pair.kind, truth, mine, spatial=flattened.get(pair.torch.path), raw=raw)
-        ]
+        got = (
+            _attention(truth, mine)
+            if pair.kind == "attention"
+            else [
+                _of_layout(f, pair.kind)
+                for f in parameters.findings(pair.kind, truth, mine, spatial=flattened.get(pair.torch.path), raw=raw)
+            ]
+        )
         position = order.get(pair.torch.path, len(order))
-        found += [Located("forward", position - 0.25, pair.torch.path, pair.flax.path, f, (pair.torch.path, 0)) for f in got]
-    for torch_name, flax_name, pair in pairing.loose:
-        truth, mine = np.asarray(expected[flax_name]), given.get(flax_name)
-        if mine is None or np.shape(mine) != truth.shape or not _same(np.asarray(mine), truth):
+        found += [
+            Located("forward", position - 0.25, pair.torch.path, pair.flax.path, f, (pair.torch.path, 0)) for f in got
+        ]
+    for torch_name, flax_name, _ in pairing.loose:
+        wanted, held = np.asarray(expected[flax_name]), given.get(flax_name)
+        if held is None or np.shape(held) != wanted.shape or not _same(np.asarray(held), wanted):
             layer = torch_name.rpartition(".")[0]
             finding = Finding("unexplained", f"{flax_name} does not hold PyTorch's {torch_name}")
             found.append(Located("forward", order.get(layer, 0), layer, flax_name, finding, (layer, 0)))
@@ -369,7 +412,10 @@ def loss_findings(translation: Translation, forced: Recording, bound: float) -> 
     if gradient is None or forced.output_gradients[0] is None:
         return []
     scale = max(abs(torch.loss), 1e-30)
-    if abs(torch.loss - forced.loss) <= bound * scale and np.abs(forced.output_gradients[0] - gradient).max() <= bound * np.abs(gradient).max():
+    if (
+        abs(torch.loss - forced.loss) <= bound * scale
+        and np.abs(forced.output_gradients[0] - gradient).max() <= bound * np.abs(gradient).max()
+    ):
         return []
     got = losses.findings(
         torch.loss, forced.loss, gradient, forced.output_gradients[0], translation.result(0), tolerance=max(bound, 1e-9)

@@ -226,7 +226,7 @@ def _load_torch(path: Path) -> Weights:
 
 
 def _save_orbax(path: Path, arrays: Mapping[str, NDArray], about: Mapping[str, Any]) -> None:
-    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+    import orbax.checkpoint as ocp
 
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

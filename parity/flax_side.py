@@ -1,308 +1,58 @@
-"""Flax's half of the bridge: runs a linen or NNX module and records every layer. Never imports torch.
-
-Both kinds of module are functions here, of a flat dict of arrays: "params/Conv_0/kernel", "batch_stats/BatchNorm_0/mean".
-"""
+"""Flax's half of the bridge: runs a linen or NNX module and records every layer. Never imports torch."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from numpy.typing import NDArray
 
+from parity.flax_modules import (
+    LinenSide,
+    NnxSide,
+    Side,
+    environment,
+    flat,
+    is_dropout,
+    lifted,
+    linen_interceptor,
+    nnx_state,
+    side_of,
+)
 from parity.kinds import class_names, kind_of
 from parity.recording import Call, Layer, Recording
 
-# How a module is told to train (True) or to predict (False): the names in use, and whether they mean the opposite.
-FLAGS = {
-    "train": False,
-    "training": False,
-    "is_training": False,
-    "is_train": False,
-    "deterministic": True,
-    "use_running_average": True,
-    "eval": True,
-    "inference": True,
-}
-CONFIG = ("strides", "padding", "kernel_dilation", "feature_group_count", "transpose_kernel", "epsilon", "momentum", "num_groups")
-
-Variables = dict[str, Any]
-Intercept = Callable[[str, Callable[..., Any], tuple, dict], Any]
-
-
-class Side(Protocol):
-    """A Flax module as a function."""
-
-    def apply(
-        self, variables: Variables, inputs: Sequence[Array], *, train: bool, intercept: Intercept, seed: int
-    ) -> tuple[Any, Variables]:
-        """(output, statistics after it). `intercept(path, call, args, kwargs)` stands between every layer and its call."""
-
-    def initial(self, inputs: Sequence[Any], *, train: bool) -> Variables:
-        """Variables as the module makes them, or as an NNX module holds them."""
-
-
-def side_of(module: Any, flax_call: Callable | None = None) -> Side:
-    """The module as a function.
-
-    Raises:
-      TypeError: neither a linen nor an NNX module.
-    """
-    if isinstance(module, nnx.Module):
-        return NnxSide(module, flax_call)
-    if isinstance(module, nn.Module):
-        return LinenSide(module, flax_call)
-    raise TypeError(f"flax_module is {type(module).__name__}; allowed: a flax.linen.Module or flax.nnx.Module")
-
-
-def flag_of(function: Callable, train: bool) -> dict[str, bool]:
-    """The keyword that tells `function` to train or to predict, by its signature; none if it has none."""
-    names = inspect.signature(function).parameters
-    return {name: train != opposite for name, opposite in FLAGS.items() if name in names}
-
-
-def flat(variables: Mapping[str, Any]) -> Variables:
-    """Nested collections as one flat dict."""
-    return dict(flatten_dict(dict(nn.unbox(_plain(variables))), sep="/"))
-
-
-def _plain(tree: Any) -> Any:
-    return {name: _plain(v) for name, v in tree.items()} if isinstance(tree, Mapping) else tree
-
-
-def _rngs(seed: int) -> dict[str, Array]:
-    return {name: jax.random.key(seed + i) for i, name in enumerate(("params", "dropout", "default"))}
-
-
-class LinenSide:
-    """A linen module: its variables are given with every call."""
-
-    def __init__(self, module: nn.Module, flax_call: Callable | None = None) -> None:
-        self.module, self.flax_call = module, flax_call
-
-    def _bound(self, train: bool) -> tuple[nn.Module, dict[str, bool]]:
-        """The module and the keywords of its call. A flag that is set as an attribute is set there."""
-        flags = flag_of(type(self.module).__call__, train)
-        attributes = {
-            name: train != opposite
-            for name, opposite in FLAGS.items()
-            if name in getattr(type(self.module), "__dataclass_fields__", {})
-        }
-        set_before = {name: v for name, v in attributes.items() if name not in flags or getattr(self.module, name) is not None}
-        module = self.module.clone(**set_before) if set_before else self.module
-        return module, {name: v for name, v in flags.items() if name not in set_before}
-
-    def apply(self, variables, inputs, *, train, intercept, seed):
-        nested = unflatten_dict(variables, sep="/")
-        mutable = sorted({"batch_stats", *nested} - {"params"})
-        with nn.intercept_methods(_linen_interceptor(intercept)):
-            if self.flax_call is not None:
-                out = _call_flax_call(self.flax_call, self.module, nested, inputs, train)
-            else:
-                module, flags = self._bound(train)
-                out = module.apply(nested, *inputs, **flags, rngs=_rngs(seed), mutable=mutable)
-        updated: Mapping[str, Any] = {}
-        if self.flax_call is None or _is_pair_with_state(out, nested):
-            out, updated = out
-        kept = {name: v for name, v in variables.items() if not name.startswith("params/")}
-        return out, kept | {name: v for name, v in flat(updated).items() if not name.startswith("params/")}
-
-    def initial(self, inputs, *, train):
-        if self.flax_call is not None:
-            proxy: Any = _Initialising(self.module)
-            _call_flax_call(self.flax_call, proxy, {}, inputs, train)
-            return flat(proxy.variables)
-        module, flags = self._bound(train)
-        return flat(module.init(_rngs(0), *inputs, **flags))
-
-
-class _Initialising:
-    """Stands in for a module in the user's `flax_call`: `apply` initialises, so that the variables become known."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self.variables = module, {}
-
-    def apply(self, variables: Any, *args: Any, rngs: Any = None, mutable: Any = False, **kwargs: Any) -> Any:
-        output, self.variables = self._module.init_with_output(_rngs(0), *args, **kwargs)
-        state = {name: v for name, v in self.variables.items() if name != "params"}
-        return (output, state) if mutable is not False else output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _is_pair_with_state(out: Any, nested: Mapping[str, Any]) -> bool:
-    collections = {"batch_stats", "intermediates", "cache", *nested}
-    return isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Mapping) and set(out[1]) <= collections
-
-
-def _call_flax_call(flax_call: Callable, module: Any, variables: Any, inputs: Sequence[Any], train: bool) -> Any:
-    parameters = inspect.signature(flax_call).parameters.values()
-    named = any(p.name == "train" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    if named:
-        return flax_call(module, variables, *inputs, train=train)
-    return flax_call(module, variables, *inputs, train)
-
-
-def _linen_interceptor(intercept: Intercept) -> Callable:
-    inside: list[nn.Module] = []
-
-    def interceptor(call, args, kwargs, context):
-        if context.method_name == "setup" or context.module in inside:
-            return call(*args, **kwargs)
-        if context.method_name != "__call__" and not isinstance(context.module, nn.Embed):
-            return call(*args, **kwargs)
-        inside.append(context.module)
-        try:
-            path = "/".join(context.module.path)
-            return intercept(path, _named_call(call, context.module), args, kwargs)
-        finally:
-            inside.pop()
-
-    return interceptor
-
-
-def _named_call(call: Callable, module: Any) -> Callable:
-    def function(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
-
-    function.module = module  # type: ignore[attr-defined]  # what `intercept` learns the class from
-    return function
-
-
-class NnxSide:
-    """An NNX module: it holds its variables; every call is on a copy."""
-
-    def __init__(self, module: nnx.Module, flax_call: Callable | None = None) -> None:
-        self.flax_call = flax_call
-        self.graph, state = nnx.split(module)
-        self.state = dict(nnx.to_flat_state(state))
-        self.names = {path: _nnx_name(path, variable) for path, variable in self.state.items()}
-
-    def module_with(self, variables: Variables) -> nnx.Module:
-        """A new module that holds these variables."""
-        leaves = [
-            # Made anew also where nothing changes: a variable may only be written to where it was made.
-            (path, v.replace(variables.get(self.names[path], _value(v))))
-            for path, v in self.state.items()
-        ]
-        return nnx.merge(self.graph, nnx.from_flat_state(leaves))
-
-    def apply(self, variables, inputs, *, train, intercept, seed):
-        module = self.module_with(variables)
-        (module.train if train else module.eval)()
-        with _patched(module, intercept):
-            if self.flax_call is not None:
-                nested = nnx.state(module)
-                out = _call_flax_call(self.flax_call, module, nested, inputs, train)
-            else:
-                out = module(*inputs, **flag_of(type(module).__call__, train))
-        after = dict(nnx.to_flat_state(nnx.state(module)))
-        statistics = {
-            name: _value(after[path])
-            for path, name in self.names.items()
-            if path in after and name in variables and not name.startswith("params/")
-        }
-        return out, statistics
-
-    def initial(self, inputs, *, train):
-        return {self.names[path]: _value(v) for path, v in self.state.items() if not _is_random(v)}
-
-
-def _value(variable: Any) -> Any:
-    return variable.get_value() if hasattr(variable, "get_value") else variable.value
-
-
-def _nnx_name(path: tuple, variable: Any) -> str:
-    kind = getattr(variable, "type", type(variable))
-    collection = "params" if issubclass(kind, nnx.Param) else "batch_stats" if issubclass(kind, nnx.BatchStat) else kind.__name__
-    return "/".join((collection, *map(str, path)))
-
-
-def nnx_state(state: Any) -> Variables:
-    """An `nnx.State` as a flat dict."""
-    return {_nnx_name(path, v): _value(v) for path, v in nnx.to_flat_state(state) if not _is_random(v)}
-
-
-def _is_random(variable: Any) -> bool:
-    """Whether it is the state of a random number generator: no variable of the network, it stays in the module."""
-    return issubclass(getattr(variable, "type", type(variable)), nnx.RngState)
-
-
-@contextlib.contextmanager
-def _patched(module: nnx.Module, intercept: Intercept) -> Iterator[None]:
-    """Calls of the layers in `module` go through `intercept`: the classes' `__call__` is exchanged for a while."""
-    paths = {id(child): "/".join(map(str, path)) for path, child in nnx.iter_modules(module)}
-    kept: dict[type, Any] = {}
-    inside: list[int] = []
-
-    def exchange(kind: type) -> None:
-        original = kind.__call__  # type: ignore[operator]
-
-        def patched(self, *args: Any, **kwargs: Any) -> Any:
-            if id(self) not in paths or id(self) in inside:
-                return original(self, *args, **kwargs)
-            inside.append(id(self))
-            try:
-                call = _named_call(lambda *a, **k: original(self, *a, **k), self)
-                return intercept(paths[id(self)], call, args, kwargs)
-            finally:
-                inside.pop()
-
-        kept[kind] = kind.__dict__.get("__call__")
-        kind.__call__ = patched  # type: ignore[operator]
-
-    try:
-        for _, child in nnx.iter_modules(module):
-            # The class that a call is defined in, so that a subclass and its parent are not both exchanged.
-            if callable(child) and type(child) not in kept:
-                exchange(type(child))
-        yield
-    finally:
-        for kind, function in kept.items():
-            if function is None:
-                del kind.__call__  # type: ignore[operator]
-            else:
-                kind.__call__ = function  # type: ignore[operator]
-
-
-def is_dropout(module: Any) -> bool:
-    """Whether it is one of Flax's own dropouts."""
-    return isinstance(module, nn.Dropout | nnx.Dropout)
-
-
-def lifted(value: Any, *, float64: bool) -> Any:
-    """The array in float64, if that is asked for and it is floating point."""
-    value = jnp.asarray(value)
-    return value.astype(jnp.float64) if float64 and jnp.issubdtype(value.dtype, jnp.floating) else value
-
-
-@contextlib.contextmanager
-def environment(*, float64: bool) -> Iterator[None]:
-    """JAX as most users have it, whatever the caller's settings; float64 known, and then on the CPU, if asked for.
-
-    Every program runs once, so that on a CPU XLA's optimisations cost more than they gain.
-    """
-    hurried = jax.config.read("jax_disable_most_optimizations")
-    with contextlib.ExitStack() as stack:
-        if float64 or jax.default_backend() == "cpu":
-            jax.config.update("jax_disable_most_optimizations", True)
-            stack.callback(jax.config.update, "jax_disable_most_optimizations", hurried)
-        stack.enter_context(jax.enable_x64(float64))
-        stack.enter_context(jax.numpy_dtype_promotion("standard"))
-        stack.enter_context(jax.numpy_rank_promotion("allow"))
-        if float64:
-            stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
-        yield
+__all__ = [
+    "Force",
+    "LinenSide",
+    "NnxSide",
+    "Side",
+    "environment",
+    "flat",
+    "is_dropout",
+    "layers_of",
+    "lifted",
+    "nnx_state",
+    "record",
+    "side_of",
+    "structure",
+]
+
+CONFIG = (
+    "strides",
+    "padding",
+    "kernel_dilation",
+    "feature_group_count",
+    "transpose_kernel",
+    "epsilon",
+    "momentum",
+    "num_groups",
+)
 
 
 class Force(Protocol):
@@ -327,7 +77,9 @@ def _replace(value, probe, forced, forced_gradient):
     return forced
 
 
-_replace.defvjp(lambda value, probe, forced, gradient: (forced, gradient), lambda gradient, g: (gradient, g, None, None))
+_replace.defvjp(
+    lambda value, probe, forced, gradient: (forced, gradient), lambda gradient, g: (gradient, g, None, None)
+)
 
 
 def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[str, Any]]) -> dict[str, Layer]:
@@ -338,7 +90,7 @@ def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[s
         path for path, module in modules.items() if kind_of(class_names(type(module)), {}, frozenset()) == "attention"
     ]
     for full in variables:
-        collection, _, rest = full.partition("/")
+        _, _, rest = full.partition("/")
         path, _, local = rest.rpartition("/")
         attention = next((a for a in attentions if path == a or path.startswith(f"{a}/") or a == ""), None)
         if attention is not None:
@@ -356,7 +108,15 @@ def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[s
         kind = kind_of(names, shapes, statistics)
         below = kind != "attention" and any(p != path and (p.startswith(f"{path}/") or path == "") for p in own)
         config = {name: getattr(module, name) for name in CONFIG if hasattr(module, name)}
-        layers[path] = Layer(path, kind, type(module).__name__ if names else "", tensors, statistics, config, is_called=not below and path in modules)
+        layers[path] = Layer(
+            path,
+            kind,
+            type(module).__name__ if names else "",
+            tensors,
+            statistics,
+            config,
+            is_called=not below and path in modules,
+        )
     return layers
 
 
@@ -375,13 +135,11 @@ def structure(side: Side, inputs: Sequence[NDArray], *, train: bool) -> tuple[di
     with environment(float64=False):
         shapes = [jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)) for a in inputs]
         if isinstance(side, LinenSide):
-            with nn.intercept_methods(_linen_interceptor(intercept)):
+            with nn.intercept_methods(linen_interceptor(intercept)):
                 variables = jax.eval_shape(lambda *xs: side.initial(xs, train=train), *shapes)
         else:
             variables = side.initial(inputs, train=train)
-            jax.eval_shape(
-                lambda *xs: side.apply(variables, xs, train=train, intercept=intercept, seed=0)[0], *shapes
-            )
+            jax.eval_shape(lambda *xs: side.apply(variables, xs, train=train, intercept=intercept, seed=0)[0], *shapes)
         variables = {name: v for name, v in variables.items() if jnp.issubdtype(v.dtype, jnp.floating)}
     return layers_of(side, variables, called), variables
 
@@ -422,7 +180,9 @@ def record(
     with environment(float64=float64):
         every = {name: lifted(v, float64=float64) for name, v in variables.items()}
         # In JAX what is differentiated must be floating point.
-        parameters = {name: v for name, v in every.items() if name.startswith("params/") and jnp.issubdtype(v.dtype, jnp.floating)}
+        parameters = {
+            name: v for name, v in every.items() if name.startswith("params/") and jnp.issubdtype(v.dtype, jnp.floating)
+        }
         others = {name: v for name, v in every.items() if name not in parameters}
         given = [lifted(a, float64=float64) for a in inputs]
         floating = [i for i, v in enumerate(given) if jnp.issubdtype(v.dtype, jnp.floating)]
@@ -432,12 +192,15 @@ def record(
         xs = [given[i] for i in floating]
         if gradients:
             # A run without another side's arrays differs from the next in its arguments only.
-            key = None if force is not None or programs is None else (train, float64, tuple((v.shape, v.dtype) for v in given))
-            if key is None or key not in programs:
-                program = run, _program(run, parameters, xs, compiled=compiled)
-                programs = {} if programs is None else programs
-                programs[key] = program
-            run, whole = programs[key]
+            key = (
+                None
+                if force is not None or programs is None
+                else (train, float64, tuple((v.shape, v.dtype) for v in given))
+            )
+            kept = {} if programs is None else programs
+            if key is None or key not in kept:
+                kept[key] = run, _program(run, parameters, xs, compiled=compiled)
+            run, whole = kept[key]
             total, (by_parameter, by_input, by_probe), seen = whole(parameters, xs)
         else:
             by_parameter, by_input, by_probe = {}, [], None
@@ -469,7 +232,6 @@ def _program(run: _Run, parameters: Any, xs: Any, *, compiled: bool) -> Callable
 
 def _compiled(function: Callable, compiled: bool) -> Callable:
     """The function compiled as one; as it is where it cannot be, as it looks at the values of its arrays."""
-
     program = jax.jit(function)
 
     def run(*args: Any) -> Any:
@@ -499,7 +261,8 @@ class _Run:
         given = list(self.inputs)
         for i, x in zip(self.floating, xs, strict=True):
             given[i] = x
-        self.keys, seen = [], {"inputs": [], "arrived": [], "outputs": [], "probes": []}
+        self.keys = []
+        seen: dict[str, Any] = {"inputs": [], "arrived": [], "outputs": [], "probes": []}
         self.seen = seen
         counts: dict[str, int] = {}
         active: list[str] = []
@@ -528,7 +291,11 @@ class _Run:
             mine: dict[int, Any] = {}  # one array given several times (attention) is one input
 
             def own(v):
-                if not isinstance(v, Array | np.ndarray) or v.dtype == bool or jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key):
+                if (
+                    not isinstance(v, Array | np.ndarray)
+                    or v.dtype == bool
+                    or jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key)
+                ):
                     return v
                 if id(v) in mine:
                     return mine[id(v)]
@@ -567,7 +334,9 @@ class _Run:
         else:
             results = [leaves[i] for i in places]
             weights = self.projections(results) if self.projections else [np.ones(v.shape) for v in results]
-            total = sum((jnp.sum(v * jnp.asarray(w, v.dtype)) for v, w in zip(results, weights, strict=True)), jnp.zeros(()))
+            total = sum(
+                (jnp.sum(v * jnp.asarray(w, v.dtype)) for v, w in zip(results, weights, strict=True)), jnp.zeros(())
+            )
         return jnp.asarray(total), seen
 
 
@@ -580,13 +349,14 @@ def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floatin
         return _numpy(next(probes))
 
     for key, inputs, arrived, output in zip(run.keys, seen["inputs"], seen["arrived"], seen["outputs"], strict=True):
-        call = Call(*key, [_numpy(v) for v in inputs], _numpy(output), [_numpy(v) for v in arrived])
+        call = Call(key[0], key[1], [_numpy(v) for v in inputs], _numpy(output), [_numpy(v) for v in arrived])
         call.input_gradients = [gradient(v) for v in inputs]
         call.output_gradient = gradient(output)
         recording.calls.append(call)
     recording.outputs = [_numpy(v) for v in seen["result"]]
     recording.output_gradients = [gradient(v) for v in seen["result"]]
     recording.loss = float(total)
+    recording.dropout_off = run.has_dropout
     recording.new_statistics = {name: _numpy(v) for name, v in seen["statistics"].items()}
     recording.gradients = {name: _numpy(v) for name, v in by_parameter.items()}
     recording.input_gradients = [None] * len(recording.inputs)

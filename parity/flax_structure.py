@@ -44,7 +44,7 @@ def of_module(side: Side, guess: Guess) -> Structure:
     with flax_side.environment(float64=False):
         shapes = [jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in guess.flax]
         if isinstance(side, LinenSide):
-            with nn.intercept_methods(flax_side._linen_interceptor(intercept)):
+            with nn.intercept_methods(flax_side.linen_interceptor(intercept)):
                 variables = jax.eval_shape(lambda *xs: side.initial(xs, train=False), *shapes)
         else:
             variables = side.initial(guess.flax, train=False)

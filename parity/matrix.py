@@ -133,7 +133,7 @@ def _per_channel(given: NDArray, truth: NDArray, scale: NDArray) -> float:
 
 def _blenet(case: Case) -> Row:
     train = case.mode == "train"
-    model, x, labels = subjects.blenet(*case.shape, case.dtype)
+    model, x, labels = subjects.blenet(case.shape[0], case.shape[1], case.dtype)
     truth = subjects.blenet_torch(model, x, labels, "float64", train=train)
     a = subjects.blenet_jax(model, x, labels, case.dtype, train=train, how=case.how)
     b = subjects.blenet_torch(model, x, labels, case.dtype, train=train)

@@ -137,8 +137,9 @@ def _plain(a: Any) -> NDArray:
 def _jax_function(c: Convention, train: bool) -> Callable:
     def forward(x, gamma, beta, mean, var):
         stats = jax_bn.BatchStats(mean, var)
-        options = {"train": train, "momentum": c.momentum, "unbiased_moving_var": c.unbiased}
-        y, stats = jax_bn.batch_norm(x, gamma, beta, stats, **options)
+        y, stats = jax_bn.batch_norm(
+            x, gamma, beta, stats, train=train, momentum=c.momentum, unbiased_moving_var=c.unbiased
+        )
         return y, *stats
 
     return forward
@@ -159,6 +160,8 @@ def _nnx(c: Convention, train: bool) -> Callable:
     def forward(x, gamma, beta, mean, var):
         options = {"momentum": c.momentum, "unbiased_moving_var": c.unbiased, "dtype": x.dtype}
         layer = jax_bn.nnx.BatchNorm(len(gamma), use_running_average=not train, rngs=nnx.Rngs(0), **options)
+        assert layer.scale is not None
+        assert layer.bias is not None
         layer.scale.set_value(gamma)
         layer.bias.set_value(beta)
         layer.mean.set_value(mean)

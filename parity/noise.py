@@ -39,7 +39,7 @@ class Noise:
     ) -> None:
         path = {pair.flax.path: pair.torch.path for pair in translation.pairing.layers}
         self.measured: dict[tuple[str, tuple[str, int]], float] = {}
-        sides = [(torch, torch_run, torch_inputs, {})]
+        sides: list[tuple] = [(torch, torch_run, torch_inputs, {})]
         if flax.failure is None:
             sides.append((flax, flax_run, flax_inputs, path))
         for base, run, inputs, names in sides:
@@ -58,6 +58,27 @@ class Noise:
         """The rounding where this difference was found."""
         phase = {"loss": "backward"}.get(d.phase, d.phase)
         return self.measured.get((phase, d.key), max(self.measured.values(), default=0.0))
+
+
+def rounding(rough: Recording, exact: Recording, names: dict[str, str]) -> dict[tuple[str, tuple[str, int]], float]:
+    """By phase and call, how far a float32 run is from the same side's float64 run, relative to the largest value.
+
+    Args:
+      rough: the float32 run.
+      exact: the float64 run.
+      names: other names for the layers.
+    """
+    sizes, exact_arrays = _largest(exact), dict(_arrays(exact))
+    found: dict[tuple[str, tuple[str, int]], float] = {}
+    for which, a in _arrays(rough):
+        b = exact_arrays.get(which)
+        if b is None or a.shape != b.shape or a.dtype.kind != "f":
+            continue
+        size = max(float(np.abs(b).max(initial=0)), 1e-6 * sizes[which[0]])
+        key = (which[0], (names.get(which[1], which[1]), which[2]))
+        error = float(np.abs(a - b).max(initial=0) / size) if size else 0.0
+        found[key] = max(found.get(key, 0.0), error)
+    return found
 
 
 def _largest(recording: Recording) -> dict[str, float]:

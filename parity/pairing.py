@@ -106,7 +106,8 @@ def pair_layers(
     are left are paired one by one, by name and shape.
 
     Args:
-      torch, flax: in the order of execution.
+      torch: PyTorch's, in the order of execution.
+      flax: Flax's, likewise.
       shapes: of all tensors by full name, PyTorch's and Flax's.
       layer_map: {PyTorch's dotted name: Flax's path} of some layers.
 
@@ -195,9 +196,11 @@ def _pair_loose(pairing: Pairing, shapes) -> None:
     for like in (False, True):
         for t in list(torch):
             names = [f for f in flax if f.startswith("params/") or not like]
-            found = rules.pair_tensors("other", {t.rpartition(".")[2]: shapes[0][t]}, {
-                f: shapes[1][f] for f in names if like or f.rpartition("/")[2] == t.rpartition(".")[2]
-            })
+            found = rules.pair_tensors(
+                "other",
+                {t.rpartition(".")[2]: shapes[0][t]},
+                {f: shapes[1][f] for f in names if like or f.rpartition("/")[2] == t.rpartition(".")[2]},
+            )
             fitting = [pair for pair in found.pairs if pair.fits]
             if fitting:
                 pairing.loose.append((t, fitting[0].flax_name, fitting[0]))

@@ -40,14 +40,21 @@ class OwnInputs:
 
 
 def precision_findings(
-    translation: Translation, torch_module: torch.nn.Module, torch32: Recording, flax32: Recording, exact: Recording, *, train: bool
+    translation: Translation,
+    torch_module: torch.nn.Module,
+    torch32: Recording,
+    flax32: Recording,
+    exact: Recording,
+    *,
+    train: bool,
 ) -> list[Located]:
     """Where one side's products are in lower precision than the other's, in float32.
 
     Args:
       translation: which layer is which.
       torch_module: the module.
-      torch32, flax32: both runs in float32.
+      torch32: PyTorch's run in float32.
+      flax32: Flax's.
       exact: Flax's run in float64, every layer with its input of `flax32`.
       train: the mode.
     """

@@ -86,6 +86,7 @@ class Recording:
       output_gradients: of the loss.
       loss: its value, None where there is nothing to differentiate.
       failure: what stopped the run before its end.
+      dropout_off: a dropout was in it, and was switched off.
     """
 
     framework: Literal["torch", "flax"]
@@ -101,6 +102,7 @@ class Recording:
     output_gradients: list[NDArray] = field(default_factory=list)
     loss: float | None = None
     failure: Exception | None = None
+    dropout_off: bool = False
 
     def call(self, key: tuple[str, int]) -> Call | None:
         """The call of that layer and index."""

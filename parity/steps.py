@@ -24,7 +24,9 @@ from parity.trace import Difference, error_of
 BOUND = 1e-8
 
 
-def rule_findings(pairing: Pairing, recording: Recording, optimizers: tuple[Callable, Any]) -> tuple[list[Located], list[str]]:
+def rule_findings(
+    pairing: Pairing, recording: Recording, optimizers: tuple[Callable, Any]
+) -> tuple[list[Located], list[str]]:
     """Whether the two optimisers are the same update rule: (findings, notes)."""
     parameters = _parameters(pairing, recording)
     moved = pairing.to_flax(parameters)
@@ -49,7 +51,13 @@ def _parameters(pairing: Pairing, recording: Recording) -> dict[str, NDArray]:
 
 
 def torch_steps(
-    module: torch.nn.Module, inputs: Sequence[NDArray], factory: Callable, steps: int, *, train: bool, loss: Callable | None
+    module: torch.nn.Module,
+    inputs: Sequence[NDArray],
+    factory: Callable,
+    steps: int,
+    *,
+    train: bool,
+    loss: Callable | None,
 ) -> list[dict[str, NDArray]]:
     """PyTorch's parameters before the first step and after each, in float64."""
     module = torch_side.lifted(module, float64=True).train(train)
@@ -140,5 +148,7 @@ def step_differences(
             path, _, local = torch_name.rpartition(".")
             if given.shape == truth.shape:
                 error = error_of(given - start, truth - start, floor)
-                found.append(Difference("optimizer", (path, 0), flax_path.get(path, ""), f"{local} after step {number}", error))
+                found.append(
+                    Difference("optimizer", (path, 0), flax_path.get(path, ""), f"{local} after step {number}", error)
+                )
     return found

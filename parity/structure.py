@@ -100,7 +100,7 @@ def image_guess(batch: Shape) -> Guess:
 
 def plain_guess(shape: Shape, copies: int = 1, dtype: type = np.float32) -> Guess:
     """An input whose axes have the same order on both sides."""
-    x = np.full(shape, 0.5 if dtype is np.float32 else 0, dtype)
+    x: NDArray = np.full(shape, 0.5 if dtype is np.float32 else 0, dtype)
     return Guess((x,) * copies, (x,) * copies)
 
 

@@ -50,7 +50,11 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
             type(child).__name__,
             {name: f"{path}.{name}" if path else name for name in own},
             statistics,
-            {name: value for name in CONFIG if isinstance(value := getattr(child, name, None), int | float | str | tuple)},
+            {
+                name: value
+                for name in CONFIG
+                if isinstance(value := getattr(child, name, None), int | float | str | tuple)
+            },
             is_called=not below,
         )
     return layers
@@ -94,6 +98,7 @@ def record(
     given = [v.requires_grad_(v.is_floating_point()) for v in given]
     recording = Recording("torch", layers_of(module), inputs=[numpy(v) for v in given])
     recording.tensors = _named(module, recording.layers)
+    recording.dropout_off = train and has_dropout(module)
     watch = _Watch(module, recording)
     with torch.random.fork_rng(devices=[]), without_dropout(module, train=train), watch:
         torch.manual_seed(seed)
@@ -117,7 +122,9 @@ def record(
                 recording.gradients[full] = _grad(parameters[full])
     after = _named(module, recording.layers)
     recording.new_statistics = {
-        layer.tensors[name]: after[layer.tensors[name]] for layer in recording.layers.values() for name in layer.statistics
+        layer.tensors[name]: after[layer.tensors[name]]
+        for layer in recording.layers.values()
+        for name in layer.statistics
     }
     return recording
 
@@ -153,7 +160,9 @@ def _grad(tensor: Tensor) -> NDArray:
 
 def _named(module: nn.Module, layers: dict[str, Layer]) -> dict[str, NDArray]:
     tensors = _tensors(module, recurse=True)
-    return {full: numpy(tensors[full]) for layer in layers.values() for full in layer.tensors.values() if full in tensors}
+    return {
+        full: numpy(tensors[full]) for layer in layers.values() for full in layer.tensors.values() if full in tensors
+    }
 
 
 @contextlib.contextmanager
@@ -170,12 +179,16 @@ def without_dropout(module: nn.Module, *, train: bool) -> Iterator[None]:
     names = [name for name in dir(nn.functional) if name.endswith("dropout") or name.startswith("dropout")]
     kept = {name: getattr(nn.functional, name) for name in names}
     for name in names:
-        setattr(nn.functional, name, lambda input, *args, **kwargs: input)
+        setattr(nn.functional, name, _same)
     try:
         yield
     finally:
         for name, function in kept.items():
             setattr(nn.functional, name, function)
+
+
+def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002  # PyTorch's own name, it may be a keyword
+    return input
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -49,7 +49,7 @@ def of_module(module: nn.Module) -> Structure:
 
 def check_lazy(module: nn.Module) -> None:
     """ValueError for a lazy module that has no shapes yet."""
-    lazy = [n for n, v in module.state_dict().items() if isinstance(v, nn.parameter.UninitializedTensorMixin)]
+    lazy = [n for n, v in module.state_dict().items() if nn.parameter.is_lazy(v)]
     if lazy:
         raise ValueError(f"{lazy[0]} is uninitialised; allowed: a lazy module that has been called once")
 

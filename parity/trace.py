@@ -38,7 +38,7 @@ def apply_layout(layout: Layout, a: NDArray) -> NDArray:
 
 
 def error_of(given: NDArray, truth: NDArray, floor: float = 0.0) -> float:
-    """max|given - truth| / max(max|truth|, floor); infinity where shapes differ, or NaN and infinity stand elsewhere."""
+    """max|given - truth| / max(max|truth|, floor); infinity where shapes or NaNs differ."""
     a, b = np.asarray(given, np.float64), np.asarray(truth, np.float64)
     if a.shape != b.shape:
         return float("inf")
@@ -135,7 +135,9 @@ class Translation:
         return self._shapes(self.torch.calls, size)
 
     def _shapes(self, before: Sequence[Call], size: int) -> list[tuple[int, ...]]:
-        image = next((c.output for c in reversed(before) if c.output.ndim > 2 and self._kind(c) in CHANNELS_FIRST), None)
+        image = next(
+            (c.output for c in reversed(before) if c.output.ndim > 2 and self._kind(c) in CHANNELS_FIRST), None
+        )
         if image is None or size % image.shape[1] or size == image.shape[1]:
             return []
         channels, pixels = image.shape[1], size // image.shape[1]
@@ -223,7 +225,9 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
     """Every difference of a run of Flax's from PyTorch's: forward in order, backward from behind, then statistics."""
     torch, found = translation.torch, []
     calls = {call.key: call for call in flax.calls}
-    keys = [(call, (pair.flax.path, call.index)) for call in torch.calls if (pair := translation.pair_of.get(call.path))]
+    keys = [
+        (call, (pair.flax.path, call.index)) for call in torch.calls if (pair := translation.pair_of.get(call.path))
+    ]
 
     def add(phase, key, layer, quantity, error):
         found.append(Difference(phase, key, layer, quantity, error))
@@ -268,8 +272,10 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Di
         mine, pair = calls.get(flax_key), translation.pair_of[call.path]
         if mine is None or mine.output_gradient is None or call.output_gradient is None:
             continue
-        dy = translation.gradient((call.key, "output"), call.output_gradient)
-        found.append(Difference("backward", call.key, flax_key[0], "output gradient", error_of(mine.output_gradient, dy, floor)))
+        dy = apply_layout(translation.chosen.get((call.key, "output"), ("same",)), call.output_gradient)
+        found.append(
+            Difference("backward", call.key, flax_key[0], "output gradient", error_of(mine.output_gradient, dy, floor))
+        )
         if call.index == max(c.index for c, k in keys if c.path == call.path):
             found += _parameters(translation, flax, pair, call, dy, largest)
         for i, gradient in enumerate(mine.input_gradients[: len(call.input_gradients)]):
@@ -279,10 +285,18 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Di
                 found.append(Difference("backward", call.key, flax_key[0], "input gradient", error))
     for torch_name, flax_name, t in translation.pairing.tensors():
         owner = next((p for p in translation.pair_of.values() if torch_name in p.torch.tensors.values()), None)
-        if (owner is None or not owner.torch.is_called) and torch_name in torch.gradients and flax_name in flax.gradients:
+        if (
+            (owner is None or not owner.torch.is_called)
+            and torch_name in torch.gradients
+            and flax_name in flax.gradients
+        ):
             error = error_of(flax.gradients[flax_name], t.to_flax(torch.gradients[torch_name]), largest)
             key = (torch_name.rpartition(".")[0], 0)
-            found.append(Difference("backward", key, flax_name.partition("/")[2].rpartition("/")[0], f"{t.torch_name} gradient", error))
+            found.append(
+                Difference(
+                    "backward", key, flax_name.partition("/")[2].rpartition("/")[0], f"{t.torch_name} gradient", error
+                )
+            )
     return found
 
 

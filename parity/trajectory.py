@@ -45,7 +45,7 @@ def lockstep(
     dtype: str = "float32",
     loss: tuple[Callable, Callable] | None = None,
     layer_map: Mapping[str, str] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Trajectory:
     """Trains both from PyTorch's weights, and holds them against each other and against float64 after every step.
 

@@ -106,25 +106,32 @@ class Trajectory:
         Path(path).write_text(json.dumps(_finite(whole), indent=1) + "\n")
 
     def plot(self, path: str | Path) -> None:
-        """The losses, and beside them a chart of the distances (logarithmic) for every kind."""
+        """The losses, and a chart of the distances (logarithmic) for every kind of thing compared.
+
+        A run with a dash is nudged by one unit in the last place at every step.
+        """
         from matplotlib.figure import Figure
 
-        kinds = list(self.distances)
-        figure = Figure(figsize=(4.2 * (len(kinds) + 1), 3.6), layout="constrained")
-        axes = figure.subplots(1, len(kinds) + 1, squeeze=False)[0]
+        kinds, per_row = list(self.distances), 3
+        rows = -(-(len(kinds) + 1) // per_row)
+        figure = Figure(figsize=(4.6 * per_row, 3.4 * rows + 0.8), layout="constrained")
+        axes = figure.subplots(rows, per_row, squeeze=False).ravel()
         steps = np.arange(1, self.steps + 1)
         for name, values in self.losses.items():
             axes[0].plot(steps, values, label=name, linestyle="--" if "64" in name else "-")
         axes[0].set(title="loss", xlabel="step")
         axes[0].legend(fontsize=7)
-        for ax, kind in zip(axes[1:], kinds, strict=True):
+        for ax, kind in zip(axes[1:], kinds, strict=False):
             for i, (between, values) in enumerate(self.distances[kind].items()):
                 shown = np.where(np.asarray(values) > 0, values, np.nan)
                 ax.plot(steps, shown, label=between, color=f"C{i}")
                 if between in self.bounds.get(kind, {}):
                     ax.plot(steps, self.bounds[kind][between], color=f"C{i}", linestyle=":", label=f"{between}: bound")
-            ax.set(title=kind, xlabel="step", yscale="log")
-            ax.legend(fontsize=6)
+            ax.set(title=f"distance: {kind}", xlabel="step", yscale="log")
+        for ax in axes[len(kinds) + 1 :]:
+            ax.set_axis_off()
+        # All charts of distances have the same curves.
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
         figure.savefig(path, dpi=120)
 
 

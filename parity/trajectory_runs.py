@@ -83,7 +83,7 @@ class TorchRun:
         """What the last step left."""
         parameters = {n: p for n, p in self.module.named_parameters() if n in self.names}
         statistics = {n: b for n, b in self.module.named_buffers() if n in self.names and b.is_floating_point()}
-        kinds = {"parameters": parameters, "statistics": statistics}
+        kinds: dict[str, dict[str, torch.Tensor]] = {"parameters": {**parameters}, "statistics": statistics}
         for key in self.buffers:
             state = {n: self.optimizer.state[p].get(key) for n, p in parameters.items() if p in self.optimizer.state}
             kinds[f"optimizer {key}"] = {n: v for n, v in state.items() if v is not None}
@@ -115,13 +115,14 @@ class FlaxRun:
 
     def step(self, inputs: Sequence[NDArray], target: NDArray) -> float:
         """One step; gives the loss before it."""
-        if self.nudge is not None:
-            self.tree = jax.tree.map(lambda v: jnp.asarray(nudged(np.asarray(v), self.nudge)), self.tree)
-            inputs = [nudged(a, self.nudge) for a in inputs]
+        rng = self.nudge
+        if rng is not None:
+            self.tree = jax.tree.map(lambda v: jnp.asarray(nudged(np.asarray(v), rng)), self.tree)
+            inputs = [nudged(a, rng) for a in inputs]
         given = [jnp.asarray(a) for a in flat_layout_inputs(inputs)]
-        target = jnp.asarray(target.astype(np.int32) if target.dtype.kind in "iu" else target)
+        wanted = jnp.asarray(target.astype(np.int32) if target.dtype.kind in "iu" else target)
         self.tree, self.statistics, self.state, loss = self.take_step(
-            self.tree, self.statistics, self.state, given, target
+            self.tree, self.statistics, self.state, given, wanted
         )
         return float(loss)
 

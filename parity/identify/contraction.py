@@ -109,7 +109,7 @@ class Probe:
         # The corners see the padding, the middle does not; neighbours of a transposed convolution see other taps.
         near = (0, 1, 2, 3) if call.transposed else (0,)
         ends = ((size // 2, size // 2) if few else (0, size - 1) for size in call.outputs)
-        near = near[:2] if few else near
+        near = near[:2] if few else near  # type: ignore[assignment]  # of any length
         positions = [
             np.unique([first, *(min(size // 2 + i, size - 1) for i in near), last])
             for size, (first, last) in zip(call.outputs, ends, strict=True)

@@ -53,7 +53,7 @@ def _looks(role: str, truth: Array, held: Array, wrong: Array, tolerance: float)
         return f"has {np.count_nonzero(~np.isfinite(held))} values that are not finite"
     if not held.any():
         return "is all zeros: not loaded"
-    factor = float(np.vdot(truth, held) / max(np.vdot(truth, truth), 1e-300))
+    factor = float(np.vdot(truth, held)) / max(float(np.vdot(truth, truth)), 1e-300)
     if truth.size > 1 and close(factor * truth, held, tolerance):
         return f"is PyTorch's times {factor:.6g}"
     if truth.size > 1 and close(np.sort(truth, None), np.sort(held, None), tolerance):

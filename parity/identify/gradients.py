@@ -46,7 +46,7 @@ def gradient_finding(
     rounded = precision.representable(given)
     if rounded and not precision.representable(true) and relative <= precision.LARGEST:
         return Finding("matmul-precision", f"the {what} gradient of {words}it is rounded to {rounded} ({relative:.1e})")
-    factor = float(np.vdot(true, given) / max(np.vdot(true, true), 1e-300))
+    factor = float(np.vdot(true, given)) / max(float(np.vdot(true, true)), 1e-300)
     if not given.any():
         how = "it is zero"
     elif np.abs(given - factor * true).max() <= allowed * usual:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares  # type: ignore[import-untyped]
+from scipy.optimize import least_squares
 
 from parity.identify.optimizer_data import LOOSER, Data, Rule, best_rate, fitted_rule, rate_and_decay
 from parity.identify.optimizer_rules import Numbers, Shape, direction

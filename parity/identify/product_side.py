@@ -113,8 +113,9 @@ class Side:
             return []
         rows = np.arange(len(data.x)) if kernel_too else self._strongest[: 2 if self.rank else 64]
         product = self.product(fit)._replace(x=data.x[rows])
-        squares = functools.cache(lambda: product.squared().backward(data.dy[rows] ** 2))
-        of_x, of_kernel = product.backward(data.dy[rows])
+        dy = data.dy[rows]
+        squares = functools.cache(lambda: product.squared().backward(dy**2))
+        of_x, of_kernel = product.backward(dy)
         layer = f"{self.name}'s {KINDS[self.kind]}"
         found = []
         if data.dx is not None and data.dx.shape == data.x.shape:

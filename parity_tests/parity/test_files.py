@@ -194,7 +194,10 @@ BAD = {
     "no module": ({"flax_module": "nowhere:net"}, "can't be imported"),
     "no factory": ({"flax_module": "convert_models:nowhere"}, "can't be imported"),
     "broken": ({"torch_module": "convert_models:broken"}, "fails: RuntimeError: out of order"),
-    "wrong kind": ({"torch_module": "convert_models:flax_net"}, "--torch-module makes a Sequential; allowed: a torch.nn.Module"),
+    "wrong kind": (
+        {"torch_module": "convert_models:flax_net"},
+        "--torch-module makes a Sequential; allowed: a torch.nn.Module",
+    ),
     "map": ({"layer_map": ("a",)}, "--layer-map is 'a'; allowed"),
     "inputs": ({"inputs": ("nowhere.npy",)}, "--inputs is nowhere.npy"),
     "target": ({"target": "b.bin"}, "suffix of b.bin"),

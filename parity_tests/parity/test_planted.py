@@ -1,6 +1,13 @@
-"""Every known mistake, planted: `parity.check` sees it, names it first, charges the right layer and the right phase."""
+"""Every known mistake, planted: `parity.check` sees it, names it first, charges the right layer and the right phase.
+
+A way to plant each in either wing, alone, deep and in NNX is tried; all ways with PLANTED=all, and by
+`python -m parity_tests.parity.planted_table`.
+"""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterable
 
 import pytest
 
@@ -50,6 +57,16 @@ CODES = [
 ]
 
 
+def selected(cases: Iterable[Case]) -> list[Case]:
+    """The first of each kind."""
+    if os.environ.get("PLANTED") == "all":
+        return list(cases)
+    first: dict[tuple, Case] = {}
+    for case in cases:
+        first.setdefault((case.code, case.wing, case.depth, "nnx" in case.variant), case)
+    return list(first.values())
+
+
 def check(planted: Planted):
     return parity.check(planted.torch_module, planted.flax_module, *planted.inputs, **planted.options)
 
@@ -64,7 +81,7 @@ def test_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in selected(CASES)])
 def test_planted(case: Case):
     report = check(case.make())
     assert not report.ok

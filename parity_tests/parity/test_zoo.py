@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
+import flax.linen as linen
+import jax
 import numpy as np
 import pytest
 import torch
 
 import parity
-from parity_tests.parity.zoo import ZOO, outputs, randomise
+from parity_tests.parity.planted.training import RIGHT, cross_entropy, deep, optax_cross_entropy, small
+from parity_tests.parity.zoo import ZOO, outputs, randomise, twisted
+from parity_tests.parity.zoo.others import own_norm
 
 CASES = [pytest.param(pair, mode, id=f"{pair.name}-{mode}") for pair in ZOO for mode in pair.modes]
 
@@ -55,3 +61,42 @@ def test_silence_as_initialised(name, mode):
 def test_silence_at_any_batch(name, batch):
     pair = next(pair for pair in ZOO if pair.name == name)
     silent(check(pair, "train", batch=batch, seed=batch, fresh=False))
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_silence_about_the_same_optimizer(name):
+    made = small(steps=3, optimizers=RIGHT[name])
+    silent(parity.check(made.torch_module, made.flax_module, *made.inputs, **made.options))
+
+
+def test_silence_about_the_same_loss_and_steps():
+    made = deep(steps=3, optimizers=RIGHT["adam"], loss=(cross_entropy(), optax_cross_entropy()))
+    silent(parity.check(made.torch_module, made.flax_module, *made.inputs, **made.options))
+
+
+def test_rounding_is_no_mistake():
+    """Flax's fast variance loses two digits of float32 at a mean ten times the standard deviation."""
+    x = (10 + np.random.default_rng(0).normal(size=(16, 4, 5, 5))).astype(np.float32)
+    silent(parity.check(randomise(own_norm(4)), linen.BatchNorm(momentum=0.9), x))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_flax_call(train):
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    module = randomise(twisted.mode_torch())
+    silent(parity.check(module, twisted.LinenMode(), x, train=train, flax_call=twisted.call_mode))
+
+
+def test_nothing_is_changed():
+    made = deep()
+    module = made.torch_module.eval()
+    before = copy.deepcopy(module.state_dict())
+    x = made.inputs[0].copy()
+    enabled = jax.config.jax_enable_x64
+    parity.check(module, made.flax_module, x, train=True)
+    assert not module.training
+    assert all(torch.equal(v, before[name]) for name, v in module.state_dict().items())
+    assert all(p.grad is None and p.dtype == torch.float32 for p in module.parameters())
+    assert np.array_equal(x, made.inputs[0])
+    assert jax.config.jax_enable_x64 == enabled
