@@ -22,10 +22,11 @@ from jax_bn.channels import Channels
 # From this many values per channel on, dbeta and dgamma are added in float64. A tree of float32 additions of m terms of
 # random sign and size s rounds m / 2^l partial sums of size sqrt(2^l) s at each of its log2(m) levels, each by
 # eps / sqrt(12): by sqrt(m log2(m) / 12) eps s in all. The bound for dbeta, 8 eps of max(|dbeta|, max|dy|), is at least
-# 40 eps s, with a largest dy of 5 s. The tree's rounding is 16 times that at m = 2^18, 32 times at a million, where such
+# 40 eps s, with a largest dy of 5 s. The tree rounds by 16 times that at m = 2^18, by 32 times at a million, where such
 # a sum comes out that small; the sum being sqrt(m) s when nothing special cancels, one channel in ten misses the bound.
 # That holds for a smaller m as well, by less: these keep the speed, as float64 makes the step 1.7 to 2.4 times as long.
 LONG_SUM = 2**18
+HAVE_FLOAT64 = ("cpu", "gpu")
 
 
 class BatchStats(NamedTuple):
@@ -356,7 +357,7 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
         # Sent to the devices of `jax.shard_map` together: so the transpose of this is one sum over them.
         both = jnp.stack([a - rest * b, b.astype(a.dtype)])
         a, b = lax.pcast(both, tuple(_varying(x) - _varying(both)), to="varying")
-    if x.dtype == np.float32 and x.size // r.size >= LONG_SUM:
+    if x.dtype == np.float32 and x.size // r.size >= LONG_SUM and jax.default_backend() in HAVE_FLOAT64:
         return x_dot * spread(factor) + _along_in_float64(x, a, b, mask, batch, channels), mean_dot, 2 * along
     along_b = (x + spread(minus_shift)) * spread(b)
     if channels.axis_name is None:

@@ -136,6 +136,7 @@ def _to(v: Tensor, dtype: torch.dtype) -> Tensor:
 # From this many values per channel on, dbeta and dgamma are added in float64: jax_bn/batch_norm.py says why. A step of
 # the layer takes 1.2 to 1.4 times as long.
 LONG_SUM = 2**18
+HAVE_FLOAT64 = ("cpu", "cuda")
 # Float64 copies of a 64th still lie in a cache.
 PIECES = 64
 
@@ -198,7 +199,7 @@ def _sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _sums_in_float64(dy: Tensor, d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * (d - mean(d))), added in float64: the mean of d, about 0, comes off last, and costs nothing."""
+    """sum(dy) and sum(dy * (d - mean(d))), added in float64: the mean of d is about 0, and may come off last."""
     masks = [None] * PIECES if mask is None else mask.expand(d.shape).tensor_split(PIECES)
     sums = torch.zeros(3, d.shape[1], dtype=torch.float64, device=d.device)
     for dy_piece, d_piece, mask_piece in zip(dy.tensor_split(PIECES), d.tensor_split(PIECES), masks, strict=True):
@@ -327,7 +328,7 @@ class _NormalizeBatch(torch.autograd.Function):
         total = _total(d, mask)
         only_y = dy is not None and dmean is None and dvar is None
         dy = torch.zeros_like(d) if dy is None else dy
-        is_long = d.dtype == torch.float32 and d.numel() // d.shape[1] >= LONG_SUM
+        is_long = d.dtype == torch.float32 and d.numel() // d.shape[1] >= LONG_SUM and d.device.type in HAVE_FLOAT64
         dbeta, along = _sums_in_float64(dy, d, mask) if is_long else (_sum(dy), None)
         centred = dy - _second(dbeta / total, d)
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
