@@ -133,8 +133,8 @@ def _to(v: Tensor, dtype: torch.dtype) -> Tensor:
     return v if v.dtype == dtype else v.to(dtype)
 
 
-# From this many values per channel on, dbeta and dgamma are added in float64: jax_bn/batch_norm.py says why. A step of
-# the layer takes 1.2 to 1.4 times as long.
+# From this many values per channel on, dbeta and dgamma are added in float64: jax_bn/batch_norm.py says why. The
+# layer's step takes 1 to 1.4 times as long.
 LONG_SUM = 2**18
 HAVE_FLOAT64 = ("cpu", "cuda")
 # Float64 copies of a 64th still lie in a cache.
