@@ -320,8 +320,9 @@ moves to and from memory, in lengths of x.
 
 15/9 = 1.67 is what to expect of an image that does not fit into a cache. Without the shift, a large mean would be lost;
 without centring dy, a common offset in it would be, from gamma's gradient. Where a batch is as small as 256 x 120, the
-time is that of 46 small operations, as PyTorch's profiler counts, against two of the native one's. From 2^18 values per channel on, the
-sums of the gradient are taken in float64, and the step takes longer (see `LONG_SUM` in either `batch_norm.py`)."""
+time is that of 46 small operations, as PyTorch's profiler counts, against two of the native one's. From 2^18 values per
+channel on, the sums of the gradient are taken in float64, and the step takes longer (see `LONG_SUM` in either
+`batch_norm.py`)."""
 
 
 def _text(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

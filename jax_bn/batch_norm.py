@@ -24,7 +24,7 @@ from jax_bn.channels import Channels
 # eps / sqrt(12): by sqrt(m log2(m) / 12) eps s in all. The bound for dbeta, 8 eps of max(|dbeta|, max|dy|), is at least
 # 40 eps s, with a largest dy of 5 s. The tree rounds by 16 times that at m = 2^18, by 32 times at a million, where such
 # a sum comes out that small; the sum being sqrt(m) s when nothing special cancels, one channel in ten misses the bound.
-# That holds for a smaller m as well, by less: these keep the speed, as float64 makes the layer's step 1.6 to 2 times as long.
+# That holds for a smaller m as well, by less: these keep the speed, as float64 makes the step 1.6 to 2 times as long.
 LONG_SUM = 2**18
 HAVE_FLOAT64 = ("cpu", "gpu")
 
