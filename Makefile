@@ -11,7 +11,7 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test bench exactness lint format clean
+.PHONY: help train test bench speed exactness lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -19,6 +19,7 @@ help:
 	@echo "make train   train BLeNet on Fashion-MNIST with JAX; options: make train ARGS=--help"
 	@echo "make test    run the whole suite, PyTorch included"
 	@echo "make bench   time batch norm beside its peers in JAX and PyTorch; options: make bench ARGS=--quick"
+	@echo "make speed   the same, written to docs/batch_norm_speed.md"
 	@echo "make exactness   measure batch norm's errors beside its peers, and write docs/batch_norm_exactness.md"
 	@echo "make lint    check format, lint and types; make format puts the format right"
 	@echo "make clean   remove .venv"
@@ -31,6 +32,9 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	$(VENV)/bin/python -m benchmarks.batch_norm $(ARGS)
+
+speed: $(VENV)/installed-bench
+	$(VENV)/bin/python -m benchmarks.batch_norm --write docs/batch_norm_speed.md $(ARGS)
 
 exactness: $(VENV)/installed-bench
 	$(VENV)/bin/python -m benchmarks.exactness --write docs/batch_norm_exactness.md

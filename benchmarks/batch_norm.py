@@ -2,6 +2,7 @@
 
     python -m benchmarks.batch_norm --quick
     python -m benchmarks.batch_norm --json times.json --shapes 256,28,28,6 256,120
+    python -m benchmarks.batch_norm --write docs/batch_norm_speed.md
 
 Every peer is first checked to compute the same function. Then those of a framework take turns, A B C B C A ..., in
 blocks of some 20 ms;
@@ -22,6 +23,7 @@ import os
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -54,6 +56,8 @@ class Options:
     """Fewer rounds, and without the largest shape: a minute instead of several."""
     json: Path | None = None
     """Also write the figures to this file."""
+    write: Path | None = None
+    """Also write the tables to this file, in Markdown, with what explains them."""
     shapes: tuple[str, ...] = ()
     """Shapes of x, channels last, sizes joined by commas: two or more, and two or more values per channel.
     None given: 256,28,28,6 256,10,10,16 256,120 64,14,14,256, and if not --quick 32,56,56,64."""
@@ -77,8 +81,9 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse(Options, args, prog=PROG, description="Batch norm's speed beside its peers, in ratios.")
     try:
         shapes = [parse_shape(text) for text in options.shapes or SHAPES + LARGE_SHAPES * (not options.quick)]
-        if options.json is not None:
-            _check_can_be_written(options.json)
+        for name, path in (("--json", options.json), ("--write", options.write)):
+            if path is not None:
+                _check_can_be_written(name, path)
     except ValueError as error:
         refuse(PROG, str(error))
     console = Console()
@@ -95,11 +100,13 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.json is not None:
         content = json.dumps({"machine": machine, "rows": rows}, indent=1, allow_nan=False) + "\n"
         write_whole(options.json, content.encode())
+    if options.write is not None:
+        write_whole(options.write, _text(machine, rows).encode())
 
 
-def _check_can_be_written(path: Path) -> None:
+def _check_can_be_written(option: str, path: Path) -> None:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--json is {path}; allowed: a file in a folder that exists and can be written")
+        raise ValueError(f"{option} is {path}; allowed: a file in a folder that exists and can be written")
 
 
 def measure(
@@ -296,6 +303,75 @@ def _say_if_busy(machine: dict[str, Any], console: Console) -> None:
         # PyTorch's ratios then count regions instead of work.
         advice = "Neither times nor ratios (PyTorch's least of all) are worth much: measure again when it is quiet."
         console.print(f"The machine was busy with other things: {'; '.join(signs)}. {advice}", soft_wrap=True)
+
+
+OVER_NATIVE = """Why PyTorch's wing is not as fast as the native batch norm, which is less exact: what a CPU
+moves to and from memory, in lengths of x.
+
+|                                 | native | torch_bn |
+|---------------------------------|-------:|---------:|
+| mean of x                       |        |        1 |
+| x to near its mean: read, write |        |        2 |
+| the kernel: x three times, y    |      4 |        4 |
+| sum of dy                       |        |        1 |
+| dy centred: read, write         |        |        2 |
+| the kernel: dy and x twice, dx  |      5 |        5 |
+| in all                          |      9 |       15 |
+
+15/9 = 1.67 is what to expect of an image that does not fit into a cache. Without the shift, a large mean would be lost;
+without centring dy, a common offset in it would be, from gamma's gradient. Where a batch is as small as 256 x 120, the
+time is that of 46 small operations, as PyTorch's profiler counts, against two of the native one's. From 2^18 values per
+channel on, the sums of the gradient are taken in float64, and the step takes longer (see `LONG_SUM` in either
+`batch_norm.py`)."""
+
+
+def _text(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """docs/batch_norm_speed.md."""
+    made = (
+        f"Made by `{PROG} --write docs/batch_norm_speed.md` with "
+        + ", ".join(f"{name} {value}" for name, value in machine.items() if name not in BUSY)
+        + "."
+    )
+    busy = (
+        f" **The machine was busy with other things** (load {machine.get('load before', '?')} before the start, the "
+        f"same piece of work took {machine['calibration spread']} times its time): times and ratios are rough."
+        if machine["busy"]
+        else ""
+    )
+    head = f"""# How fast batch norm is
+
+{textwrap.fill(made + busy, 120, break_on_hyphens=False)}
+
+float32, x and dy N(0, 1). A cell is the median time of a call in milliseconds and, in brackets, the median of the
+ratios to the reference, taken round by round: in JAX the fastest library other than ours (\\*), in PyTorch the native
+batch norm. Shapes are written channels last, as JAX takes them; PyTorch has the channels on axis 1,
+contiguous. How it is measured stands in `benchmarks/batch_norm.py`.
+"""
+    shapes = dict.fromkeys(tuple(row["shape"]) for row in rows)
+    tables = [_markdown(shape, [row for row in rows if tuple(row["shape"]) == shape]) for shape in shapes]
+    return "\n".join([head, *tables, OVER_NATIVE, ""])
+
+
+BUSY = ("load before", "calibration spread", "busy")
+
+
+def _markdown(shape: tuple[int, ...], rows: Sequence[dict[str, Any]]) -> str:
+    """A shape's table: peers down, modes across."""
+    lines = [["", *MODES]]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        of_name = {row["mode"]: row for row in rows if row["name"] == name}
+        cells = []
+        for mode in MODES:
+            row = of_name[mode]
+            mark = "\\*" if row["ratio_to"] == name else ""
+            cells.append(f"{_ms(row['median_ms'])} ({row['ratio']:.2f}{mark})")
+        lines.append([name, *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    text = [
+        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines
+    ]
+    return "\n".join([f"## {' x '.join(map(str, shape))}", "", text[0], rule, *text[1:], ""])
 
 
 if __name__ == "__main__":

@@ -34,11 +34,14 @@ class Channels(NamedTuple):
         tiled = jnp.tile(v, self.folds) if self.folds > 1 else v
         return lax.broadcast_in_dim(tiled.astype(x.dtype), x.shape, self.axes)
 
-    def sum(self, x: Array, mask: Array | None = None) -> Array:
-        """Sum per channel of this device's x, of the positions in mask only."""
+    def sum(self, x: Array, mask: Array | None = None, *, in_stages: bool = True) -> Array:
+        """Sum per channel of this device's x, of the positions in mask only; in_stages where its rounding matters."""
         x = x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
         total = x.sum(self._others(x))
-        return _add_up(total.reshape(self.folds, -1)) if self.folds > 1 else total
+        if self.folds == 1:
+            return total
+        rows = total.reshape(self.folds, -1)
+        return _add_up(rows) if in_stages else rows.sum(0)
 
     def num_values(self, x: Array, mask: Array | None = None) -> Array:
         """Number of values per channel on this device, as a float; a scalar where it is the same for all channels."""

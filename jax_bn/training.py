@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -111,7 +112,7 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
 def init_state(model: BLeNet, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """Fresh weights from the seed, and the optimiser's state for them."""
     x = jnp.zeros((1, *model.image_shape), model.param_dtype)
-    variables = model.init(jax.random.key(seed), x, train=False)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(seed), x)  # op by op it compiles for longer
     return TrainState(variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
 
 

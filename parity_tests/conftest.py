@@ -3,12 +3,30 @@
 Warnings are errors too (pyproject.toml).
 """
 
+import os
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A third of the suite's time would go to XLA compiling what it has compiled before: the same step in another test, the
+# same initialisation in each process that a test starts.
+CACHE = {
+    "jax_compilation_cache_dir": "",
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """XLA keeps what it compiles, in a folder of this session only, for all tests and the processes they start."""
+    for name, value in (CACHE | {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}).items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(params=["float32", "float64"])

@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 import jax_bn
 import torch_bn
 from benchmarks.hard_inputs import CONSTANT, HARD_INPUTS
+from jax_bn.batch_norm import LONG_SUM
 from parity_tests import exact
 from parity_tests.wings import WINGS, channels_last, channels_second
 
@@ -42,6 +43,7 @@ def check(wing, arrays, dtype, *, y_bound=BOUNDS["y"], truth_of=exact.batch_norm
     for dx, dy for the sums. A sum of m terms of random sign and size s, added in a tree, rounds m / 2^l partial sums of
     size sqrt(2^l) s at each of its log2(m) levels, each by up to half an eps, uniformly: together that is
     sqrt(m log2(m) / 12) eps s, and three times that is not exceeded; where it is more than the bound, it is the bound.
+    Not so from LONG_SUM terms on: these are added in float64.
     """
     given, truth = WINGS[wing](*arrays, **options), truth_of(*arrays, **options)
     x, gamma, _, moving_mean, _, dy = arrays
@@ -54,6 +56,7 @@ def check(wing, arrays, dtype, *, y_bound=BOUNDS["y"], truth_of=exact.batch_norm
         "dbeta": np.maximum(largest_dy, np.abs(truth.dbeta.astype(float))),
     }
     tree = 3 * float(np.sqrt(m * np.log2(m) / 12) * (dy.std(axes) / np.maximum(largest_dy, 1e-30)).max())
+    tree = tree if m < LONG_SUM else 0
     for name, bound in BOUNDS.items():
         value = getattr(given, name)
         assert value.dtype == dtype, name
@@ -86,6 +89,21 @@ def test_options(wing, options, dtype):
 def test_large_mean(wing, mean, std, dtype):
     """Where E[x^2] - E[x]^2 and x * a + b lose everything."""
     check(wing, draw((64, 3, 4, 4), dtype, mean=mean, std=std), dtype, train=True)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("shape", [(LONG_SUM, 2), (LONG_SUM // 64, 2, 8, 8)], ids=str)
+def test_long_sums_that_cancel(wing, shape, masked):
+    """Nothing is left of the sums of dy and dy (x - mu), of 2^18 terms: float32 would be off by hundreds of eps."""
+    x, gamma, beta, mean, var, dy = draw(shape, "float32", mean=1e3)
+    mask = (np.arange(shape[0]) % 5 > 0).reshape(-1, *[1] * (len(shape) - 1)) if masked else None
+    axes = (0, *range(2, len(shape)))
+    d = x - x.mean(axes, where=True if mask is None else mask, dtype=np.float64, keepdims=True)
+    dy = dy - dy.mean(axes, dtype=np.float64, keepdims=True)
+    dy -= d * (dy * d).mean(axes, keepdims=True) / (d * d).mean(axes, keepdims=True)
+    arrays = x, gamma, beta, mean, var, dy.astype("float32")
+    check(wing, arrays, "float32", train=True, mask=mask, truth_of=exact.long_batch_norm)
 
 
 # The others have tests of their own: the variance of a constant channel is 0, and 1e-20 squared is below the normal

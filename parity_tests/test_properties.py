@@ -1,13 +1,18 @@
 """Any shape, dtype, scale and convention: both wings against exact arithmetic (hypothesis)."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import jax_bn
+import torch_bn
+from parity_tests import exact
 from parity_tests.test_batch_norm import check
-from parity_tests.wings import WINGS
+from parity_tests.wings import WINGS, channels_last, channels_second
 
 # JAX takes its shapes from a list, as XLA compiles each anew: few channels with some, prime and no pixels; channels
 # beside a single pixel; m = 2; ranks 2 to 5. PyTorch takes any.
@@ -50,3 +55,73 @@ def test_exact(wing, name, data):
     arrays, options = data.draw(cases(st.sampled_from(SHAPES) if wing == "jax" else ANY))
     with jax.enable_x64(name == "float64"):
         check(wing, tuple(v.astype(name) for v in arrays), name, **options)
+
+
+@jax.jit
+def jax_step(x, others, dy):
+    def loss(x, gamma, beta):
+        y, stats = jax_bn.batch_norm(x, gamma, beta, jax_bn.BatchStats(*others[2:]), train=True)
+        return (y.astype(np.float32) * dy).sum(), (y, stats)
+
+    gradients, (y, stats) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, *others[:2])
+    return y, *stats, *gradients
+
+
+def run_half(wing, half, arrays):
+    """The arrays as this wing has them in the half type (gamma and the rest stay float32), and what it makes of them.
+
+    Everything as float32, in which the half types are exact; the dtypes are looked at here.
+    """
+    x, *others, dy = arrays
+    if wing == "torch":
+        low, low_dy = (torch.tensor(v).to(getattr(torch, half)) for v in (x, dy))
+        leaves = [low.requires_grad_(), *[torch.tensor(v, requires_grad=True) for v in others[:2]]]
+        y, *stats = torch_bn.batch_norm(*leaves, *map(torch.tensor, others[2:]), train=True)
+        found = [v.detach() for v in (y, *stats, *torch.autograd.grad((y.float() * low_dy.float()).sum(), leaves))]
+        names = [str(v.dtype).removeprefix("torch.") for v in found]
+        low, low_dy, *found = (v.detach().float().numpy() for v in (low, low_dy, *found))
+    else:
+        low, low_dy = (jnp.asarray(channels_last(v)).astype(half) for v in (x, dy))
+        found = jax_step(low, tuple(map(jnp.asarray, others)), low_dy.astype(np.float32))
+        names = [v.dtype.name for v in found]
+        low, low_dy, *found = (np.asarray(v.astype(np.float32)) for v in (low, low_dy, *found))
+        low, low_dy, found[0], found[3] = map(channels_second, (low, low_dy, found[0], found[3]))
+    assert names == [half, "float32", "float32", half, "float32", "float32"]
+    return (low, *others, low_dy), dict(
+        zip(("y", "moving_mean", "moving_var", "dx", "dgamma", "dbeta"), found, strict=True)
+    )
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@pytest.mark.parametrize("wing", WINGS)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_half(wing, half, data):
+    """y and dx within one eps of the half type; what is float32 within float32's bounds."""
+    shape = tuple(data.draw(st.sampled_from(SHAPES) if wing == "jax" else ANY))
+    rng, c = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))), shape[1]
+    mean, std = data.draw(st.sampled_from([0.0, 1.0, -300.0])), data.draw(st.sampled_from([1e-2, 1.0, 30.0]))
+    x, dy = mean + std * rng.normal(size=shape), data.draw(st.sampled_from([0.0, 5.0])) + rng.normal(size=shape)
+    if data.draw(st.booleans()):
+        x[:, rng.integers(c)] = mean  # a constant channel
+    gamma = rng.uniform(0.5, 2, c) * rng.choice([-1, 1], c)
+    arrays = x, gamma, rng.normal(size=c), mean + std * rng.normal(size=c), np.full(c, std**2), dy
+    (low, *others, low_dy), found = run_half(wing, half, tuple(v.astype(np.float32) for v in arrays))
+    truth = exact.batch_norm(low, *others, low_dy, train=True)
+    axes = tuple(a for a in range(x.ndim) if a != 1)
+    largest_dy = np.abs(low_dy).max(axes)
+    sizes = {
+        "moving_mean": np.maximum(np.abs(low).max(axes), np.abs(others[2])),
+        "dx": np.abs(others[0]) * largest_dy / np.sqrt(truth.var.astype(float) + 1e-5),
+        "dgamma": np.maximum(largest_dy, np.abs(truth.dgamma.astype(float))),
+        "dbeta": np.maximum(largest_dy, np.abs(truth.dbeta.astype(float))),
+    }
+    # Both are rounded to the half type last, by half an eps of it.
+    for name, dtype, bound in (
+        ("y", half, 1), ("dx", half, 1), ("moving_mean", "float32", 8), ("moving_var", "float32", 8),
+        ("dgamma", "float32", 32), ("dbeta", "float32", 8),
+    ):  # fmt: skip
+        scale = sizes.get(name)
+        eps32 = float(np.finfo("float32").eps)
+        error = exact.error_in_eps(found[name], getattr(truth, name), "float32", scale)
+        assert error * eps32 <= bound * float(jnp.finfo(dtype).eps), f"{name}: {error:.1f} float32 eps"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,7 +24,9 @@ def run(program, *args):
 
 def test_a_quick_run(tmp_path):
     """Every peer in every mode, ratios to a reference that is in the run; JAX's is not ours."""
-    done = run("batch_norm", "--quick", "--shapes", "8,3", "--json", tmp_path / "times.json")
+    done = run(
+        "batch_norm", "--quick", "--shapes", "8,3", "--json", tmp_path / "times.json", "--write", tmp_path / "a.md"
+    )
     assert done.returncode == 0, done.stderr
     assert "8 x 3" in done.stdout
     report = json.loads((tmp_path / "times.json").read_text())
@@ -38,8 +41,8 @@ def test_a_quick_run(tmp_path):
         assert row["ratio"] > 0
         assert row["ratio_to"] != "jax_bn"
         assert rows[framework, row["ratio_to"], mode]["ratio"] == 1
-    for name in ("jax_bn", "torch native"):
-        assert name in done.stdout
+    for text in (done.stdout, (tmp_path / "a.md").read_text()):
+        assert all(name in text for name in ("jax_bn", "torch native", "8 x 3", f"jax {jax.__version__}"))
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,7 @@ def test_a_quick_run(tmp_path):
         ("batch_norm", ["--shapes", "8,x"]),
         ("batch_norm", ["--shapes", "1,3"]),
         ("batch_norm", ["--json", "no/such/folder/file"]),
+        ("batch_norm", ["--write", "no/such/folder/file"]),
         ("batch_norm", ["--rounds", "3"]),
         ("exactness", ["--write", "no/such/folder/file"]),
         ("exactness", ["--write", "."]),

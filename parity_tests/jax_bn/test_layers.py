@@ -1,5 +1,8 @@
 """jax_bn.BatchNorm as a drop-in for flax.linen.BatchNorm, and statistics across devices."""
 
+import importlib
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -156,7 +159,7 @@ def test_blenet_over_two_devices(x64):
     x = x_like((2, 12, 12, 1)).astype(jnp.float64)
     model = jax_bn.BLeNet(fig_size=12, param_dtype=jnp.float64)
     spread = model.clone(axis_name="i")
-    variables = model.init(jax.random.key(0), x, train=False)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
     whole, _ = jax.jit(lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"]))(x)
     one_each = jax.jit(
         jax.vmap(lambda x: spread.apply(variables, x[None], train=True, mutable=["batch_stats"])[0][0], axis_name="i")
@@ -352,3 +355,18 @@ def test_sharded_under_jit(shape, kind):
     with jax.set_mesh(mesh):
         spread = gradient(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), spread, whole)
+
+
+def test_long_sums_under_transformations(monkeypatch):
+    """The float64 of long sums, where JAX has none: under vmap, scan, checkpoint, shard_map, in either mode."""
+    monkeypatch.setattr(importlib.import_module("jax_bn.batch_norm"), "LONG_SUM", 1)
+    x, stats = x_like((8, 3)), jax_bn.BatchStats(jnp.zeros(3), jnp.zeros(3))
+
+    def total(x):
+        return (jax_bn.batch_norm(x, jnp.ones(3), jnp.zeros(3), stats, train=True)[0] ** 3).sum()
+
+    assert "f64" in str(jax.make_jaxpr(jax.grad(total))(x))
+    forward, reverse = (jax.jit(jacobian(jax.grad(total)))(x) for jacobian in (jax.jacfwd, jax.jacrev))
+    np.testing.assert_allclose(forward, reverse, rtol=1e-4, atol=1e-4)
+    for test in (test_transformations, test_one_sum_over_the_devices_each_way):
+        test()
