@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from parity import diagnose, flax_side, torch_side
 from parity.identify.finding import Finding
-from parity.noise import Noise, rounding
+from parity.noise import Noise, nudged, rounding
 from parity.pairing import Pairing, pair_layers
 from parity.precision import OwnInputs, precision_findings
 from parity.recording import Layer, Recording
@@ -105,7 +105,10 @@ class _Comparison:
     def __init__(self, torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss) -> None:
         self.torch_module, self.flax_module = torch_module, flax_module
         self.inputs, self.train_mode = [np.asarray(a) for a in inputs], train
-        self.flax_inputs = flat_layout_inputs(self.inputs)
+        self.torch_loss: Callable | None = None if loss is None else loss[0]
+        self.jax_loss: Callable | None = None if loss is None else loss[1]
+        self.torch = self._torch_run(float64=True)
+        self.flax_inputs = flat_layout_inputs(self.inputs, self.torch)
         if flax_inputs is not None:
             given = [np.asarray(a) for a in flax_inputs]
             # The same but for float32's rounding counts as the same: in float64 it would show everywhere.
@@ -114,12 +117,9 @@ class _Comparison:
                 for a, b in zip(given, self.flax_inputs, strict=False)
             ]
             self.flax_inputs = [b if s else a for a, b, s in zip(given, self.flax_inputs, same, strict=False)] or given
-        self.torch_loss: Callable | None = None if loss is None else loss[0]
-        self.jax_loss: Callable | None = None if loss is None else loss[1]
         self.notes: list[str] = []
         self.located: list[diagnose.Located] = []
         self.programs: dict = {}
-        self.torch = self._torch_run(float64=True)
         self.side = flax_side.side_of(flax_module, flax_call)
         self.flax_layers, shapes = flax_side.structure(self.side, self.flax_inputs, train=train)
         self.initial = shapes
@@ -138,20 +138,23 @@ class _Comparison:
         self.noise: Noise | None = None
         self.dropout_off = False
 
-    def _torch_run(self, *, float64: bool, inputs: Sequence[NDArray] | None = None) -> Recording:
+    def _torch_run(self, *, float64: bool, inputs: Sequence[NDArray] | None = None, nudge: float = 0.0) -> Recording:
         return torch_side.record(
             self.torch_module,
             self.inputs if inputs is None else inputs,
             train=self.train_mode,
             float64=float64,
             loss=self.torch_loss,
+            nudge=nudge,
         )
 
-    def _flax_run(self, *, float64: bool = True, force: Any = None, gradients: bool = True, **kwargs: Any) -> Recording:
+    def _flax_run(
+        self, *, float64: bool = True, force: Any = None, gradients: bool = True, nudge: float = 0.0, **kwargs: Any
+    ) -> Recording:
         return flax_side.record(
             self.side,
             self.flax_layers,
-            kwargs.pop("variables", self.variables),
+            nudged(self.variables, nudge) if nudge else self.variables,
             kwargs.pop("inputs", self.flax_inputs),
             train=self.train_mode,
             float64=float64,
@@ -178,8 +181,10 @@ class _Comparison:
         given = None if variables is None else self._given(variables)
         self.variables = expected if given is None else self._usable(given, expected)
         # Layer by layer, without gradients: in which order what is flattened arrives, and the network's output.
-        forced = self._flax_run(force=Forcing(self.translation), gradients=False)
-        self.translation.settle(forced)
+        self.translation.settle(self._flax_run(force=Forcing(self.translation), gradients=False))
+        if any(which[-1] == "output" and layout[0] == "flatten" for which, layout in self.translation.chosen.items()):
+            # A norm behind a flatten hands the order on.
+            self.translation.settle(self._flax_run(force=Forcing(self.translation), gradients=False))
         flattened = dict(self.translation.flattens())
         for path, shape in flattened.items():
             self.pairing.with_flatten(path, shape)

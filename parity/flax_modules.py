@@ -196,7 +196,7 @@ class NnxSide:
         """See `Side`."""
         module = self.module_with(variables)
         (module.train if train else module.eval)()
-        flags = flag_of(type(module).__call__, train)  # type: ignore[operator]  # before it is exchanged
+        flags = flag_of(type(module).__call__, train)  # before it is exchanged
         with _patched(module, intercept):
             if self.flax_call is not None:
                 nested = nnx.state(module)

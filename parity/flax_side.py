@@ -264,6 +264,8 @@ class _Run:
         self.keys = []
         seen: dict[str, Any] = {"inputs": [], "arrived": [], "outputs": [], "probes": []}
         self.seen = seen
+        # What is called inside a transformation of the user's own (jit, remat, scan) can't be seen from outside.
+        outside = jax.core.get_opaque_trace_state(convention="flax")
         counts: dict[str, int] = {}
         active: list[str] = []
 
@@ -283,7 +285,8 @@ class _Run:
                 self.has_dropout = self.has_dropout or getattr(call.module, "rate", 0) > 0
                 return args[0]
             layer = self.layers.get(path)
-            if layer is None or not layer.is_called or active:
+            hidden = jax.core.get_opaque_trace_state(convention="flax") != outside
+            if layer is None or not layer.is_called or active or hidden:
                 return call(*args, **kwargs)
             key = (path, counts.get(path, 0))
             counts[path] = key[1] + 1

@@ -6,7 +6,8 @@ whatever is rounded to float32 on the way moves by jumps of an ulp, 1e-7, whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ class Noise:
     """The rounding of each call on both sides, relative to the largest value of its arrays.
 
     Args:
-      torch_run, flax_run: run a side again, with `inputs=`.
+      torch_run, flax_run: run a side again, with `inputs=` and all parameters changed by `nudge=`.
       torch, flax: the runs to measure around.
       translation: which layer is which.
       torch_inputs, flax_inputs: of these runs.
@@ -43,7 +44,7 @@ class Noise:
         if flax.failure is None:
             sides.append((flax, flax_run, flax_inputs, path))
         for base, run, inputs, names in sides:
-            nudged = [run(float64=True, inputs=_nudged(inputs, sign)) for sign in (STEP, -STEP)]
+            nudged = [run(float64=True, inputs=_nudged(inputs, step), nudge=step) for step in (STEP, -STEP)]
             sizes = _largest(base)
             for which, a, plus, minus in zip(*(list(x) for x in _columns(base, *nudged)), strict=True):
                 if a is None or a.shape != plus.shape or a.dtype.kind != "f":
@@ -95,6 +96,16 @@ def _nudged(inputs: Sequence[NDArray], step: float) -> list[NDArray]:
         a * (1 + step * signs.choice([-1.0, 1.0], a.shape)) if (a := np.asarray(v)).dtype.kind == "f" else a
         for v in inputs
     ]
+
+
+def nudged(variables: Mapping[str, Any], step: float) -> dict[str, Any]:
+    """Flax's variables, every parameter changed by `step` of its size, up or down."""
+
+    def moved(v: Any) -> NDArray:
+        a = np.asarray(v, np.float64)
+        return a * (1 + step * (np.arange(a.size).reshape(a.shape) % 2 * 2 - 1))
+
+    return {n: moved(v) if n.startswith("params/") else v for n, v in variables.items()}
 
 
 def _columns(base: Recording, plus: Recording, minus: Recording) -> Iterator[list]:

@@ -83,10 +83,18 @@ class Pairing:
         return [n for n in torch if n not in used_torch], [n for n in flax if n not in used_flax]
 
     def with_flatten(self, torch_path: str, shape: Sequence[int]) -> None:
-        """That linear layer stands behind a flatten of `shape`: (C, *spatial)."""
+        """That linear layer (or norm) stands behind a flatten of `shape`: (C, *spatial)."""
         for pair in self.layers:
             if pair.torch.path == torch_path:
-                pair.tensors = [rules.with_flatten(t, shape) if _is_matrix(pair, t) else t for t in pair.tensors]
+                each = pair.kind in kinds.NORMS
+                pair.tensors = [
+                    rules.each_with_flatten(t, shape)
+                    if each
+                    else rules.with_flatten(t, shape)
+                    if _is_matrix(pair, t)
+                    else t
+                    for t in pair.tensors
+                ]
 
 
 def _is_matrix(pair: LayerPair, tensor: TensorPair) -> bool:

@@ -259,6 +259,16 @@ def with_flatten(pair: TensorPair, shape: Sequence[int]) -> TensorPair:
     return pair._replace(to_flax=forward, to_torch=backward)
 
 
+def each_with_flatten(pair: TensorPair, shape: Sequence[int]) -> TensorPair:
+    """The pair of a norm's tensor, a value for each input, behind a flatten of (C, *spatial): see `with_flatten`."""
+    order = np.moveaxis(np.arange(int(np.prod(shape))).reshape(shape), 0, -1).ravel()
+    back = np.argsort(order)
+    return pair._replace(
+        to_flax=lambda a: pair.to_flax(a)[order],
+        to_torch=lambda b: pair.to_torch(b[back]),
+    )
+
+
 def to_flax_arrays(pairs: Iterable[TensorPair], arrays: Mapping[str, NDArray]) -> dict[str, NDArray]:
     """PyTorch's arrays of a layer by Flax's names; those not there are left out."""
     return {pair.flax_name: pair.to_flax(arrays[pair.torch_name]) for pair in pairs if pair.torch_name in arrays}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -62,7 +63,11 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
 
 def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
     """Floating parameters and buffers by name; counters and index tables are neither."""
-    named = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+    # A tensor that two layers share has two names.
+    named = [
+        *module.named_parameters(recurse=recurse, remove_duplicate=False),
+        *module.named_buffers(recurse=recurse, remove_duplicate=False),
+    ]
     return {name: v for name, v in named if v.is_floating_point() and name.rpartition(".")[2] != COUNTER}
 
 
@@ -74,6 +79,7 @@ def record(
     float64: bool = True,
     loss: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
+    nudge: float = 0.0,
 ) -> Recording:
     """Run a copy of the module forward and backward, and record every layer.
 
@@ -84,6 +90,7 @@ def record(
       float64: lift the module and its inputs.
       loss: of the output; None: a fixed random projection (`projections`).
       seed: of the random numbers in the run (an active dropout).
+      nudge: every parameter is changed by this much of its size, up or down.
 
     Returns:
       The recording; without gradients where the output has none.
@@ -92,6 +99,8 @@ def record(
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
+            if nudge:
+                parameter.data *= 1 + nudge * (torch.arange(parameter.numel()).reshape(parameter.shape) % 2 * 2 - 1)
     device = next((v.device for v in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     given = [torch.tensor(a, device=device) for a in inputs]
     given = [v.double() if float64 and v.is_floating_point() else v for v in given]
@@ -102,7 +111,8 @@ def record(
     watch = _Watch(module, recording)
     with torch.random.fork_rng(devices=[]), without_dropout(module, train=train), watch:
         torch.manual_seed(seed)
-        output = module(*given)
+        # Copies: of an output that another output is made of, only the loss's own gradient counts.
+        output = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, module(*given))
         leaves = _floating(output)
         recording.outputs = [numpy(v) for v in leaves]
         for leaf in leaves:
@@ -115,7 +125,7 @@ def record(
     recording.output_gradients = [_grad(v) for v in leaves]
     recording.input_gradients = [_grad(v) if v.is_floating_point() else None for v in given]
     watch.gradients()
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     for layer in recording.layers.values():
         for local, full in layer.tensors.items():
             if local not in layer.statistics:
@@ -130,6 +140,11 @@ def record(
 
 
 def _floating(output: Any) -> list[Tensor]:
+    """The floating tensors of an output, a dict's in the order of its keys, as JAX has them."""
+    if isinstance(output, dict) and not isinstance(output, OrderedDict):
+        return [v for _, value in sorted(output.items()) for v in _floating(value)]
+    if isinstance(output, list | tuple):
+        return [v for value in output for v in _floating(value)]
     return [v for v in _pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
 
 

@@ -59,11 +59,11 @@ def layouts_for(kind: str, a: NDArray, shape: Sequence[int], flattened: Sequence
     """The layouts that give PyTorch's array this shape, the usual one of this kind of layer first."""
     first = ("last",) if kind in CHANNELS_FIRST and a.ndim > 2 else ("same",)
     every: list[Layout] = [first]
+    every += [("flatten", s) for s in flattened if a.ndim == 2 and np.prod(s) == a.shape[-1]]
     if kind in CHANNELS_FIRST:
         every.append(("same",))
     else:
         every += [("last",)] * (a.ndim > 2) + [("swap",)] * (a.ndim == 3)
-        every += [("flatten", s) for s in flattened if a.ndim >= 2 and np.prod(s) == a.shape[-1]]
     return [layout for layout in every if apply_layout(layout, a).shape == tuple(shape)] or [first]
 
 
@@ -86,12 +86,13 @@ class Translation:
     def input(self, call: Call, i: int, arrived: Any = None) -> NDArray:
         """The i-th input of PyTorch's call in Flax's layout; `arrived` is Flax's, for its shape."""
         kind = self.pair_of[call.path].kind
-        flattened = self._before_flatten(call) if kind == "linear" else ()
+        flattened = self._before_flatten(call, kind)
         return self._layout((call.key, "input", i), call.inputs[i], kind, arrived, flattened)
 
     def output(self, call: Call, like: Any = None) -> NDArray:
         """The output of PyTorch's call in Flax's layout."""
-        return self._layout((call.key, "output"), call.output, self.pair_of[call.path].kind, like)
+        kind = self.pair_of[call.path].kind
+        return self._layout((call.key, "output"), call.output, kind, like)
 
     def result(self, i: int, like: Any = None) -> NDArray:
         """The i-th output of PyTorch's network in Flax's layout."""
@@ -114,20 +115,23 @@ class Translation:
             if call is None:
                 continue
             kind, layout = self.pair_of[call.path].kind, None
-            flattened = self._before_flatten(call) if kind == "linear" and call.inputs else ()
+            flattened = self._before_flatten(call, kind)
             for i, (a, arrived) in enumerate(zip(call.inputs, mine.arrived, strict=False)):
                 which, fitting = (call.key, "input", i), layouts_for(kind, a, arrived.shape, flattened)
                 # Where the kind says it, numbers that happen to agree must not: it may be the mistake.
-                self.chosen[which] = fitting[0] if kind in CHANNELS_FIRST else _closest(fitting, a, arrived)
+                by_kind = kind in CHANNELS_FIRST and a.ndim > 2
+                self.chosen[which] = fitting[0] if by_kind else _closest(fitting, a, arrived)
                 layout = layout or self.chosen[which]
-            fitting = layouts_for(kind, call.output, mine.output.shape)
+            fitting = layouts_for(kind, call.output, mine.output.shape, () if kind == "linear" else flattened)
             self.chosen[call.key, "output"] = layout if layout in fitting else fitting[0]
         for i, (a, output) in enumerate(zip(self.torch.outputs, forced.outputs, strict=False)):
             fitting = layouts_for("other", a, output.shape, self._channels_before())
             self.chosen["result", i] = _closest(fitting, a, output)
 
-    def _before_flatten(self, call: Call) -> list[tuple[int, ...]]:
-        """What can have been flattened to this linear layer's input: (C, H, W) of as many numbers."""
+    def _before_flatten(self, call: Call, kind: str) -> list[tuple[int, ...]]:
+        """What can have been flattened to this layer's input: (C, H, W) of as many numbers."""
+        if kind not in ("linear", *kinds.NORMS) or not call.inputs or call.inputs[0].ndim != 2:
+            return []
         return self._shapes(self.torch.calls[: self.position[call.key]], call.inputs[0].shape[-1])
 
     def _channels_before(self) -> list[tuple[int, ...]]:
@@ -135,9 +139,9 @@ class Translation:
         return self._shapes(self.torch.calls, size)
 
     def _shapes(self, before: Sequence[Call], size: int) -> list[tuple[int, ...]]:
-        image = next(
-            (c.output for c in reversed(before) if c.output.ndim > 2 and self._kind(c) in CHANNELS_FIRST), None
-        )
+        images = [c.output for c in before if c.output.ndim > 2 and self._kind(c) in CHANNELS_FIRST]
+        images = images or [a for a in self.torch.inputs if a.dtype.kind == "f" and a.ndim > 2]
+        image = images[-1] if images else None
         if image is None or size % image.shape[1] or size == image.shape[1]:
             return []
         channels, pixels = image.shape[1], size // image.shape[1]
@@ -235,7 +239,8 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
     for call, flax_key in keys:
         mine = calls.get(flax_key)
         if mine is None:
-            if flax.failure is None:
+            # A layer that was never seen is inside a transformation of the user's own.
+            if flax.failure is None and any(c.path == flax_key[0] for c in flax.calls):
                 add("forward", call.key, flax_key[0], "output", float("inf"))
             continue
         for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
@@ -315,9 +320,19 @@ def _parameters(translation, flax, pair: LayerPair, call: Call, dy: NDArray, lar
     return found
 
 
-def flat_layout_inputs(inputs: Sequence[NDArray]) -> list[NDArray]:
-    """The network's inputs in Flax's layout: floating arrays of rank 3 and more channels last."""
-    return [np.moveaxis(a, 1, -1) if a.dtype.kind == "f" and a.ndim >= 3 else a for a in inputs]
+def flat_layout_inputs(inputs: Sequence[NDArray], torch: Recording | None = None) -> list[NDArray]:
+    """The network's inputs in Flax's layout: floating arrays of rank 3 and more channels last.
+
+    With PyTorch's recording, those that go straight into a layer that has its channels last in PyTorch too (linear,
+    layer norm, attention) stay as they are.
+    """
+    last = {"linear", "layer_norm", "rms_norm", "attention"}
+    readers = [] if torch is None else [c for c in torch.calls if torch.layers[c.path].kind in last]
+
+    def stays(a: NDArray) -> bool:
+        return any(x.shape == a.shape and error_of(x, a) <= 1e-6 for call in readers for x in call.inputs)
+
+    return [np.moveaxis(a, 1, -1) if a.dtype.kind == "f" and a.ndim >= 3 and not stays(a) else a for a in inputs]
 
 
 Projections = Callable[[Sequence[Any]], list[NDArray]]
