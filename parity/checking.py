@@ -191,7 +191,9 @@ class _Comparison:
         expected = self._complete(self.pairing.to_flax(self.torch.tensors))
         self.variables = expected if given is None else self._usable(given, expected)
         if given is not None:
-            self.located += diagnose.conversion_findings(self.translation, expected, given, self.torch)
+            self.located += diagnose.conversion_findings(
+                self.translation, expected, given, self.torch, train=self.train_mode
+            )
 
     def _complete(self, carried: dict[str, Any]) -> dict[str, Any]:
         """All that Flax's module wants: what PyTorch has not is 0, a scale or variance 1."""
@@ -233,7 +235,7 @@ class _Comparison:
         bounds = {d: self.bound(d, local=True) for d in self.local}
         if any(d.error > bounds[d] for d in self.local) or left or self.located:
             found = diagnose.Diagnosis(
-                self.translation, forced, self.local, bounds, train=self.train_mode, flax_inputs=forced.inputs
+                self.translation, forced, free, self.local, bounds, train=self.train_mode, flax_inputs=forced.inputs
             ).run()
             explained = {(f.layer, f.finding.code) for f in self.located}
             charged = {f.layer for f in self.located}
@@ -330,17 +332,11 @@ class _Comparison:
         diagnoses = list(
             dict.fromkeys(Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in chosen)
         )
-        forward = [
-            d
-            for f in located
-            if f.phase == "forward"
-            for d in self.free
-            if d.phase == "forward" and d.key == f.key and d.error > 0
-        ]
+        # A product of low precision may hide behind the noise that it makes itself.
+        rough = {f.key for f in located if f.finding.code == "matmul-precision"}
+        forward = [d for d in self.free if d.phase == "forward" and d.key in rough and d.error > 0]
         if forward and (first is None or first.phase != "forward"):
-            first = max(
-                forward[:2], key=lambda d: d.error
-            )  # found, though the noise that it makes itself would hide it
+            first = max(forward[:2], key=lambda d: d.error)
         divergence = self._divergence(first, located)
         if divergence is not None and not diagnoses:
             text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"

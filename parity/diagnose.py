@@ -61,13 +61,14 @@ class Diagnosis:
         self,
         translation: Translation,
         forced: Recording,
+        free: Recording,
         local: Sequence[Difference],
         bounds: Mapping[Difference, float],
         *,
         train: bool,
         flax_inputs: Sequence[NDArray],
     ) -> None:
-        self.translation, self.forced, self.train = translation, forced, train
+        self.translation, self.forced, self.free, self.train = translation, forced, free, train
         self.torch: Recording = translation.torch
         self.flax_calls = {call.key: call for call in forced.calls}
         self.flax_inputs = flax_inputs
@@ -292,7 +293,7 @@ class Diagnosis:
                 f for f in found if f.key == behind and f.position > position - 1 and f.finding.role == "activation"
             ]
             text = f"{early} applies {name} before {call.path}, the other side behind it"
-            if not after:
+            if not after and not self._behind(position, early, name, tolerance):
                 continue
             found = [f for f in found if f not in before and f not in after]
             found.append(
@@ -306,6 +307,27 @@ class Diagnosis:
                 )
             )
         return found
+
+    def _behind(self, position: int, early: str, name: str | None, tolerance: float) -> bool:
+        """Whether the side that is late applies this activation behind the norm, by its own run.
+
+        In single-layer mode it may leave no trace: ReLU of what is positive already.
+        """
+        calls, late = self.torch.calls, "Flax" if early == "PyTorch" else "PyTorch"
+        if position + 1 >= len(calls):
+            return False
+        norm, behind = calls[position], calls[position + 1]
+        if late == "PyTorch":
+            u, v = self.translation.output(norm), self.translation.input(behind, 0)
+        else:
+            pairs = self.translation.pair_of
+            free = {call.key: call for call in self.free.calls}
+            keys = [(pairs[c.path].flax.path, c.index) for c in (norm, behind) if c.path in pairs]
+            if len(keys) < 2 or any(key not in free for key in keys):
+                return False
+            u, v = free[keys[0]].output, free[keys[1]].arrived[0]
+        chain = glue.describe([glue.Source(norm.path, u)], v, tolerance)
+        return chain is not None and chain.activation == name
 
 
 def all_bias(left: Sequence[tuple[str, str, str]]) -> bool:
@@ -363,7 +385,12 @@ def _attention(expected: Mapping[str, NDArray], given: Mapping[str, NDArray]) ->
 
 
 def conversion_findings(
-    translation: Translation, expected: Mapping[str, NDArray], given: Mapping[str, Any], torch: Recording
+    translation: Translation,
+    expected: Mapping[str, NDArray],
+    given: Mapping[str, Any],
+    torch: Recording,
+    *,
+    train: bool,
 ) -> list[Located]:
     """What is wrong with the user's own variables: each layer's against PyTorch's carried over."""
     found: list[Located] = []
@@ -386,9 +413,10 @@ def conversion_findings(
             ]
         )
         position = order.get(pair.torch.path, len(order))
-        found += [
-            Located("forward", position - 0.25, pair.torch.path, pair.flax.path, f, (pair.torch.path, 0)) for f in got
-        ]
+        for f in got:
+            # In training the moving variance is not looked at, only moved on.
+            phase = "statistics" if f.code == "initial-variance" and train else "forward"
+            found.append(Located(phase, position - 0.25, pair.torch.path, pair.flax.path, f, (pair.torch.path, 0)))
     for torch_name, flax_name, _ in pairing.loose:
         wanted, held = np.asarray(expected[flax_name]), given.get(flax_name)
         if held is None or np.shape(held) != wanted.shape or not _same(np.asarray(held), wanted):

@@ -271,11 +271,17 @@ class _Comparison:
             return []
         found: list[Located] = []
         if other:
-            found += diagnose.conversion_findings(self.translation, expected, given, self.torch.free)
+            found += diagnose.conversion_findings(self.translation, expected, given, self.torch.free, train=self.train)
         if wrong:
             given_inputs = self.reference.inputs
             run = diagnose.Diagnosis(
-                self.translation, self.reference, self.local, bounds, train=self.train, flax_inputs=given_inputs
+                self.translation,
+                self.reference,
+                self.flax.free,
+                self.local,
+                bounds,
+                train=self.train,
+                flax_inputs=given_inputs,
             ).run()
             charged = {f.layer for f in found}
             # Where its weights are at fault, the layer need not be accused as well.
@@ -283,7 +289,7 @@ class _Comparison:
         fed = self.reference is not self.flax.free
         if self.torch.details["loss"] != "default" and (fed or not self._failing(("forward",))):
             found += diagnose.loss_findings(self.translation, self.reference, FORWARD_BOUND)
-        return sorted(found, key=lambda f: (diagnose.PHASE_ORDER[f.phase], f.position))
+        return diagnose.in_order(found)
 
     def _failing(self, phases: Sequence[str] = PHASES) -> list[Difference]:
         found = [d for d in self.free if d.phase in phases and not d.error <= self.bound(d)]
