@@ -5,8 +5,13 @@ Warnings are errors too (pyproject.toml).
 
 import os
 
-import jax
-import pytest
+# Two workers share the processor (`-n 2` in pyproject.toml): threads of PyTorch's that wait for each other on a core
+# that is taken make it ten times slower. Programs that the tests start inherit this. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

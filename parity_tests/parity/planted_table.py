@@ -209,7 +209,7 @@ were named first, of how many. How either side writes it, and what to write inst
 
 A difference that is none of these is reported as `unexplained`, with the first layer that differs.
 
-{pairs_text() if others else ''}
+{pairs_text() if others else ""}
 ## What cannot be told apart
 
 {ALIKE}"""  # noqa: E501
