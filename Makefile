@@ -11,13 +11,15 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test bench speed exactness lint format clean
+.PHONY: help train test parity mistakes bench speed exactness lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo "make train   train BLeNet on Fashion-MNIST with JAX; options: make train ARGS=--help"
 	@echo "make test    run the whole suite, PyTorch included"
+	@echo "make parity  compare this project's own two wings: every layer, mode, dtype, convention and shape"
+	@echo "make mistakes   plant every known porting mistake, and write what was caught to docs/parity_mistakes.md"
 	@echo "make bench   time batch norm beside its peers in JAX and PyTorch; options: make bench ARGS=--quick"
 	@echo "make speed   the same, written to docs/batch_norm_speed.md"
 	@echo "make exactness   measure batch norm's errors beside its peers, and write docs/batch_norm_exactness.md"
@@ -29,6 +31,12 @@ train: $(VENV)/installed-train$(EXTRA)
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+parity: $(VENV)/installed-test
+	$(VENV)/bin/python -m parity check $(ARGS)
+
+mistakes: $(VENV)/installed-test
+	$(VENV)/bin/python -m parity_tests.parity.planted_table --write docs/parity_mistakes.md
 
 bench: $(VENV)/installed-bench
 	$(VENV)/bin/python -m benchmarks.batch_norm $(ARGS)

@@ -140,7 +140,7 @@ def _same(inputs: Any) -> Any:
 
 LINEARS: Callable[[str], list] = lambda names: [(a, b, linear) for a, b in (p.split(":") for p in names.split())]  # noqa: E731
 PAIRS = [
-    Pair("branches", Branches, LinenBranches, images(3, 6), BRANCHES),
+    Pair("branches", Branches, LinenBranches, images(3, 7, 5), BRANCHES),
     Pair(
         "twins-with-a-map",
         Twins,
