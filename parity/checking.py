@@ -124,6 +124,7 @@ class _Comparison:
         self.flax_layers, shapes = flax_side.structure(self.side, self.flax_inputs, train=train)
         self.initial = shapes
         order = list(dict.fromkeys(call.path for call in self.torch.calls))
+        _find_feeders(self.torch)
         layers = [self.torch.layers[path] for path in order]
         layers += [layer for path, layer in self.torch.layers.items() if path not in order]
         torch_shapes = {name: a.shape for name, a in self.torch.tensors.items()}
@@ -407,6 +408,14 @@ def _nearly(a: NDArray, b: NDArray) -> bool:
 
 def _which(d: Difference) -> tuple:
     return d.phase, d.key, d.quantity
+
+
+def _find_feeders(torch_run: Recording) -> None:
+    """Which layer's output goes into which layer as it is, by the numbers."""
+    for i, call in enumerate(torch_run.calls):
+        if call.index == 0 and call.inputs:
+            before = (c.path for c in reversed(torch_run.calls[:i]) if np.array_equal(c.output, call.inputs[0]))
+            torch_run.layers[call.path].feeder = next(before, None)
 
 
 def _called_first(layers: Sequence[Layer], order: Sequence[str]) -> list[Layer]:

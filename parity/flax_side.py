@@ -127,10 +127,16 @@ def structure(side: Side, inputs: Sequence[NDArray], *, train: bool) -> tuple[di
       Exception: whatever the module raises on these inputs.
     """
     called: list[tuple[str, Any]] = []
+    made: dict[int, tuple[str, Any]] = {}  # what each array came out of; kept, so that no other gets its id
+    feeders: dict[str, str] = {}
 
     def intercept(path, call, args, kwargs):
         called.append((path, call.module))
-        return call(*args, **kwargs)
+        if args and id(args[0]) in made:
+            feeders.setdefault(path, made[id(args[0])][0])
+        output = call(*args, **kwargs)
+        made.setdefault(id(output), (path, output))
+        return output
 
     with environment(float64=False):
         shapes = [jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)) for a in inputs]
@@ -141,7 +147,10 @@ def structure(side: Side, inputs: Sequence[NDArray], *, train: bool) -> tuple[di
             variables = side.initial(inputs, train=train)
             jax.eval_shape(lambda *xs: side.apply(variables, xs, train=train, intercept=intercept, seed=0)[0], *shapes)
         variables = {name: v for name, v in variables.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-    return layers_of(side, variables, called), variables
+    layers = layers_of(side, variables, called)
+    for path, layer in layers.items():
+        layer.feeder = feeders.get(path)
+    return layers, variables
 
 
 def record(

@@ -140,6 +140,7 @@ def pair_layers(
             a = [x for x in torch if x.is_called == called and x.path not in paired[0]]
             b = [x for x in flax if x.is_called == called and x.path not in paired[1]]
             pairs += _align(a, b, shapes, misfits=misfits)
+    pairs = _with_feeders(pairs, layer_map, shapes)
     order = {layer.path: i for i, layer in enumerate(torch)}
     pairs.sort(key=lambda pair: order[pair.torch.path])
     paired = {p.torch.path for p in pairs}, {p.flax.path for p in pairs}
@@ -148,6 +149,29 @@ def pair_layers(
     )
     _pair_loose(pairing, shapes)
     return pairing
+
+
+def _with_feeders(pairs: list[LayerPair], layer_map: Mapping[str, str], shapes) -> list[LayerPair]:
+    """Layers that only the order told apart, as the norms of two branches, exchanged where what feeds them says so."""
+    flax_of = {pair.torch.path: pair.flax for pair in pairs}
+    for pair in pairs:
+        feeder = flax_of.get(pair.torch.feeder or "")
+        if pair.torch.feeder is None or feeder is None or pair.torch.path in layer_map:
+            continue
+        mine = flax_of[pair.torch.path]
+        if mine.feeder == feeder.path:
+            continue
+        for other in pairs:
+            theirs = flax_of[other.torch.path]
+            same = theirs.kind == mine.kind and _shapes_of(theirs, shapes[1]) == _shapes_of(mine, shapes[1])
+            if theirs.feeder == feeder.path and same and other.torch.path not in layer_map:
+                flax_of[pair.torch.path], flax_of[other.torch.path] = theirs, mine
+                break
+    return [p if flax_of[p.torch.path] is p.flax else _pair(p.torch, flax_of[p.torch.path], shapes) for p in pairs]
+
+
+def _shapes_of(layer: Layer, shapes) -> dict[str, tuple[int, ...]]:
+    return {local: tuple(shapes[full]) for local, full in layer.tensors.items()}
 
 
 def _pair(torch: Layer, flax: Layer, shapes) -> LayerPair:

@@ -23,6 +23,7 @@ class Layer:
       tensors: local name ("weight", "query/kernel") -> full name ("conv.0.weight", "params/attn/query/kernel").
       statistics: the local names that are no parameters.
       config: what it says of itself (stride, padding, ...), hints at best.
+      feeder: the layer whose output goes into its first call as it is.
       is_called: False for a module whose tensors are used while other layers are called within it (bare parameters).
     """
 
@@ -33,6 +34,7 @@ class Layer:
     statistics: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict)
     is_called: bool = True
+    feeder: str | None = None
 
 
 @dataclass
