@@ -435,7 +435,7 @@ def _check_arguments(
     require(isinstance(torch_module, torch.nn.Module), "torch_module", type(torch_module).__name__, "a torch.nn.Module")
     flax_side.side_of(flax_module)
     require(len(inputs) > 0, "inputs", "none", "one numpy array or more", ValueError)
-    for name, arrays in (("inputs", inputs), ("flax_inputs", flax_inputs or ())):
+    for name, arrays in (("inputs", inputs), ("flax_inputs", () if flax_inputs is None else flax_inputs)):
         require(not isinstance(arrays, np.ndarray), name, "one array", "a sequence of arrays")
         for a in arrays:
             fine = hasattr(a, "__array__") and not isinstance(a, torch.Tensor)

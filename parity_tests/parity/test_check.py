@@ -1,0 +1,176 @@
+"""`parity.check` itself: its arguments, what it leaves alone, what it says where it cannot go on."""
+
+import copy
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+import parity
+from parity.testing import assert_parity
+
+X = np.random.default_rng(0).normal(size=(4, 3, 6, 6)).astype(np.float32)
+
+
+def torch_net(size=3, padding=1):
+    torch.manual_seed(0)
+    features = 4 * (6 + 2 * padding - size + 1) ** 2
+    return nn.Sequential(
+        nn.Conv2d(3, 4, size, padding=padding), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(features, 5)
+    )
+
+
+class Net(linen.Module):
+    padding: str = "SAME"
+
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.Conv(4, (3, 3), padding=self.padding)(x)
+        x = linen.relu(linen.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return linen.Dense(5)(x.reshape(len(x), -1))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.conv, self.norm = nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
+        self.head = nnx.Linear(144, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x)))
+        return self.head(x.reshape(len(x), -1))
+
+
+def initial(module=None, x=X):
+    return (module or Net()).init(jax.random.key(0), jnp.asarray(np.moveaxis(x, 1, -1)), train=True)
+
+
+def test_nothing_is_changed():
+    model, flax_model, x = torch_net().train(), NnxNet(), X.copy()
+    flax_model.eval()
+    state, held = copy.deepcopy(model.state_dict()), jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(flax_model)))
+    parity.check(model, flax_model, x, train=True)
+    parity.check(model, flax_model, x, train=False)
+    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+    assert model.training
+    assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+    assert flax_model.norm.use_running_average
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(flax_model)), held)
+    np.testing.assert_array_equal(x, X)
+    assert not jax.config.jax_enable_x64
+
+
+def test_flax_call():
+    def with_state(module, variables, x, train):
+        return module.apply(variables, x, train, mutable=["batch_stats"])
+
+    def alone(module, variables, *inputs, train):
+        return module.apply(variables, *inputs, train=False)
+
+    assert parity.check(torch_net(), Net(), X, train=False, flax_call=with_state).ok
+    assert parity.check(torch_net(), Net(), X, train=False, flax_call=alone).ok
+    report = parity.check(torch_net(), Net(), X, train=True, flax_call=alone)
+    assert report.diagnoses[0].code == "train-uses-moving-statistics"
+
+
+def test_layer_map():
+    assert parity.check(torch_net(), Net(), X, train=False, layer_map={"4": "Dense_0"}).ok
+    with pytest.raises(ValueError, match=r"'9' .*allowed: '0', '1', '4' to 'Conv_0'"):
+        parity.check(torch_net(), Net(), X, layer_map={"9": "Dense_0"})
+
+
+def test_flax_inputs():
+    moved = np.moveaxis(X, 1, -1)
+    assert parity.check(torch_net(), Net(), X, train=False, flax_inputs=[moved]).ok
+    report = parity.check(torch_net(), Net(), X, train=False, flax_inputs=[moved * 255])
+    assert [d.code for d in report.diagnoses] == ["input-scale"]
+
+
+def test_the_users_own_variables():
+    """Right ones are silent, those of another network are a divergence and no exception."""
+    carried = parity.weights.to_flax(torch_net(), Net(), inputs=[X])
+    assert parity.check(torch_net(), Net(), X, train=False, variables=carried).ok
+    report = parity.check(torch_net(), Net(), X, train=False, variables=initial())
+    assert not report.ok
+    state = parity.weights.to_flax(torch_net(), NnxNet(), inputs=[X])
+    assert parity.check(torch_net(), NnxNet(), X, train=False, variables=state).ok
+
+
+def test_other_shapes_are_a_divergence_with_infinite_error():
+    report = parity.check(torch_net(), Net(padding="VALID"), X, train=False)
+    assert report.first_divergence.error == np.inf
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("padding", "0")]
+
+
+def test_missing_variables_do_not_stop_the_check():
+    variables = parity.weights.to_flax(torch_net(), Net(), inputs=[X])
+    del variables["params"]["Dense_0"]["bias"]
+    report = parity.check(torch_net(), Net(), X, train=False, variables=variables)
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("bias-missing", "4")]
+
+
+def test_native_batch_norms_differ_in_the_kept_variance():
+    report = parity.check(torch_net(), Net(), X)
+    assert report.first_divergence.phase == "statistics"
+    assert [d.code for d in report.diagnoses] == ["unbiased-variance"]
+    assert "144/143" in report.diagnoses[0].evidence
+
+
+def test_steps():
+    optimizers = (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), optax.sgd(0.1, momentum=0.9))
+    assert parity.check(torch_net(), Net(), X, train=False, steps=3, optimizers=optimizers).ok
+    with pytest.raises(ValueError, match="optimizers is None"):
+        parity.check(torch_net(), Net(), X, steps=1)
+
+
+def test_float32_inside_is_rounding():
+    """A layer that computes in float32 whatever it is given is no mistake, and its rounding no divergence."""
+
+    class Rounded(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(3)(linen.tanh(linen.Dense(16, dtype=jnp.float32)(x)))
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    x = np.random.default_rng(1).normal(size=(9, 8)).astype(np.float32)
+    report = parity.check(model, Rounded(), x)
+    assert report.ok, report
+    assert max(row.error for row in report.layers) > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("error", "change"),
+    [
+        (TypeError, {"torch_module": linen.Dense(2)}),
+        (TypeError, {"flax_module": nn.Linear(2, 2)}),
+        (ValueError, {"inputs": ()}),
+        (TypeError, {"inputs": (torch.zeros(2),)}),
+        (TypeError, {"inputs": (np.array(["a"]),)}),
+        (TypeError, {"train": "yes"}),
+        (TypeError, {"flax_inputs": X}),
+        (TypeError, {"flax_call": 3}),
+        (TypeError, {"layer_map": ["0"]}),
+        (TypeError, {"loss": torch.nn.functional.mse_loss}),
+        (ValueError, {"steps": -1}),
+        (TypeError, {"steps": 1.5}),
+        (TypeError, {"optimizers": torch.optim.SGD}),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
+)
+def test_bad_arguments(error, change):
+    arguments = {"torch_module": torch_net(), "flax_module": Net(), "inputs": (X,)} | change
+    modules = [arguments.pop(name) for name in ("torch_module", "flax_module")]
+    with pytest.raises(error, match="allowed"):
+        parity.check(*modules, *arguments.pop("inputs"), **arguments)
+
+
+def test_assert_parity():
+    assert assert_parity(torch_net(), Net(), X, train=False).ok
+    with pytest.raises(AssertionError, match="unbiased-variance at 1"):
+        assert_parity(torch_net(), Net(), [X])
