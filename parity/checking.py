@@ -14,6 +14,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from parity import diagnose, flax_side, torch_side
+from parity.compare import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
 from parity.identify.finding import Finding
 from parity.noise import Noise, nudged, rounding
 from parity.pairing import Pairing, pair_layers
@@ -32,12 +33,6 @@ from parity.trace import (
     error_of,
     flat_layout_inputs,
 )
-
-# What float64 leaves of a network that is the same on both sides is 1e-15 to 1e-12 (`parity/compare.py`); the smallest
-# known mistake, another epsilon under a variance of 1, is above 1e-7.
-FORWARD_BOUND, BACKWARD_BOUND = 1e-10, 1e-9
-# Above this no rounding of a float32 inside a float64 run explains a difference of a single layer.
-MOST_NOISE = 1e-5
 
 
 def check(
@@ -206,9 +201,12 @@ class _Comparison:
         return carried
 
     def _given(self, variables: Any) -> dict[str, Any]:
-        if isinstance(variables, nnx.State):
-            return flax_side.nnx_state(variables)
-        return flax_side.flat(variables)
+        flat = flax_side.nnx_state(variables) if isinstance(variables, nnx.State) else flax_side.flat(variables)
+        # Off whatever device they are on: the float64 run is the CPU's.
+        return {
+            name: v if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else np.asarray(v)
+            for name, v in flat.items()
+        }
 
     def _usable(self, given: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
         """The user's variables; what is missing or has no fitting shape is replaced, so that the run can go on."""
@@ -289,7 +287,7 @@ class _Comparison:
         if self.noise is None:
             return bound
         measured = 30 * self.noise.of(d)
-        return max(bound, min(measured, MOST_NOISE if local else 1e-4))
+        return max(bound, min(measured, MOST_NOISE if local else MOST_CARRIED))
 
     def _failing(self, found: Iterable[Difference]) -> list[Difference]:
         return [d for d in found if not d.error <= self.bound(d)]

@@ -27,6 +27,15 @@ FLOAT32_LOGITS_200_SGD_STEPS = 1e-5
 # Neither wing is farther from the float64 referee than this many times the other: then neither rounds carelessly.
 FARTHEST_FROM_REFEREE = 4
 
+# What `parity.check` and `parity compare` allow in float64, of any pair: what it leaves of a network that is the same
+# on both sides is 1e-15 to 1e-12, as above; the smallest known mistake, another epsilon under a variance of 1, is over
+# 1e-7.
+FORWARD_BOUND, BACKWARD_BOUND = 1e-10, 1e-9
+# A side may compute in float32 inside a float64 run, and then its rounding is measured. A layer's is not above the
+# first of these (100 ulp), a network's, carried along, not above the second: a product in TensorFloat-32 rounds by 1e-4
+# at once.
+MOST_NOISE, MOST_CARRIED = 1e-5, 1e-4
+
 
 def relative_error(given: ArrayLike, truth: ArrayLike, scale: float | None = None) -> float:
     """max|given - truth| / max|truth|: one number a tensor, so that a small element beside large ones may round.

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity import recording_file
+from parity.compare import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
 from parity.dumping import pairing_of, translated
 from parity.pairing import Pairing
 from parity.recording_file import Dump
@@ -24,11 +25,6 @@ from parity.trace import NETWORK, Difference, Translation, differences, flat_lay
 
 if TYPE_CHECKING:
     from parity.diagnose import Located
-
-# As in `parity.check`.
-FORWARD_BOUND, BACKWARD_BOUND = 1e-10, 1e-9
-# Above these no rounding of a float32 inside a float64 run explains a difference: of a layer alone, and of a network.
-MOST_NOISE, MOST_CARRIED = 1e-5, 1e-4
 
 
 def framework_of(module: Any) -> str | None:
