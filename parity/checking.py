@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from parity import diagnose, flax_side, torch_side
 from parity.compare import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
 from parity.identify.finding import Finding
+from parity.kinds import NORMS
 from parity.noise import Noise, nudged, rounding
 from parity.pairing import Pairing, pair_layers
 from parity.precision import OwnInputs, precision_findings
@@ -221,6 +222,7 @@ class _Comparison:
         self.free += self._loss_difference(free)
         self._run_float32(free)
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
+        left = left or any(x.kind in NORMS for x in (*self.pairing.torch_alone, *self.pairing.flax_alone))
         if not self._failing(self.free) and not self.located and not left:
             return
         forced = self._flax_run(force=Forcing(self.translation))
@@ -328,6 +330,8 @@ class _Comparison:
             first, failing = None, []  # every layer agrees to rounding: what is left is rounding carried along
         known = [f for f in located if f.finding.code != "unexplained"]
         chosen = known or located[:1]
+        others = [f for f in located if f.finding.code == "unexplained"] if known else []
+        self.notes += [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others]
         diagnoses = list(
             dict.fromkeys(Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in chosen)
         )

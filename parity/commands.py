@@ -298,6 +298,8 @@ def object_of(option: str, name: str) -> Any:
         module = importlib.util.module_from_spec(spec)
         # Dataclasses, such as linen modules, look their module up.
         sys.modules[spec.name] = module
+        # Its neighbours are found as if it were run itself.
+        sys.path.insert(0, str(Path(place).resolve().parent))
         spec.loader.exec_module(module)
     else:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import warnings
@@ -97,18 +96,11 @@ def made(option: str, name: str) -> Any:
     Raises:
       ValueError: it can't be imported, is not there, or fails.
     """
-    package, _, attribute = name.partition(":")
-    allowed = 'allowed: "package.module:factory"'
-    if not package or not attribute:
-        raise ValueError(f"{option} is {name!r}; {allowed}")
+    from parity.commands import object_of
+
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(package)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{option} is {name!r}, which can't be imported ({error}); {allowed}") from error
+    found: Any = object_of(option, name)
     if not isinstance(found, type) and _is_module(found):
         return found
     try:

@@ -91,8 +91,27 @@ class Diagnosis:
                 found += self._layer(call, pair, mine, position)
         if any(d.key == NETWORK and d.quantity == "output" for d in self.failing):
             found += self._last_glue()
-        found = self._norm_after_activation(found)
+        found = self._norm_after_activation(found) + self._norms_alone()
         return in_order(found)
+
+    def _norms_alone(self) -> list[Located]:
+        """Norms whose scale and bias one side only has: there the other side's has no tensors, and is no layer."""
+        pairing, order = self.translation.pairing, [call.path for call in self.torch.calls]
+        found = []
+        for layer in pairing.torch_alone:
+            if layer.kind in kinds.NORMS and layer.is_called and set(layer.tensors) - layer.statistics:
+                text = f"PyTorch's {layer.path} has {', '.join(layer.tensors)}, Flax has no such layer with parameters"
+                position = order.index(layer.path)
+                finding = Finding("affine-missing", text)
+                found.append(Located("backward", position, layer.path, "", finding, (layer.path, 0)))
+        bare = [g for g in self.torch.glue if "Norm" in " ".join(g.class_names)]
+        for layer in pairing.flax_alone:
+            if layer.kind in kinds.NORMS and layer.is_called and set(layer.tensors) - layer.statistics and bare:
+                g = bare.pop(0)
+                text = f"Flax's {layer.path} has {', '.join(layer.tensors)}, PyTorch's {g.path} has no parameters"
+                key = (order[g.position], 0) if g.position < len(order) else NETWORK
+                found.append(Located("backward", g.position, g.path, layer.path, Finding("affine-missing", text), key))
+        return found
 
     def _tolerance(self, key: tuple[str, int], quantity: str) -> float:
         return max((t for d, t in self.tolerance.items() if d.key == key and d.quantity == quantity), default=1e-9)
@@ -164,7 +183,9 @@ class Diagnosis:
 
     def _layer(self, call: Call, pair: LayerPair, mine: Call, position: int) -> list[Located]:
         quantities = [d for d in self.failing if d.key == call.key and d.quantity not in ("input", "output gradient")]
-        tolerance = max((self.tolerance[d] for d in self.tolerance if d.key == call.key), default=1e-9)
+        # Of the gradient more is noise where a kink is near; what it says is judged with what the forward pass says.
+        here = [d for d in self.tolerance if d.key == call.key and d.phase != "backward"]
+        tolerance = max((self.tolerance[d] for d in here), default=1e-9)
         found: list[Finding]
         if pair.kind in kinds.NORMS:
             found = self._norm(call, pair, mine, tolerance)

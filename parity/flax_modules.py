@@ -50,6 +50,8 @@ def side_of(module: Any, flax_call: Callable | None = None) -> Side:
         return NnxSide(module, flax_call)
     if isinstance(module, nn.Module):
         return LinenSide(module, flax_call)
+    if isinstance(module, type):
+        raise TypeError(f"flax_module is the class {module.__name__}; allowed: a module of that class")
     raise TypeError(f"flax_module is {type(module).__name__}; allowed: a flax.linen.Module or flax.nnx.Module")
 
 

@@ -17,7 +17,7 @@ from parity import flax_side, kinds
 from parity.flax_side import LinenSide, NnxSide, Side
 from parity.kinds import Shape
 from parity.recording import Layer
-from parity.structure import Flattened, Guess, Structure, code, natural, read_code
+from parity.structure import Flattened, Guess, Structure, channel_counts, code, natural, read_code
 
 CARRIED = ("params", "batch_stats")
 
@@ -193,5 +193,6 @@ def flattened(side: Side, structure: Structure, guess: Guess) -> dict[str, Flatt
             inputs_by_path = jax.jit(run)(ones, [jnp.asarray(a) for a in inputs])
     except Exception:  # whatever a stranger's module raises
         return {}
-    found = {path: read_code(np.asarray(x)) for path, x in inputs_by_path.items()}
+    counts = channel_counts(structure.layers, structure.shapes, -1)
+    found = {path: read_code(np.asarray(x), counts) for path, x in inputs_by_path.items()}
     return {path: shape for path, shape in found.items() if shape is not None}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,8 +65,14 @@ def code(name: str, size: int) -> NDArray:
     return (0.2 + 0.6 * rng.permutation(size) / max(size, 1)).astype(np.float32)
 
 
-def read_code(x: NDArray) -> Flattened | None:
-    """How a flat input [F] of coded channels was flattened; None if it does not show any repetition."""
+def read_code(x: NDArray, counts: Collection[int] = ()) -> Flattened | None:
+    """How a flat input [F] of coded channels was flattened; None if it does not show any repetition.
+
+    Args:
+      x: [F].
+      counts: how many channels the network's layers have. Where a pool that counts its padding has made the values at
+        the border smaller, the channels' order still is the same everywhere; that shows less, and is asked of these.
+    """
     size = len(x)
     scale = np.abs(x).max(initial=0.0)
     if not np.isfinite(scale) or scale == 0:
@@ -82,7 +88,22 @@ def read_code(x: NDArray) -> Flattened | None:
             return Flattened(channels, size // channels, False)
         if channels > 1 and constant(x.reshape(channels, size // channels), 1):
             return Flattened(channels, size // channels, True)
+    for channels in sorted(n for n in set(counts) if 1 < n < size and size % n == 0):
+        for first in True, False:
+            rows = x.reshape(channels, -1) if first else x.reshape(-1, channels).T
+            order = np.argsort(rows, axis=0, kind="stable")
+            # All channels' marks are distinct, those of an axis of pixels are not.
+            distinct = np.diff(np.sort(rows, axis=0), axis=0).min() > 1e-6 * scale
+            if distinct and (order == order[:, :1]).all():
+                return Flattened(channels, size // channels, first)
     return None
+
+
+def channel_counts(layers: Sequence[Layer], shapes: Mapping[str, Shape], axis: int) -> set[int]:
+    """How many channels convolutions and their norms have; `axis` is where their tensors have them."""
+    kinds = {"conv", "conv_transpose", "batch_norm", "group_norm"}
+    tensors = [full for layer in layers if layer.kind in kinds for full in layer.tensors.values()]
+    return {shapes[full][axis] for full in tensors if shapes.get(full)}
 
 
 # Sizes of images to try, the usual ones first: some networks only take the one that they were made for.

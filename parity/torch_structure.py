@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from parity import kinds, torch_side
 from parity.kinds import Shape
 from parity.recording import Layer
-from parity.structure import Flattened, Guess, Structure, code, read_code
+from parity.structure import Flattened, Guess, Structure, channel_counts, code, read_code
 
 
 def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
@@ -160,7 +160,8 @@ class Runner:
             inputs = self._run(coded, guess, "cpu", coded=True).inputs
         except Exception:  # as above
             return {}
-        return {path: found for path, x in inputs.items() if (found := read_code(x)) is not None}
+        counts = channel_counts(self.structure.layers, self.structure.shapes, 0)
+        return {path: found for path, x in inputs.items() if (found := read_code(x, counts)) is not None}
 
     def _run(self, module: nn.Module, guess: Guess, device: str, *, coded: bool = False) -> Run:
         run = Run([], [], {}, {})

@@ -169,9 +169,17 @@ def _closest(layouts: list[Layout], a: NDArray, like: NDArray) -> Layout:
     """The layout in which the numbers agree best; the usual one unless another is clearly closer."""
     if len(layouts) == 1 or apply_layout(layouts[0], a).shape != like.shape:
         return layouts[0]
-    distances = [float(np.linalg.norm(apply_layout(layout, a) - like)) for layout in layouts]
+    # By correlation: another activation may have changed the values, not which is large and which is small.
+    distances = [1 - _correlation(apply_layout(layout, a), like) for layout in layouts]
     best = int(np.argmin(distances))
-    return layouts[best] if distances[best] < 0.8 * distances[0] else layouts[0]
+    return layouts[best] if distances[best] < 0.7 * distances[0] else layouts[0]
+
+
+def _correlation(a: NDArray, b: NDArray) -> float:
+    a, b = (np.where(np.isfinite(v), v, 0).astype(np.float64).ravel() for v in (a, b))
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size else 0.0
 
 
 class Forcing:

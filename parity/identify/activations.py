@@ -189,7 +189,8 @@ def possible(u: Array, v: Array, limit: float) -> bool:
     """Whether `solved` may find something, judged quickly from a few elements."""
     with np.errstate(all="ignore"):
         low, high = v.min(initial=math.inf), v.max(initial=-math.inf)
-        clipped = (np.abs(u - v) <= limit) | ((v == low) & (u <= low)) | ((v == high) & (u >= high))
+        at_low, at_high = (v - low <= limit) & (u <= low + limit), (high - v <= limit) & (u >= high - limit)
+        clipped = (np.abs(u - v) <= limit) | at_low | at_high
         same_above = np.all((u <= 0) | (np.abs(u - v) <= limit))
         return bool(same_above or clipped.all() or any(_between(family, u, v, limit) for family in _FAMILIES))
 

@@ -191,8 +191,8 @@ def test_convert_and_back(models, tmp_path, capsys):
 BAD = {
     "no file": ({"source": "nowhere.pt"}, "does not exist"),
     "no colon": ({"torch_module": "convert_models"}, "--torch-module is 'convert_models'; allowed:"),
-    "no module": ({"flax_module": "nowhere:net"}, "can't be imported"),
-    "no factory": ({"flax_module": "convert_models:nowhere"}, "can't be imported"),
+    "no module": ({"flax_module": "nowhere:net"}, "there is no module"),
+    "no factory": ({"flax_module": "convert_models:nowhere"}, "convert_models has no nowhere"),
     "broken": ({"torch_module": "convert_models:broken"}, "fails: RuntimeError: out of order"),
     "wrong kind": (
         {"torch_module": "convert_models:flax_net"},
