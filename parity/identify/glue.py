@@ -97,7 +97,8 @@ def _thin(sources: Sequence[Source], torch: Array, flax: Array) -> tuple[list[So
     alike = [value.ndim > 0 and len(value) == count for value in (*values, flax)]
     if count > 1 and all(alike):
         each = max(value.size for value in (torch, flax, *values)) // count
-        examples = max(1, min(EXAMPLES, ELEMENTS // max(1, each)))
+        # Of small arrays more: a kink shows only where values lie on both its sides.
+        examples = max(1, min(max(EXAMPLES, 4096 // max(1, each)), ELEMENTS // max(1, each)))
         if torch.shape == flax.shape:
             off = np.nan_to_num(np.abs(torch - flax)).reshape(count, -1).max(axis=1, initial=0.0)
             keep = np.sort(np.argsort(-off, kind="stable")[:examples])
