@@ -178,7 +178,11 @@ class _Comparison:
         given = None if variables is None else self._given(variables)
         self.variables = expected if given is None else self._usable(given, expected)
         # Layer by layer, without gradients: in which order what is flattened arrives, and the network's output.
-        self.translation.settle(self._flax_run(force=Forcing(self.translation), gradients=False))
+        try:
+            self.translation.settle(self._flax_run(force=Forcing(self.translation), gradients=False))
+        except Exception as error:
+            # Layers of other shapes: what each side does on its own will show the first of them.
+            self.notes.append(f"Flax cannot run layer by layer: {type(error).__name__}")
         if any(which[-1] == "output" and layout[0] == "flatten" for which, layout in self.translation.chosen.items()):
             # A norm behind a flatten hands the order on.
             self.translation.settle(self._flax_run(force=Forcing(self.translation), gradients=False))
@@ -225,7 +229,10 @@ class _Comparison:
         left = left or any(x.kind in NORMS for x in (*self.pairing.torch_alone, *self.pairing.flax_alone))
         if not self._failing(self.free) and not self.located and not left:
             return
-        forced = self._flax_run(force=Forcing(self.translation))
+        try:
+            forced = self._flax_run(force=Forcing(self.translation))
+        except Exception:
+            return
         self.local = differences(self.translation, forced, train=self.train_mode)
         # Larger ones no rounding explains, and where nothing local differs, rounding is what is carried along.
         doubtful = [d for d in self.local if self.bound(d) < d.error]

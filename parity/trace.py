@@ -244,8 +244,13 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
     def add(phase, key, layer, quantity, error):
         found.append(Difference(phase, key, layer, quantity, error))
 
+    stopped = False
     for call, flax_key in keys:
         mine = calls.get(flax_key)
+        if mine is None and flax.failure is not None and not stopped:
+            # The run ended here: what arrives has a shape that this layer cannot take.
+            add("forward", call.key, flax_key[0], "input", float("inf"))
+            stopped = True
         if mine is None:
             # A layer that was never seen is inside a transformation of the user's own.
             if flax.failure is None and any(c.path == flax_key[0] for c in flax.calls):
