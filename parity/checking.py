@@ -223,6 +223,12 @@ class _Comparison:
         free = self._flax_run_whole()
         self.dropout_off = self.torch.dropout_off or free.dropout_off
         self.free = differences(self.translation, free, train=self.train_mode)
+        if isinstance(self.side, flax_side.NnxSide):  # it holds its shapes, and would run with others unasked
+            self.free += [
+                Difference("forward", (pair.torch.path, 0), pair.flax.path, "output", float("inf"))
+                for pair in self.pairing.layers
+                if not all(t.fits for t in pair.tensors)
+            ]
         self.free += self._loss_difference(free)
         self._run_float32(free)
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
