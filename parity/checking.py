@@ -229,6 +229,8 @@ class _Comparison:
                 for pair in self.pairing.layers
                 if not all(t.fits for t in pair.tensors)
             ]
+        if not free.gradients and self.torch.gradients and free.failure is None:
+            self.free.append(Difference("backward", NETWORK, "", "gradient", float("inf")))
         self.free += self._loss_difference(free)
         self._run_float32(free)
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
@@ -267,7 +269,9 @@ class _Comparison:
         """The free run with gradients; without, as far as it goes, where other shapes stop it."""
         try:
             return self._flax_run()
-        except Exception:
+        except Exception as error:
+            # What could not be compared must not pass for equal: see `run`.
+            self.notes.append(f"Flax's run with gradients failed: {type(error).__name__}: {str(error).splitlines()[0]}")
             return self._flax_run(gradients=False, compiled=False)
 
     def _loss_difference(self, free: Recording) -> list[Difference]:
@@ -289,6 +293,8 @@ class _Comparison:
             _which(d): (d.error, sum(side.get((d.phase, d.key), 0.0) for side in sides))
             for d in differences(mine, flax32, train=self.train_mode)
         }
+        if free.failure is not None:  # then Flax's products in float64, the truth here, cannot be had
+            return
         exact = self._flax_run(force=OwnInputs(flax32), gradients=False)
         self.located += precision_findings(
             self.translation, self.torch_module, torch32, flax32, exact, train=self.train_mode

@@ -259,6 +259,8 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
         for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
             add("forward", call.key, flax_key[0], "input", error_of(arrived, translation.input(call, i, arrived)))
         add("forward", call.key, flax_key[0], "output", error_of(mine.output, translation.output(call, mine.output)))
+    if flax.failure is not None and not stopped:  # behind the last layer
+        add("forward", NETWORK, "", "output", float("inf"))
     if flax.failure is None:
         if len(torch.outputs) != len(flax.outputs):
             add("forward", NETWORK, "", "output", float("inf"))

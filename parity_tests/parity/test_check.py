@@ -108,6 +108,50 @@ def test_other_shapes_are_a_divergence_with_infinite_error():
     assert [(d.code, d.layer) for d in report.diagnoses] == [("padding", "0")]
 
 
+class Wide(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(6, 7, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+class Broken(linen.Module):
+    """Stops in a layer, which gets weights of another width; or behind its last layer, in float64."""
+
+    where: str
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Dense(7 if self.where == "layer" else 5)(x)
+        if self.where == "tail" and x.dtype == jnp.float64:
+            raise RuntimeError("float32 only")
+        return x
+
+
+class OnlyForward(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        start = jnp.int32(0), linen.Dense(5)(x)
+        return jax.lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, c[1] * 1.0), start)[1]
+
+
+@pytest.mark.parametrize(
+    "flax_module", [Wide, lambda: Broken("layer"), lambda: Broken("tail")], ids=["nnx", "layer", "tail"]
+)
+def test_what_stops_flax_is_no_silence(flax_module):
+    report = parity.check(nn.Linear(6, 5), flax_module(), X[:, 0, 0])
+    assert not report.ok
+    assert (report.first_divergence.phase, report.first_divergence.error) == ("forward", np.inf)
+
+
+def test_what_has_no_gradient_is_no_silence():
+    report = parity.check(nn.Linear(6, 5), OnlyForward(), X[:, 0, 0])
+    assert not report.ok
+    assert (report.first_divergence.phase, report.first_divergence.error) == ("backward", np.inf)
+    assert any("reverse-mode" in note.lower() for note in report.notes)
+
+
 def test_missing_variables_do_not_stop_the_check():
     variables = parity.weights.to_flax(torch_net(), Net(), inputs=[X])
     del variables["params"]["Dense_0"]["bias"]
