@@ -462,6 +462,8 @@ def _check_arguments(
             fine = hasattr(a, "__array__") and not isinstance(a, torch.Tensor)
             require(fine, f"one of {name}", type(a).__name__, "numpy arrays")
             require(np.asarray(a).dtype.kind in "fiub", f"one of {name}", np.asarray(a).dtype, "numbers")
+    fine = flax_inputs is None or len(flax_inputs) == len(inputs)
+    require(fine, "flax_inputs", f"{len(flax_inputs or ())} arrays", f"{len(inputs)}, as many as inputs", ValueError)
     require(isinstance(train, bool | np.bool_), "train", repr(train), "True or False")
     require(flax_call is None or callable(flax_call), "flax_call", repr(flax_call), "a function, or None")
     fine = layer_map is None or (

@@ -198,6 +198,7 @@ def test_float32_inside_is_rounding():
         (TypeError, {"inputs": (np.array(["a"]),)}),
         (TypeError, {"train": "yes"}),
         (TypeError, {"flax_inputs": X}),
+        (ValueError, {"flax_inputs": [X, X]}),
         (TypeError, {"flax_call": 3}),
         (TypeError, {"layer_map": ["0"]}),
         (TypeError, {"loss": torch.nn.functional.mse_loss}),
