@@ -141,7 +141,8 @@ def flat_in_order(variables: Any) -> dict[str, Any]:
 
 
 def _attentions(own: Mapping[str, Any]) -> list[str]:
-    parents = {path.rpartition("/")[0] for path in own if path.rpartition("/")[2] == "query"}
+    # In the order of the variables, which a set would lose.
+    parents = dict.fromkeys(path.rpartition("/")[0] for path in own if path.rpartition("/")[2] == "query")
     return [p for p in parents if all((f"{p}/{n}" if p else n) in own for n in ("query", "key", "value", "out"))]
 
 

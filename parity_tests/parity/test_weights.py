@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 import jax_bn
 import torch_bn
-from parity import flax_side, weights
+from parity import flax_side, flax_structure, weights
 from parity_tests.parity.zoo import ZOO, randomise
 from parity_tests.parity.zoo.pair import carry
 
@@ -214,6 +215,14 @@ def test_zoo(pair):
         assert_same_state(weights.to_torch(variables, module), module)
     if pair.name not in NEEDS_MODULE | NEEDS_ORDER:
         assert_same_state(weights.to_torch(by_jax, module), module)
+
+
+def test_attention_blocks_keep_the_order_of_the_variables():
+    """Twelve blocks alike, told apart by their order alone, whatever the process's seed of hashes."""
+    kernels = {part: {"kernel": (8, 8)} for part in ("query", "key", "value", "out")}
+    blocks = {f"block_{i}": {"attention": kernels} for i in range(12)}
+    shapes = {"/".join(("params", *path)): shape for path, shape in flatten_dict(blocks).items()}
+    assert [layer.path for layer in flax_structure.of_variables(shapes).layers] == [f"{b}/attention" for b in blocks]
 
 
 @pytest.mark.parametrize("name", ["resnet", "vgg", "vit-hand", "text", "conv1d", "mlp-nnx"])
