@@ -169,8 +169,9 @@ def _closest(layouts: list[Layout], a: NDArray, like: NDArray) -> Layout:
     """The layout in which the numbers agree best; the usual one unless another is clearly closer."""
     if len(layouts) == 1 or apply_layout(layouts[0], a).shape != like.shape:
         return layouts[0]
-    # By correlation: another activation may have changed the values, not which is large and which is small.
-    distances = [1 - _correlation(apply_layout(layout, a), like) for layout in layouts]
+    # By correlation, of either sign: another activation or a factor may have changed the values, not which of them
+    # are large and which small (or, where it falls, small and large).
+    distances = [1 - abs(_correlation(apply_layout(layout, a), like)) for layout in layouts]
     best = int(np.argmin(distances))
     return layouts[best] if distances[best] < 0.7 * distances[0] else layouts[0]
 

@@ -38,6 +38,14 @@ def _leaky(x: Array, slope: float = 0.01) -> Array:
     return np.where(x > 0, x, slope * x)
 
 
+def _soft_shrink(x: Array, bound: float = 0.5) -> Array:
+    return np.sign(x) * np.maximum(np.abs(x) - bound, 0.0)
+
+
+def _squareplus(x: Array, b: float = 4.0) -> Array:
+    return 0.5 * (x + np.sqrt(x * x + b))
+
+
 def _relu6(x: Array) -> Array:
     return np.clip(x, 0.0, 6.0)
 
@@ -71,6 +79,7 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "softsign": lambda x: x / (1 + np.abs(x)),
     "softmax": lambda x: np.exp(_log_softmax(x)),
     "log-softmax": _log_softmax,
+    "softmin": lambda x: np.exp(_log_softmax(-x)),
     "squared ReLU": lambda x: np.maximum(x, 0.0) ** 2,
     "square": lambda x: x * x,
     "absolute value": np.abs,
@@ -79,12 +88,14 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "cosine": np.cos,
     "hard sigmoid clip(0.2 x + 0.5, 0, 1)": lambda x: np.clip(0.2 * x + 0.5, 0.0, 1.0),
     "tanh shrink": lambda x: x - np.tanh(x),
-    "soft shrink": lambda x: np.sign(x) * np.maximum(np.abs(x) - 0.5, 0.0),
+    "soft shrink": _soft_shrink,
     "hard shrink": lambda x: np.where(np.abs(x) > 0.5, x, 0.0),
-    "squareplus": lambda x: 0.5 * (x + np.sqrt(x * x + 4)),
+    "squareplus": _squareplus,
     "sparse plus": lambda x: np.where(x >= 1, x, np.where(x <= -1, 0.0, 0.25 * (x + 1) ** 2)),
+    "sparse sigmoid": lambda x: np.clip(0.5 * (x + 1), 0.0, 1.0),
+    "LeCun's 1.7159 tanh(2 x / 3)": lambda x: 1.7159 * np.tanh(2 / 3 * x),
 }
-ACROSS_CHANNELS = frozenset({"softmax", "log-softmax"})
+ACROSS_CHANNELS = frozenset({"softmax", "log-softmax", "softmin"})
 NAMES = tuple(FUNCTIONS)
 ELEMENTWISE = tuple(name for name in NAMES if name not in ACROSS_CHANNELS)
 
@@ -105,7 +116,12 @@ _FAMILIES = (
     _Family("sigmoid of {} x", lambda x, b: _sigmoid(b * x), 0.02, 50.0),
     _Family("tanh of {} x", lambda x, b: np.tanh(b * x), 0.02, 50.0),
     _Family("soft cap {0} tanh(x / {0})", lambda x, c: c * np.tanh(x / c), 0.02, 1e3),
+    _Family("soft shrink with lambda {}", _soft_shrink, 1e-8, 100.0),
+    _Family("squareplus with b {}", _squareplus, 1e-8, 1e4),
 )
+
+# These of them are a known activation of a number times x: a factor, and no other activation.
+OF_A_MULTIPLE = ("sigmoid of ", "tanh of ")
 
 
 class Solved(NamedTuple):
@@ -181,7 +197,7 @@ def solved(u: Array, v: Array, limit: float, tolerance: float = 1e-9, after: Aft
         found = [one for family in _FAMILIES if (one := _solve(family, u, v, limit, tolerance, after))]
         if after:
             return [one for one in found if error_of(v, after(one.function(u))) <= limit]
-        found += [one for one in (_clip(u, v, tolerance), _slopes(u, v)) if one]
+        found += [one for one in (_clip(u, v, tolerance), _slopes(u, v), _threshold(u, v, limit)) if one]
         return [one for one in found if error_of(v, one.function(u)) <= limit]
 
 
@@ -254,6 +270,26 @@ def _slopes(u: Array, v: Array) -> Solved | None:
     slopes = (negative * v.reshape(-1, channels)).sum(axis=0) / np.where(square > 0, square, 1.0)
     span = f"{slopes.min():.4g} to {slopes.max():.4g}"
     return Solved(f"leaky ReLU with a slope per channel, {span}", lambda x: np.where(x > 0, x, slopes * x))
+
+
+def _threshold(u: Array, v: Array, limit: float) -> Solved | None:
+    """u above a threshold, one value below; or, by magnitude, 0 below: a hard shrink."""
+    kept = np.abs(u - v) <= limit
+    if min(np.count_nonzero(kept), np.count_nonzero(~kept)) < FEWEST:
+        return None
+    value = float(v[~kept][0])
+    below = np.abs(v - value) <= limit
+    if bound := _between_both(u, below):
+        return Solved(f"threshold near {bound:.2g}, {value:.4g} below", lambda x: np.where(x > bound, x, value))
+    if value == 0 and (bound := _between_both(np.abs(u), below)):
+        return Solved(f"hard shrink with lambda near {bound:.2g}", lambda x: np.where(np.abs(x) > bound, x, 0.0))
+    return None
+
+
+def _between_both(x: Array, below: NDArray[np.bool_]) -> float | None:
+    """A number above all these of x and below all the others, or None."""
+    low, high = float(x[below].max(initial=-math.inf)), float(x[~below].min(initial=math.inf))
+    return 0.5 * (low + high) if -math.inf < low < high < math.inf else None
 
 
 def activation_of(u: Array, v: Array, tolerance: float) -> str | None:

@@ -106,9 +106,16 @@ def _loose(chain: Chain, u: Array, view: Array, target: Target) -> list[tuple[Ch
     possible = alive(few, view.reshape(-1, channels)[rows], target, loose=True)
     hits = []
     for name in itertools.compress(NAMES, possible):
-        if found := match(FUNCTIONS[name](u), view, target):
+        found = match(FUNCTIONS[name](u), view, target)
+        if found and not (found.dropout and _is_kink(u, view)):
             hits.append((chain._replace(activation=name, gain=found.gain, dropout=found.dropout), found.doubt))
     return hits
+
+
+def _is_kink(u: Array, v: Array) -> bool:
+    """Whether v is 0 exactly where u is below (or above) a number: dropout knows nothing of u."""
+    zero = v == 0
+    return bool(u[zero].max() <= u[~zero].min() or u[zero].min() >= u[~zero].max())
 
 
 def _pair(a: Source, b: Source, target: Target, level: str, *, with_pool: bool) -> list[Chain]:

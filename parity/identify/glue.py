@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.identify import relations
-from parity.identify.activations import activation_of, error_of, is_function, limit_of
+from parity.identify.activations import OF_A_MULTIPLE, activation_of, error_of, is_function, limit_of
 from parity.identify.chain_search import search
 from parity.identify.chains import Chain, Source, Target, match
 from parity.identify.finding import Finding
@@ -65,7 +65,7 @@ def findings(
     ]
     if all(chains):
         a, b = _most_alike(*chains)
-        found = [*_dropout((a, b), random, train), *_compare(a, b)]
+        found = [*_dropout((a, b), random, train), *_compare(a, b, min(torch.ndim, flax.ndim))]
         return found or [_unexplained(chains, f"both sides look like {a}, and yet they differ")]
     found = _dropout((None, None), random, train)
     return found or _related(sources, torch, flax, tolerance, train) or [_unexplained(chains)]
@@ -152,24 +152,25 @@ def _most_alike(first: list[Chain], second: list[Chain]) -> tuple[Chain, Chain]:
     return a, b
 
 
-def _compare(a: Chain, b: Chain) -> list[Finding]:
-    """The findings for PyTorch's chain a and Flax's b."""
+def _compare(a: Chain, b: Chain, rank: int) -> list[Finding]:
+    """The findings for PyTorch's chain a and Flax's b, which lead to tensors of this rank."""
     differences = _differences(a, b)
     found = []
     if "source" in differences:
         missing = " (a residual branch is missing or another one)" if " + " in a.source + b.source else ""
         found.append(Finding("unexplained", f"PyTorch makes it of {a.source}, Flax of {b.source}{missing}"))
-    if "activation" in differences:
-        found.append(Finding("activation", f"PyTorch applies {_applied(a)}, Flax {_applied(b)}", "activation"))
+    gain = [_gain(a, b)] if "gain" in differences else []
+    if "activation" in differences and not any(f.code == "unexplained" for f in gain):
+        evidence = f"PyTorch applies {_applied(a)}, Flax {_applied(b)}"
+        # An activation of a number times x is none that is taken for another, as little as a number times one.
+        scaled = a.activation.startswith(OF_A_MULTIPLE) or b.activation.startswith(OF_A_MULTIPLE)
+        found.append(Finding("unexplained", evidence) if scaled else Finding("activation", evidence, "activation"))
     if "order" in differences:
         evidence = f"PyTorch takes the {a.order}, Flax the {b.order}, and the two do not commute"
         found.append(Finding("unexplained", evidence, "pool"))
-    found += _compare_pools(a, b, differences)
-    if "gain" in differences:
-        found.append(_gain(a, b))
+    found += _compare_pools(a, b, differences) + gain
     if "layout" in differences:
-        texts = [f"{chain.layout or 'keeps the axes as they are'}" for chain in (a, b)]
-        found.append(Finding("flatten-order", f"PyTorch flattens {texts[0]}, Flax {texts[1]}", "flatten"))
+        found.append(_layouts(a, b, rank))
     return found
 
 
@@ -178,12 +179,24 @@ def _applied(chain: Chain) -> str:
 
 
 def _gain(a: Chain, b: Chain) -> Finding:
-    """A constant factor: of a sum taken for an average if it is the size of the window."""
+    """A constant factor: of a sum taken for an average if it is the size of the window; else nobody's known mistake."""
     ratio = b.gain / a.gain
     if a.pool and b.pool and any(abs(ratio / k - 1) < 1e-5 for n in (np.prod(a.pool.window),) for k in (n, 1 / n)):
         which = SIDES if ratio < 1 else SIDES[::-1]
         return Finding("pool-kind", f"{which[0]} sums over the window, {which[1]} takes the average", "pool")
-    return Finding("activation", f"PyTorch multiplies by {a.gain:.6g}, Flax by {b.gain:.6g}", "activation")
+    if a.activation != b.activation:
+        texts = [_applied(chain) + (f" times {chain.gain:.6g}" if chain.gain != 1 else "") for chain in (a, b)]
+        return Finding("unexplained", f"PyTorch applies {texts[0]}, Flax {texts[1]}")
+    return Finding("unexplained", f"PyTorch multiplies by {a.gain:.6g}, Flax by {b.gain:.6g}")
+
+
+def _layouts(a: Chain, b: Chain, rank: int) -> Finding:
+    """Axes in another order: a mistake of the flatten only where one merged them, and the rank is lower than before."""
+    if max(len(chain.layout.split(",")) for chain in (a, b)) >= rank:
+        texts = [f"{chain.layout or 'keeps the axes as they are'}" for chain in (a, b)]
+        return Finding("flatten-order", f"PyTorch flattens {texts[0]}, Flax {texts[1]}", "flatten")
+    texts = [f"has the axes in the order {c.layout}" if c.layout else "keeps the axes as they are" for c in (a, b)]
+    return Finding("unexplained", f"PyTorch {texts[0]}, Flax {texts[1]}")
 
 
 def _compare_pools(a: Chain, b: Chain, differences: list[str]) -> list[Finding]:
@@ -247,11 +260,11 @@ def _related(sources: Sequence[Source], torch: Array, flax: Array, tolerance: fl
                     chain = Chain("", dropout=one.dropout)
                     return _dropout((chain, None) if side == "PyTorch" else (None, chain), (None, None), train)
                 if one:
-                    gains = (1.0, one.gain) if side == "Flax" else (one.gain, 1.0)
-                    evidence = f"PyTorch multiplies by {gains[0]:.6g}, Flax by {gains[1]:.6g}"
-                    return [Finding("activation", evidence, "activation")]
+                    return [_gain(*(Chain("", gain=one.gain if side == name else 1.0) for name in SIDES))]
         if sentence := relations.reordered(torch, flax, tolerance):
-            return [Finding("flatten-order", sentence, "flatten")]
+            if not sources or _merges(sources[0], torch):
+                return [Finding("flatten-order", sentence, "flatten")]
+            return [Finding("unexplained", "Flax's values are PyTorch's in another order, and nothing is flattened")]
         if both := relations.activations_between(torch, flax, tolerance):
             texts = [_applied(Chain("", activation=name)) for name in both]
             evidence = f"PyTorch applies {texts[0]}, Flax {texts[1]} to the same values"
@@ -259,16 +272,21 @@ def _related(sources: Sequence[Source], torch: Array, flax: Array, tolerance: fl
         return _some_function(sources, torch, flax)
 
 
+def _merges(source: Source, value: Array) -> bool:
+    """Whether axes of the source were merged into the last one of the value: else no order of theirs can be wrong."""
+    u = source.value
+    return 1 < value.ndim < u.ndim and value.shape[-1] > u.shape[-1]
+
+
 def _some_function(sources: Sequence[Source], torch: Array, flax: Array) -> list[Finding]:
-    """An activation that nobody knows is one still."""
+    """Functions of one thing, element by element, that are none of the known activations: told, and not accused."""
     if torch.shape != flax.shape:
         return []
-    candidates = [*sources[:3], Source("Flax's", flax), Source("PyTorch's", torch)]
-    for source in candidates:
-        of = [is_function(source.value, side, torch - flax) for side in (torch, flax)]
-        if all(of):
-            evidence = f"both sides are functions of {source.name} element by element, and not the same"
-            return [Finding("activation", evidence, "activation")]
+    ends = Source("Flax's values", flax), Source("PyTorch's values", torch)
+    for source in (*sources[:3], *ends):
+        if all(is_function(source.value, side, torch - flax) for side in (torch, flax)):
+            text = f"both sides are functions of {source.name}, element by element"
+            return [Finding("unexplained", f"{text}, and not the same ones, nor two known activations")]
     return []
 
 

@@ -1,6 +1,7 @@
 """`parity.check` itself: its arguments, what it leaves alone, what it says where it cannot go on."""
 
 import copy
+from collections.abc import Callable
 
 import flax.linen as linen
 import jax
@@ -90,6 +91,43 @@ def test_flax_inputs():
     assert parity.check(torch_net(), Net(), X, train=False, flax_inputs=[moved]).ok
     report = parity.check(torch_net(), Net(), X, train=False, flax_inputs=[moved * 255])
     assert [d.code for d in report.diagnoses] == ["input-scale"]
+
+
+class Between(linen.Module):
+    """`torch_between` with something more before the flatten, or (where that is an image) before the convolution."""
+
+    more: Callable
+    first: bool = False
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.relu(linen.Conv(4, (3, 3))(self.more(x) if self.first else x))
+        x = x if self.first else self.more(x)
+        return linen.Dense(5)(linen.tanh(linen.Dense(7)(x.reshape(len(x), -1))))
+
+
+def torch_between():
+    torch.manual_seed(0)
+    parts = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(144, 7), nn.Tanh(), nn.Linear(7, 5)
+    return nn.Sequential(*parts)
+
+
+@pytest.mark.parametrize(
+    ("more", "first", "expected"),
+    [
+        (lambda x: 1.01 * x, False, [("unexplained", "3")]),
+        (lambda x: -x, False, [("unexplained", "3")]),  # which hides the order of the flatten no more than a factor
+        (lambda x: 1.5 * jnp.sin(x), False, [("unexplained", "3")]),  # whose zeros are ReLU's and not dropout's
+        (lambda x: x + 0.1 * jnp.sin(7 * x), True, [("unexplained", "0")]),
+        (lambda x: 2 * x, True, [("input-scale", "0")]),
+        (linen.tanh, True, [("activation", "0")]),
+        (linen.sigmoid, False, [("activation", "1")]),
+    ],
+)
+def test_what_is_no_known_mistake_is_unexplained(more, first, expected):
+    report = parity.check(torch_between(), Between(more, first), X)
+    assert [(d.code, d.layer) for d in report.diagnoses] == expected, report.diagnoses
+    assert report.first_divergence.phase == "forward"
 
 
 def test_the_users_own_variables():

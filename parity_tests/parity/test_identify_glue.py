@@ -47,6 +47,11 @@ ACTIVATIONS = {
     "exponential": torch.exp,
     "sine": torch.sin,
     "tanh shrink": F.tanhshrink,
+    "softmin": lambda x: torch.softmax(-x, 1),
+    "soft shrink with lambda 0.2": lambda x: F.softshrink(x, 0.2),
+    "hard shrink with lambda near 0.3": lambda x: F.hardshrink(x, 0.3),
+    "threshold near 0.1, 20 below": lambda x: F.threshold(x, 0.1, 20.0),
+    "LeCun's 1.7159 tanh(2 x / 3)": lambda x: 1.7159 * torch.tanh(x * (2 / 3)),
 }
 POOLS = {
     "max2": lambda x: F.max_pool2d(x, 2),
@@ -212,9 +217,45 @@ def test_no_dropout_without_randomness():
     """A side that repeats itself does not drop out: zeros and a factor are something else."""
     u = maps()
     flax = through(F.relu, u) * 2
-    assert codes(named(sources(u), through(F.relu, u), flax, rerun=(through(F.relu, u), flax))) == [
-        ("activation", "activation")
-    ]
+    assert codes(named(sources(u), through(F.relu, u), flax, rerun=(through(F.relu, u), flax))) == [("unexplained", "")]
+
+
+@pytest.mark.parametrize("factor", [1.01, 2.0, -1.0, 1 / 1.7])
+@SWAP
+def test_a_factor_is_no_activation(factor, swap):
+    u = maps()
+    for name in ("identity", "ReLU", "exact GELU", "tanh"):
+        v = through(ACTIVATIONS[name], u)
+        # The last: nobody knows what both were made of.
+        for known in (sources(u), []):
+            (found,) = named(known, v, factor * v, swap)
+            assert (found.code, found.role) == ("unexplained", "")
+            assert f"{factor:.6g}" in found.evidence or f"{1 / factor:.6g}" in found.evidence
+    # Nor is a multiple of an activation, or an activation of a multiple, one that was taken for another.
+    for side in (factor * through(torch.sin, u), through(lambda x: torch.tanh(factor * x), u)):
+        assert codes(named(sources(u), through(F.relu, u), side, swap)) == [("unexplained", "")]
+        # Zeros that are ReLU's are not dropout's.
+        known = side * (u > 0)
+        assert codes(named(sources(u), through(F.relu, u), known, swap)) == [("unexplained", "")]
+    # A factor that both have hides no wrong activation.
+    sides = [factor * through(f, u) for f in (F.relu, F.silu)]
+    assert codes(named(sources(u), *sides, swap)) == [("activation", "activation")]
+
+
+@pytest.mark.parametrize("change", [lambda v: np.roll(v, 1, -1), lambda v: v[..., ::-1]])
+@pytest.mark.parametrize("shape", [(12, 8), (6, 7, 8), (6, 8, 8, 5)])
+@SWAP
+def test_another_order_without_a_flatten(shape, change, swap):
+    u = maps(shape)
+    v = through(F.relu, u)
+    image = Source("conv", maps((len(u), 4, 4, 2), 3))
+    for known in ([Source("fc", u), image], [image] if v.ndim == 4 else [Source("fc", maps(shape, 4)), image]):
+        assert codes(named(known, v, change(v), swap)) == [("unexplained", "")]
+    if u.ndim == 4:  # nothing is flattened either where rows and columns are exchanged
+        assert codes(named([Source("conv", u)], v, v.swapaxes(1, 2), swap)) == [("unexplained", "")]
+        # Behind a flatten of unknown values it is the flatten.
+        flat = [np.moveaxis(x, -1, 1).reshape(6, -1) for x in (maps(seed=5), maps(seed=5).swapaxes(1, 2))]
+        assert codes(named([Source("conv", u)], *flat, swap)) == [("flatten-order", "flatten")]
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 4, 5), (3, 2, 5, 4), (5, 7, 3)])
@@ -301,8 +342,10 @@ def test_unknown_source(given, swap):
 def test_unknown_function(swap):
     u = maps()
     odd, given = u * np.arctan(u), sources(u)[:1]
-    found = named(given, through(F.relu, u), odd, swap)
-    assert codes(found) == [("activation", "activation")]
+    for known in (u, through(F.relu, u), np.log1p(np.abs(u))):
+        (found,) = named(given, known, odd, swap)
+        assert (found.code, found.role) == ("unexplained", "")
+        assert "element by element" in found.evidence
     rounded = through(lambda x: x.bfloat16().double(), u)
     assert codes(named(given, u, rounded, swap)) == [("unexplained", "")]
     assert codes(named(given, through(F.relu, u), maps(seed=8), swap)) == [("unexplained", "")]
