@@ -133,7 +133,8 @@ class Diagnosis:
         found: list[Finding] = []
         for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
             truth = self.translation.input(call, i)
-            if truth.dtype.kind != "f" or arrived.dtype.kind != "f":
+            # An image may be integers 0..255 on one side and 0..1 on the other: what one has as floats are no labels.
+            if truth.dtype.kind != "f" and arrived.dtype.kind != "f":
                 if not np.array_equal(truth, arrived):
                     found.append(Finding("unexplained", f"the integers that arrive at {call.path} differ"))
                 continue

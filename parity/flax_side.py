@@ -313,8 +313,13 @@ class _Run:
                     return mine[id(v)]
                 given, v = v, jnp.asarray(v)
                 arrived.append(v)
+                forced = None if self.force is None else self.force.input(key, len(arrived) - 1, v)
+                if forced is not None and forced[0].dtype.kind == "f":
+                    v = jnp.asarray(
+                        v, jnp.result_type(v.dtype, float)
+                    )  # integers of an image, floats on the other side
                 if jnp.issubdtype(v.dtype, jnp.floating):
-                    v = probe(v, None if self.force is None else self.force.input(key, len(arrived) - 1, v))
+                    v = probe(v, forced)
                 used.append(v)
                 mine[id(given)] = v
                 return v

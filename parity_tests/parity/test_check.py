@@ -93,6 +93,18 @@ def test_flax_inputs():
     assert [d.code for d in report.diagnoses] == ["input-scale"]
 
 
+@pytest.mark.parametrize("make", [Net, NnxNet])
+def test_integers_for_the_input(make):
+    """An image 0..255 in Flax as it is loaded: the same numbers are right, 0..1 in PyTorch is another scale."""
+    image = np.random.default_rng(0).integers(0, 256, X.shape).astype(np.uint8)
+    given = {"train": False, "flax_inputs": [np.moveaxis(image, 1, -1)]}
+    assert parity.check(torch_net(), make(), image.astype(np.float32), **given).ok
+    report = parity.check(torch_net(), make(), image / np.float32(255), **given)
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("input-scale", "0")]
+    assert "255" in report.diagnoses[0].evidence
+    assert not report.notes
+
+
 class Between(linen.Module):
     """`torch_between` with something more before the flatten, or (where that is an image) before the convolution."""
 
