@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import get_opaque_trace_state
 from numpy.typing import NDArray
 
 from parity.flax_modules import (
@@ -274,7 +275,7 @@ class _Run:
         seen: dict[str, Any] = {"inputs": [], "arrived": [], "outputs": [], "probes": []}
         self.seen = seen
         # What is called inside a transformation of the user's own (jit, remat, scan) can't be seen from outside.
-        outside = jax.core.get_opaque_trace_state(convention="flax")
+        outside = get_opaque_trace_state(convention="flax")
         counts: dict[str, int] = {}
         active: list[str] = []
 
@@ -294,7 +295,7 @@ class _Run:
                 self.has_dropout = self.has_dropout or getattr(call.module, "rate", 0) > 0
                 return args[0]
             layer = self.layers.get(path)
-            hidden = jax.core.get_opaque_trace_state(convention="flax") != outside
+            hidden = get_opaque_trace_state(convention="flax") != outside
             if layer is None or not layer.is_called or active or hidden:
                 return call(*args, **kwargs)
             key = (path, counts.get(path, 0))
