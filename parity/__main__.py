@@ -9,8 +9,8 @@
     python -m parity convert --help                            weights from one framework to the other
     python -m parity train --help                              both sides trained in lockstep
 
-Exit status: 0 if they agree, 1 if anything differs, 2 if it could not be compared: a mistake on the command line (one
-line says what was given and what is allowed), or an error in a module (with its traceback).
+Exit status: 0 if they agree, 1 if anything differs, 2 if it could not be compared: a mistake on the command line, or an
+error in a module; one line says what was given and what is allowed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if "allowed:" not in str(error):
             return _failed()
         refuse(prog, str(error))
-    except Exception:  # of a stranger's module; exit status 1 would say that two sides differ
+    except OSError as error:
+        refuse(prog, str(error))
+    except Exception:  # a mistake of the bridge's own; exit status 1 would say that two sides differ
         return _failed()
 
 

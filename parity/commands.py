@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +22,7 @@ from bn_common.checks import require
 if TYPE_CHECKING:
     from parity.report import Report
 
+HERE = Path(__file__).parent
 FACTORY = "package.module:name or file.py:name of a module, its class or a function that makes it"
 Flag = tyro.conf.FlagCreatePairsOff
 
@@ -98,8 +102,12 @@ class _Pair:
     output: tyro.conf.OmitArgPrefixes[_Output] = dataclasses.field(default_factory=_Output)
     map: tuple[str, ...] = ()
     """Layers that are not paired rightly by order and kind, such as conv.0=Conv_0 fc=Dense_2."""
+    loss: str | None = None
+    """package.module:name or file.py:name of a pair of functions of the output, PyTorch's and JAX's."""
 
     def __post_init__(self) -> None:
+        if self.loss is not None:
+            check_name("--loss", self.loss)
         for name, value in (("torch", self.torch), ("flax", self.flax)):
             check_name(name, value)
         require(bool(self.given.inputs or self.given.shape), "--inputs", "not given", "--inputs FILE or --shape SIZES")
@@ -116,9 +124,18 @@ class Check(_Pair):
 
     variables: Path | None = None
     """Flax's own variables, examined too: .safetensors, .npz or Orbax. None: PyTorch's weights are carried over."""
+    steps: int = 0
+    """How many steps of training to compare on these inputs, >= 0; with --optimizers."""
+    optimizers: str | None = None
+    """package.module:name or file.py:name of a pair: parameters -> torch optimizer, optax.GradientTransformation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.steps >= 0, "--steps", self.steps, "an integer >= 0")
+        if self.optimizers is not None:
+            check_name("--optimizers", self.optimizers)
+        fine = (self.steps > 0) == (self.optimizers is not None)
+        require(fine, "--steps and --optimizers", f"{self.steps} and {self.optimizers}", "both or neither")
         fine = self.variables is None or self.variables.exists()
         require(fine, "--variables", self.variables, "a file that is there")
 
@@ -134,14 +151,18 @@ class Check(_Pair):
             from parity.dumping import read_weights
 
             variables = unflatten_dict(read_weights(self.variables, "--variables"), sep="/")
-        report = check(
-            torch_module,
-            flax_module,
-            *given,
-            train=not self.given.eval,
-            variables=variables,
-            layer_map=layer_map(self.map) or None,
-        )
+        with taken("both modules", given):
+            report = check(
+                torch_module,
+                flax_module,
+                *given,
+                train=not self.given.eval,
+                variables=variables,
+                layer_map=layer_map(self.map) or None,
+                loss=pair_of("--loss", self.loss),
+                steps=self.steps,
+                optimizers=pair_of("--optimizers", self.optimizers),
+            )
         return self.output.finish(report)
 
 
@@ -154,7 +175,10 @@ class Trace(_Pair):
         given, (torch_module, flax_module) = self.given.arrays(), self.modules()
         from parity.offline import trace
 
-        report = trace(torch_module, flax_module, *given, train=not self.given.eval, layer_map=layer_map(self.map))
+        loss = pair_of("--loss", self.loss)
+        with taken("both modules", given):
+            options: dict[str, Any] = {"train": not self.given.eval, "layer_map": layer_map(self.map), "loss": loss}
+            report = trace(torch_module, flax_module, *given, **options)
         return self.output.finish(report)
 
 
@@ -196,16 +220,17 @@ class Dump:
         from parity.offline import dump
         from parity.recording_file import files_of
 
-        dump(
-            module,
-            given,
-            self.out,
-            train=not self.given.eval,
-            weights=self.weights,
-            flax_layout=self.flax,
-            loss=None if self.loss is None else object_of("--loss", self.loss),
-            layer_map=layer_map(self.map),
-        )
+        with taken("the module", given):
+            dump(
+                module,
+                given,
+                self.out,
+                train=not self.given.eval,
+                weights=self.weights,
+                flax_layout=self.flax,
+                loss=None if self.loss is None else object_of("--loss", self.loss),
+                layer_map=layer_map(self.map),
+            )
         print(f"written: {' and '.join(map(str, files_of(self.out)))}")
         return 0
 
@@ -284,47 +309,108 @@ def check_name(option: str, name: str) -> None:
 
 
 def object_of(option: str, name: str) -> Any:
-    """What the name MODULE:NAME stands for.
+    """What the name MODULE:NAME stands for; modules are looked for in the working directory, too.
 
     Raises:
-      ValueError: no such module, or no such name in it.
+      ValueError: no such module, one that can't be imported, or no such name in it.
     """
     check_name(option, name)
     place, _, last = name.rpartition(":")
-    if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses, such as linen modules, look their module up.
-        sys.modules[spec.name] = module
-        # Its neighbours are found as if it were run itself.
-        sys.path.insert(0, str(Path(place).resolve().parent))
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-                raise  # something that the module itself wants
-            raise ValueError(f"{option} is {name!r}, and there is no module {error.name}; allowed: {FACTORY}") from None
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = _file(place) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # whatever a stranger's module raises
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent and f"{place}.".startswith(f"{absent}."):
+            raise ValueError(f"{option} is {name!r}, and there is no module {absent}; allowed: {FACTORY}") from None
+        raise ValueError(f"{option} is {name!r}, which can't be imported: {told(error)}; allowed: {FACTORY}") from error
     require(hasattr(module, last), option, repr(name), f"{FACTORY}; {place} has no {last}")
     return getattr(module, last)
+
+
+def _file(place: str) -> Any:
+    """The module in this file, run."""
+    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses, such as linen modules, look their module up.
+    sys.modules[spec.name] = module
+    # Its neighbours are found as if it were run itself.
+    sys.path.insert(0, str(Path(place).resolve().parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def pair_of(option: str, name: str | None) -> tuple[Any, Any] | None:
+    """The two objects, PyTorch's and JAX's, that the name stands for.
+
+    Raises:
+      ValueError: no such name, or what it gives is no pair.
+    """
+    if name is None:
+        return None
+    found = object_of(option, name)
+    fine = isinstance(found, tuple | list) and len(found) == 2
+    require(fine, option, f"{name!r}, which gives {type(found).__name__}", "a pair, PyTorch's and JAX's")
+    return found[0], found[1]
 
 
 def module_of(option: str, name: str) -> Any:
     """The module that the name stands for, made if it is a class or a function.
 
     Raises:
-      ValueError: no such name, or what it gives is no module.
+      ValueError: no such name, one that needs arguments or fails, or what it gives is no module.
     """
     from parity.offline import framework_of
 
     found = object_of(option, name)
-    module = found() if isinstance(found, type) or (callable(found) and framework_of(found) is None) else found
-    wanted = option if option in ("torch", "flax") else None
+    is_made = isinstance(found, type) or (callable(found) and framework_of(found) is None)
+    module = _made(option, name, found) if is_made else found
+    wanted = next((one for one in ("torch", "flax") if one in option), None)
     is_fine = framework_of(module) is not None and wanted in (None, framework_of(module))
     allowed = {"torch": "a torch.nn.Module", "flax": "a flax.linen.Module or flax.nnx.Module"}
-    what = allowed.get(option, " or ".join(allowed.values()))
+    what = allowed[wanted] if wanted else " or ".join(allowed.values())
     require(is_fine, option, f"{name!r}, which gives {type(module).__name__}", what)
     return module
+
+
+def _made(option: str, name: str, factory: Any) -> Any:
+    try:
+        return factory()
+    except Exception as error:  # whatever a stranger's factory raises
+        allowed = FACTORY
+        if isinstance(factory, type):  # an NNX class wants its rngs
+            allowed += f"; {factory.__name__} by a function without arguments: lambda: {factory.__name__}(...)"
+        raise ValueError(f"{option} is {name!r}, which fails: {told(error)}; allowed: {allowed}") from error
+
+
+@contextlib.contextmanager
+def taken(who: str, inputs: Sequence[NDArray]) -> Iterator[None]:
+    """ValueError with one line for whatever the modules raise on these inputs.
+
+    What is raised in the bridge's own code is a mistake of its own, and stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if "allowed:" in str(error) or Path(last.filename).is_relative_to(HERE):
+            raise
+        shapes = ", ".join(f"{a.dtype} {a.shape}" for a in inputs)
+        allowed = f"what {who} can take, in PyTorch's layout"
+        raise ValueError(f"the input is {shapes}, on which a run fails: {told(error)}; allowed: {allowed}") from error
+
+
+def told(error: Exception) -> str:
+    """An error in one line, with the last place in the user's own code that it came through."""
+    places = [
+        f"{Path(frame.filename).name}, line {frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not {"site-packages", "dist-packages"} & set(Path(frame.filename).parts)
+        and Path(frame.filename).is_file()
+        and not Path(frame.filename).is_relative_to(HERE)
+        and not Path(frame.filename).is_relative_to(Path(os.__file__).parent)
+    ]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}" + (f" ({places[-1]})" if places else "")

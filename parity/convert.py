@@ -1,8 +1,7 @@
-"""`parity convert`: weights in a file of one framework to a file of the other."""
+"""`python -m parity convert`: weights in a file of one framework to a file of the other."""
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ def convert(
             warnings.simplefilter("always")
             lines = _convert(source, target, torch_module, flax_module, inputs, layer_map)
     except (ValueError, TypeError) as error:
-        sys.stderr.write(f"parity convert: error: {error}\n")
+        sys.stderr.write(f"python -m parity convert: error: {error}\n")
         return 2
     from parity.weights import ParityWarning
 
@@ -65,16 +64,14 @@ def _convert(
     layer_map: Sequence[str],
 ) -> list[str]:
     given = files.load(source)
-    torch_made, flax_made = made("--torch-module", torch_module), made("--flax-module", flax_module)
+    from parity.commands import module_of
+
+    torch_made, flax_made = module_of("--torch-module", torch_module), module_of("--flax-module", flax_module)
     options: dict[str, Any] = {"layer_map": _layer_map(layer_map)}
     if inputs:
         options["inputs"] = [_input(path) for path in inputs]
-    import torch
-
     from parity import weights
 
-    if not isinstance(torch_made, torch.nn.Module):
-        raise ValueError(f"--torch-module makes a {type(torch_made).__name__}; allowed: a torch.nn.Module")
     if given.framework == "torch":
         variables = weights.to_flax(_torch_tensors(given.tensors), flax_made, **options, torch_module=torch_made)
         carried: dict[str, Any] = dict(weights.named(variables))
@@ -88,30 +85,6 @@ def _convert(
     files.save(target, carried, about)
     lines = [f"{len(carried)} tensors from {source} ({given.framework}) to {target} ({to})"]
     return lines + [f"note: {note}" for note in weights.notes(torch_made, flax_made, **options)]
-
-
-def made(option: str, name: str) -> Any:
-    """What "package.module:factory" makes: an object that is callable without being a module is called.
-
-    Raises:
-      ValueError: it can't be imported, is not there, or fails.
-    """
-    from parity.commands import object_of
-
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    found: Any = object_of(option, name)
-    if not isinstance(found, type) and _is_module(found):
-        return found
-    try:
-        return found()
-    except Exception as error:  # whatever a stranger's factory raises
-        raise ValueError(f"{option} is {name!r}, which fails: {type(error).__name__}: {error}") from error
-
-
-def _is_module(found: Any) -> bool:
-    names = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(found).__mro__}
-    return bool(names & {"torch.Module", "flax.Module"})
 
 
 def _torch_tensors(tensors: dict[str, NDArray]) -> dict[str, Any]:

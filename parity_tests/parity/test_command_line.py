@@ -16,6 +16,7 @@ from parity.report import Diagnosis, Divergence, LayerRow, Report
 ROOT = Path(__file__).parents[2]
 NETS = """
 import flax.linen
+import flax.nnx
 import torch
 
 class Torch(torch.nn.Linear):
@@ -32,7 +33,11 @@ class Relu(flax.linen.Module):
     def __call__(self, x):
         return flax.linen.relu(flax.linen.Dense(3)(x))
 
-flax_module, number = Flax(), 3
+class Wants(flax.nnx.Module):
+    def __init__(self, rngs):
+        self.layer = flax.nnx.Linear(4, 3, rngs=rngs)
+
+flax_module, number, losses, optimizers = Flax(), 3, (abs, abs), (torch.optim.SGD, "of optax")
 
 def breaks():
     raise RuntimeError("the factory broke")
@@ -93,9 +98,20 @@ def test_check(nets, checked, capsys):
     assert [type(part).__name__ for part in first[:2]] == ["Torch", "Flax"]
     assert first[2].shape == (2, 4)
     assert first[2].dtype == np.float32
-    assert options == {"train": True, "variables": None, "layer_map": None}
+    absent = {"loss": None, "steps": 0, "optimizers": None}
+    assert options == {"train": True, "variables": None, "layer_map": None, **absent}
     assert [a.shape for a in second[2:]] == [(2, 4), (3, 4)]
-    assert more == {"train": False, "variables": None, "layer_map": {"a.0": "A/B", "b": "C"}}
+    assert more == {"train": False, "variables": None, "layer_map": {"a.0": "A/B", "b": "C"}, **absent}
+
+
+def test_loss_and_steps(nets, checked):
+    """Pairs of objects, PyTorch's and JAX's."""
+    options = ["--loss", "nets_of_a_test:losses", "--steps", "3", "--optimizers", "nets_of_a_test.py:optimizers"]
+    assert run("check", "nets_of_a_test:Torch", "nets_of_a_test:Flax", "--shape", "2,4", *options) == 0
+    ((_, given),) = checked.calls
+    assert given["loss"] == (abs, abs)
+    assert given["steps"] == 3
+    assert given["optimizers"][1] == "of optax"
 
 
 def test_inputs_and_variables(nets, checked):
@@ -142,6 +158,15 @@ def test_inputs_and_variables(nets, checked):
         ("check {f} {f} --shape 3", "torch is 'nets_of_a_test:Flax', which gives Flax; allowed: a torch.nn.Module"),
         ("check {t} nets_of_a_test:number --shape 3", "flax is 'nets_of_a_test:number', which gives int; allowed: "),
         ("check {t} {f} --shape 3 --evla", "Unrecognized options"),
+        ("check {t} {f} --shape 3 --loss x", "--loss is 'x'; allowed: package.module:name"),
+        ("check {t} {f} --shape 3 --loss {t}", "--loss is 'nets_of_a_test:Torch', which gives type; allowed: a pair"),
+        ("check {t} {f} --shape 3 --steps -1", "--steps is -1; allowed: an integer >= 0"),
+        ("check {t} {f} --shape 3 --steps 1", "--steps and --optimizers is 1 and None; allowed: both or neither"),
+        ("check {t} nets_of_a_test:Wants --shape 3", "Wants by a function without arguments: lambda: Wants(...)"),
+        ("check nets_of_a_test:breaks {f} --shape 3", "fails: RuntimeError: the factory broke (nets_of"),
+        ("check {t} bad.py:net --shape 3", "flax is 'bad.py:net', which can't be imported: SyntaxError: "),
+        ("trace {t} {f} --shape 2,5", "the input is float32 (2, 5), on which a run fails: RuntimeError: mat1 and mat2"),
+        ("dump {t} --out a --shape 2,5", "cannot be multiplied (2x5 and 4x3); allowed: what the module can take"),
         ("trace {t}", "Missing from python -m parity trace"),
         ("dump {t} --shape 3", "Missing from python -m parity dump: --out"),
         ("dump {t} --out a", "--inputs is not given"),
@@ -156,6 +181,7 @@ def test_refused(nets, checked, capsys, args, message):
     """Status 2 and one line that says what was given and what is allowed; nothing is run or written."""
     Path("bad.npz").write_bytes(b"PK")
     Path("bad.txt").write_bytes(b"")
+    Path("bad.py").write_text("def (")
     before = sorted(nets.iterdir())
     names = args.format(t="nets_of_a_test:Torch", f="nets_of_a_test:Flax").split()
     assert run(*names) == 2
@@ -168,13 +194,22 @@ def test_refused(nets, checked, capsys, args, message):
     assert [path for path in sorted(nets.iterdir()) if path.name != "__pycache__"] == before
 
 
-def test_an_error_in_a_module_is_no_divergence(nets, checked, capsys):
-    """Status 2, with the traceback."""
-    assert run("check", "nets_of_a_test:breaks", "nets_of_a_test:Flax", "--shape", "2,4") == 2
-    assert "RuntimeError: the factory broke" in capsys.readouterr().err
-    assert run("dump", "nets_of_a_test:Torch", "--out", "a", "--shape", "2,5") == 2
+def test_the_bridges_own_mistakes_keep_their_traceback(nets, checked, monkeypatch, capsys):
+    """Status 2 all the same: 1 would say that two sides differ."""
+    monkeypatch.setattr("parity.offline.framework_of", lambda module: {}["none"])
+    assert run("check", "nets_of_a_test:Torch", "nets_of_a_test:Flax", "--shape", "2,4") == 2
     assert "Traceback" in capsys.readouterr().err
-    assert not Path("a.json").exists()
+
+
+def test_check_of_inputs_that_do_not_fit(nets, capsys):
+    """One line, in which the user's own code is named; convert is told from check by its name alone."""
+    assert run("check", "nets_of_a_test:Torch", "nets_of_a_test:Flax", "--shape", "2,5") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("python -m parity check: error: the input is float32 (2, 5), on which a run fails: ")
+    assert err.count("\n") == 1
+    pair = "--torch-module", "nets_of_a_test:Torch", "--flax-module", "nets_of_a_test:Flax"
+    assert run("convert", "no.pt", "a.npz", *pair) == 2
+    assert capsys.readouterr().err.startswith("python -m parity convert: error: no.pt does not exist")
 
 
 def test_commands_of_their_own(monkeypatch):

@@ -1,4 +1,4 @@
-"""Weights in files of every format: bit-exact, with their convention, whole or not at all; and `parity convert`."""
+"""Weights in files of every format: bit-exact, with their convention, whole or not at all; and `convert`."""
 
 import json
 import subprocess
@@ -196,7 +196,7 @@ BAD = {
     "broken": ({"torch_module": "convert_models:broken"}, "fails: RuntimeError: out of order"),
     "wrong kind": (
         {"torch_module": "convert_models:flax_net"},
-        "--torch-module makes a Sequential; allowed: a torch.nn.Module",
+        "--torch-module is 'convert_models:flax_net', which gives Sequential; allowed: a torch.nn.Module",
     ),
     "map": ({"layer_map": ("a",)}, "--layer-map is 'a'; allowed"),
     "inputs": ({"inputs": ("nowhere.npy",)}, "--inputs is nowhere.npy"),
