@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parity import kinds
-from parity.identify import glue, inputs, losses, norms, parameters, products
-from parity.identify.activations import activation_of
+from parity.conversion import of_layout
+from parity.identify import glue, inputs, losses, norms, products
 from parity.identify.finding import Finding
-from parity.pairing import LayerPair, Pairing
+from parity.located import PHASE_ORDER, Located, in_order
+from parity.norm_order import NormOrder
+from parity.pairing import LayerPair
 from parity.recording import Call, Recording
 from parity.trace import NETWORK, Difference, Translation
 
 STATISTICS = {"momentum-inverted", "momentum", "unbiased-variance", "statistics-frozen"}
 GRADIENTS = {"stopped-statistics-gradient"}
-PHASE_ORDER = {"forward": 0, "loss": 1, "backward": 2, "statistics": 3, "optimizer": 4}
 MOST_SOURCES = 8
 # What a finding's role charges: which of PyTorch's modules without tensors, by the names of their classes.
 ROLES = {
@@ -27,31 +27,6 @@ ROLES = {
     "pool": lambda names: "Pool" in names,
     "dropout": lambda names: "Drop" in names,
 }
-
-
-class Located(NamedTuple):
-    """A finding, and where.
-
-    Attributes:
-      phase: see `parity.report.PHASES`.
-      position: in PyTorch's order of execution.
-      layer: PyTorch's name of what is charged.
-      flax_layer: Flax's path.
-      finding: what was found.
-      key: PyTorch's call at which it shows.
-    """
-
-    phase: str
-    position: float
-    layer: str
-    flax_layer: str
-    finding: Finding
-    key: tuple[str, int] = NETWORK
-
-
-def in_order(found: Sequence[Located]) -> list[Located]:
-    """By phase; forward in the order of execution, backward from behind."""
-    return sorted(found, key=lambda f: (PHASE_ORDER[f.phase], -f.position if f.phase == "backward" else f.position))
 
 
 class Diagnosis:
@@ -91,7 +66,8 @@ class Diagnosis:
                 found += self._layer(call, pair, mine, position)
         if any(d.key == NETWORK and d.quantity == "output" for d in self.failing):
             found += self._last_glue()
-        found = self._norm_after_activation(found) + self._norms_alone()
+        order = NormOrder(self.translation, self.forced, self.free, self._tolerance)
+        found = order.findings(found) + self._norms_alone()
         return in_order(found)
 
     def _norms_alone(self) -> list[Located]:
@@ -195,7 +171,7 @@ class Diagnosis:
             found = self._norm(call, pair, mine, tolerance)
         elif pair.kind in kinds.PRODUCTS:
             found = products.findings(pair.kind, *self._product(call, pair, mine), tolerance=tolerance)
-            found = [_of_layout(f, pair.kind) for f in found]
+            found = [of_layout(f, pair.kind) for f in found]
         else:
             found = []
         found += self._left(pair, found)
@@ -290,70 +266,6 @@ class Diagnosis:
             )
         return sides[0], sides[1]
 
-    def _norm_after_activation(self, found: list[Located]) -> list[Located]:
-        """An activation before a batch norm on one side and behind it on the other is one mistake."""
-        calls = self.torch.calls
-        for position, call in enumerate(calls[1:], 1):
-            pair = self.translation.pair_of.get(call.path)
-            before = [f for f in found if f.key == call.key and f.finding.role == "activation"]
-            if pair is None or pair.kind not in kinds.NORMS or not before:
-                continue
-            mine = self.flax_calls[pair.flax.path, call.index]
-            tolerance = self._tolerance(call.key, "input")
-            u = self.translation.input(call, 0), mine.arrived[0]
-            source = (
-                self.translation.output(calls[position - 1])
-                if calls[position - 1].path in self.translation.pair_of
-                else None
-            )
-            if source is None or source.shape != u[0].shape:
-                continue
-            acts = [activation_of(source, side, tolerance) for side in u]
-            if "identity" not in acts or None in acts or acts[0] == acts[1]:
-                continue
-            early = "Flax" if acts[0] == "identity" else "PyTorch"
-            name = acts[1] if acts[0] == "identity" else acts[0]
-            behind = calls[position + 1].key if position + 1 < len(calls) else NETWORK
-            after = [
-                f for f in found if f.key == behind and f.position > position - 1 and f.finding.role == "activation"
-            ]
-            text = f"{early} applies {name} before {call.path}, the other side behind it"
-            if not after and not self._behind(position, early, name, tolerance):
-                continue
-            found = [f for f in found if f not in before and f not in after]
-            found.append(
-                Located(
-                    "forward",
-                    position - 0.5,
-                    call.path,
-                    pair.flax.path,
-                    Finding("norm-after-activation", text),
-                    call.key,
-                )
-            )
-        return found
-
-    def _behind(self, position: int, early: str, name: str | None, tolerance: float) -> bool:
-        """Whether the side that is late applies this activation behind the norm, by its own run.
-
-        In single-layer mode it may leave no trace: ReLU of what is positive already.
-        """
-        calls, late = self.torch.calls, "Flax" if early == "PyTorch" else "PyTorch"
-        if position + 1 >= len(calls):
-            return False
-        norm, behind = calls[position], calls[position + 1]
-        if late == "PyTorch":
-            u, v = self.translation.output(norm), self.translation.input(behind, 0)
-        else:
-            pairs = self.translation.pair_of
-            free = {call.key: call for call in self.free.calls}
-            keys = [(pairs[c.path].flax.path, c.index) for c in (norm, behind) if c.path in pairs]
-            if len(keys) < 2 or any(key not in free for key in keys):
-                return False
-            u, v = free[keys[0]].output, free[keys[1]].arrived[0]
-        chain = glue.describe([glue.Source(norm.path, u)], v, tolerance)
-        return chain is not None and chain.activation == name
-
 
 def all_bias(left: Sequence[tuple[str, str, str]]) -> bool:
     """Whether all of these parameters are shifts."""
@@ -383,77 +295,6 @@ def _phase(finding: Finding, quantities: Sequence[Difference]) -> str:
         return "backward"
     phases = {d.phase for d in quantities}
     return min(phases, key=PHASE_ORDER.__getitem__) if phases else "backward"
-
-
-def _of_layout(finding: Finding, kind: str) -> Finding:
-    """A convolution's kernel with inputs and outputs exchanged is one of the wrong layouts, not a transposed matrix."""
-    wrong = finding.code == "kernel-transposed" and kind in ("conv", "conv_transpose")
-    return finding._replace(code="kernel-layout") if wrong else finding
-
-
-def _attention(expected: Mapping[str, NDArray], given: Mapping[str, NDArray]) -> list[Finding]:
-    """The conversion of an attention layer: each projection is a matrix, [E, heads * depth] or, of "out", back."""
-    found: list[Finding] = []
-    for name, truth in expected.items():
-        part, _, local = name.rpartition("/")
-        mine = given.get(name)
-        if mine is None or mine.size != truth.size:
-            found.append(Finding("unexplained", f"{name} is missing, or of another size"))
-        elif local == "kernel":
-            shape = (-1, truth.shape[-1]) if part.startswith("out") else (len(truth), -1)
-            a, b = truth.reshape(shape), mine.reshape(shape)
-            got = parameters.findings("linear", {"kernel": a}, {"kernel": b}, raw={"kernel": a.T})
-            found += [f._replace(evidence=f"{part}: {f.evidence}") for f in got]
-        else:
-            found += parameters.findings("linear", {"bias": truth.ravel()}, {"bias": mine.ravel()})
-    return found
-
-
-def conversion_findings(
-    translation: Translation,
-    expected: Mapping[str, NDArray],
-    given: Mapping[str, Any],
-    torch: Recording,
-    *,
-    train: bool,
-) -> list[Located]:
-    """What is wrong with the user's own variables: each layer's against PyTorch's carried over."""
-    found: list[Located] = []
-    order = {call.path: i for i, call in reversed(list(enumerate(torch.calls)))}
-    flattened = dict(translation.flattens())
-    pairing: Pairing = translation.pairing
-    for pair in pairing.layers:
-        names = {t.flax_name: pair.flax.tensors[t.flax_name] for t in pair.tensors}
-        mine = {local: np.asarray(given[full], np.float64) for local, full in names.items() if full in given}
-        truth = {local: np.asarray(expected[full], np.float64) for local, full in names.items() if full in expected}
-        raw = {t.flax_name: torch.tensors[pair.torch.tensors[t.torch_name]] for t in pair.tensors if t.part is None}
-        if all(n in mine and mine[n].shape == a.shape and _same(mine[n], a) for n, a in truth.items()):
-            continue
-        got = (
-            _attention(truth, mine)
-            if pair.kind == "attention"
-            else [
-                _of_layout(f, pair.kind)
-                for f in parameters.findings(pair.kind, truth, mine, spatial=flattened.get(pair.torch.path), raw=raw)
-            ]
-        )
-        position = order.get(pair.torch.path, len(order))
-        for f in got:
-            # In training the moving variance is not looked at, only moved on.
-            phase = "statistics" if f.code == "initial-variance" and train else "forward"
-            found.append(Located(phase, position - 0.25, pair.torch.path, pair.flax.path, f, (pair.torch.path, 0)))
-    for torch_name, flax_name, _ in pairing.loose:
-        wanted, held = np.asarray(expected[flax_name]), given.get(flax_name)
-        if held is None or np.shape(held) != wanted.shape or not _same(np.asarray(held), wanted):
-            layer = torch_name.rpartition(".")[0]
-            finding = Finding("unexplained", f"{flax_name} does not hold PyTorch's {torch_name}")
-            found.append(Located("forward", order.get(layer, 0), layer, flax_name, finding, (layer, 0)))
-    return found
-
-
-def _same(a: NDArray, b: NDArray) -> bool:
-    """Equal to float32's rounding."""
-    return bool(np.abs(a - b).max(initial=0) <= 1e-6 * np.abs(b).max(initial=0))
 
 
 def loss_findings(translation: Translation, forced: Recording, bound: float) -> list[Located]:

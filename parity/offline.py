@@ -10,7 +10,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from parity import recording_file
 from parity.compare import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
 from parity.dumping import pairing_of, translated
+from parity.located import Located, in_order
 from parity.pairing import Pairing
 from parity.recording_file import Dump
 from parity.report import PHASES, Diagnosis, Divergence, LayerRow, Report
 from parity.trace import NETWORK, Difference, Translation, differences, flat_layout_inputs
-
-if TYPE_CHECKING:
-    from parity.diagnose import Located
 
 
 def framework_of(module: Any) -> str | None:
@@ -262,12 +260,13 @@ class _Comparison:
             return []
         try:
             from parity import diagnose
+            from parity.conversion import conversion_findings
         except ImportError as error:
             self.notes.append(f"which mistake it is can't be said here: {error}")
             return []
         found: list[Located] = []
         if other:
-            found += diagnose.conversion_findings(self.translation, expected, given, self.torch.free, train=self.train)
+            found += conversion_findings(self.translation, expected, given, self.torch.free, train=self.train)
         if wrong:
             given_inputs = self.reference.inputs
             run = diagnose.Diagnosis(
@@ -285,7 +284,7 @@ class _Comparison:
         fed = self.reference is not self.flax.free
         if self.torch.details["loss"] != "default" and (fed or not self._failing(("forward",))):
             found += diagnose.loss_findings(self.translation, self.reference, FORWARD_BOUND)
-        return diagnose.in_order(found)
+        return in_order(found)
 
     def _failing(self, phases: Sequence[str] = PHASES) -> list[Difference]:
         found = [d for d in self.free if d.phase in phases and not d.error <= self.bound(d)]

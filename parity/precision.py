@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from parity import kinds, torch_side
-from parity.diagnose import Located
 from parity.identify.finding import Finding
+from parity.located import Located
 from parity.recording import Recording
 from parity.trace import NETWORK, Translation
 

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import NDArray
 
 from parity import flax_side, torch_side
-from parity.diagnose import Located
 from parity.identify.optimizers import ProbeError, probe_findings
+from parity.located import Located
 from parity.pairing import Pairing
 from parity.recording import Recording
 from parity.trace import Difference, error_of
