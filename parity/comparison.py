@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 from numpy.typing import NDArray
 
-from parity import diagnose, flax_side, torch_side
+from parity import diagnose, flax_side, torch_side, verdict
 from parity.compare import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
 from parity.conversion import conversion_findings
 from parity.kinds import NORMS
@@ -21,7 +21,7 @@ from parity.noise import Noise, nudged, rounding
 from parity.pairing import Pairing, pair_layers
 from parity.precision import OwnInputs, precision_findings
 from parity.recording import Layer, Recording
-from parity.report import Diagnosis, Divergence, LayerRow, Report
+from parity.report import Report
 from parity.steps import BOUND as STEP_BOUND
 from parity.steps import flax_steps, rule_findings, step_differences, torch_steps
 from parity.trace import (
@@ -34,6 +34,7 @@ from parity.trace import (
     error_of,
     flat_layout_inputs,
 )
+from parity.verdict import layer_rows, which
 
 
 class Comparison:
@@ -229,7 +230,7 @@ class Comparison:
         mine.chosen = self.translation.chosen
         sides = rounding(torch32, self.torch, {}), rounding(flax32, free, self.translation.torch_path)
         self.rows32 = {
-            _which(d): (d.error, sum(side.get((d.phase, d.key), 0.0) for side in sides))
+            which(d): (d.error, sum(side.get((d.phase, d.key), 0.0) for side in sides))
             for d in differences(mine, flax32, train=self.train_mode)
         }
         if free.failure is not None:  # then Flax's products in float64, the truth here, cannot be had
@@ -286,68 +287,15 @@ class Comparison:
         local_ok = self.local and not located and not any(d.error > self.bound(d, local=True) for d in self.local)
         if local_ok and all(np.isfinite(d.error) and d.error < 1e-3 for d in failing):
             first, failing = None, []  # every layer agrees to rounding: what is left is rounding carried along
-        known = [f for f in located if f.finding.code != "unexplained"]
-        chosen = known or located[:1]
-        others = [f for f in located if f.finding.code == "unexplained"] if known else []
-        self.notes += [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others]
-        diagnoses = list(
-            dict.fromkeys(Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in chosen)
-        )
         # A product of low precision may hide behind the noise that it makes itself.
         rough = {f.key for f in located if f.finding.code == "matmul-precision"}
         forward = [d for d in self.free if d.phase == "forward" and d.key in rough and d.error > 0]
         if forward and (first is None or first.phase != "forward"):
             first = max(forward[:2], key=lambda d: d.error)
-        divergence = self._divergence(first, located)
-        if divergence is not None and not diagnoses:
-            text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
-            diagnoses = [Diagnosis("unexplained", divergence.torch_layer, text, divergence.flax_layer)]
-        return Report(divergence, diagnoses, self._rows(), self.notes, self._details())
-
-    def _divergence(self, first: Difference | None, located: Sequence[Located]) -> Divergence | None:
-        if first is None:
-            if not located:
-                return None
-            f = located[0]
-            phase = "backward" if f.finding.code in ("bias-missing", "affine-missing") else f.phase
-            return Divergence(
-                phase,
-                f.layer,
-                f.flax_layer,
-                float("inf"),
-                FORWARD_BOUND,
-                "a parameter of one side only" if phase == "backward" else "output",
-            )
-        torch_layer, flax_layer = first.key[0], first.flax_layer
-        here = [f for f in located if f.key == first.key and f.phase == first.phase and first.phase == "forward"]
-        if first.quantity == "input" or first.key == NETWORK:
-            glue = [f for f in here if f.finding.role or first.quantity == "input"]
-            if glue:
-                torch_layer, flax_layer = glue[0].layer, glue[0].flax_layer
-            elif first.key == NETWORK and self.torch.calls and first.phase == "forward":
-                torch_layer = self.torch.calls[-1].path
-        if first.phase == "loss":
-            torch_layer = flax_layer = ""
-        return Divergence(first.phase, torch_layer, flax_layer, first.error, self.bound(first), first.quantity)
-
-    def _rows(self) -> list[LayerRow]:
-        kinds = {pair.torch.path: pair.kind for pair in self.pairing.layers}
-        local = {_which(d): d.error for d in self.local}
-        return [
-            LayerRow(
-                d.phase,
-                d.key[0],
-                d.flax_layer,
-                kinds.get(d.key[0], ""),
-                d.quantity,
-                d.error,
-                self.bound(d),
-                error32=self.rows32.get(_which(d), (None, None))[0],
-                rounding32=self.rows32.get(_which(d), (None, None))[1],
-                local_error=local.get(_which(d)),
-            )
-            for d in self.free
-        ]
+        rows = layer_rows(self.pairing, self.free, self.local, self.bound, self.rows32)
+        return verdict.report(
+            first, located, rows, self.notes, torch=self.torch, bound=self.bound, details=self._details()
+        )
 
     def _details(self) -> dict[str, Any]:
         return {
@@ -364,10 +312,6 @@ class Comparison:
 
 def _nearly(a: NDArray, b: NDArray) -> bool:
     return a.dtype.kind == b.dtype.kind == "f" and error_of(a, b) <= 1e-6
-
-
-def _which(d: Difference) -> tuple:
-    return d.phase, d.key, d.quantity
 
 
 def _find_feeders(torch_run: Recording) -> None:

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity import recording_file
+from parity import recording_file, verdict
 from parity.compare import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
 from parity.dumping import pairing_of, translated
 from parity.located import Located, in_order
 from parity.pairing import Pairing
 from parity.recording_file import Dump
-from parity.report import PHASES, Diagnosis, Divergence, LayerRow, Report
+from parity.report import PHASES, Report
 from parity.trace import NETWORK, Difference, Translation, differences, flat_layout_inputs
+from parity.verdict import layer_rows
 
 
 def framework_of(module: Any) -> str | None:
@@ -293,37 +294,13 @@ class _Comparison:
     def report(self) -> Report:
         """What was found."""
         failing, located = self._failing(), self.located
-        divergence = None
         fed = self.reference is not self.flax.free
         if fed and not located and not any(d.error > self.bound(d, local=True) for d in self.local):
             # Every layer agrees to rounding: what is left is rounding carried along.
             failing = [d for d in failing if not d.error < 1e-3]
-        if failing:
-            d = failing[0]
-            layer, flax_layer = d.key[0], d.flax_layer
-            if d.quantity == "input" or d.key == NETWORK:
-                glue = [f for f in located if f.key == d.key and f.phase == d.phase == "forward"]
-                layer, flax_layer = (glue[0].layer, glue[0].flax_layer) if glue else (layer, flax_layer)
-            divergence = Divergence(d.phase, layer, flax_layer, d.error, self.bound(d), d.quantity)
-        elif located:
-            f = located[0]
-            divergence = Divergence(f.phase, f.layer, f.flax_layer, float("inf"), FORWARD_BOUND)
-        known = [f for f in located if f.finding.code != "unexplained"] or located[:1]
-        diagnoses = [Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in known]
-        if divergence is not None and not diagnoses:
-            text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake was recognised"
-            diagnoses = [Diagnosis("unexplained", divergence.torch_layer, text, divergence.flax_layer)]
-        return Report(divergence, list(dict.fromkeys(diagnoses)), self._rows(), self.notes, self._details())
-
-    def _rows(self) -> list[LayerRow]:
-        kinds = {pair.torch.path: pair.kind for pair in self.pairing.layers}
-        local = {(d.phase, d.key, d.quantity): d.error for d in self.local}
-        rows = []
-        for d in sorted(self.free, key=lambda d: PHASES.index(d.phase)):
-            alone = local.get((d.phase, d.key, d.quantity))
-            kind, bound = kinds.get(d.key[0], ""), self.bound(d)
-            rows.append(LayerRow(d.phase, d.key[0], d.flax_layer, kind, d.quantity, d.error, bound, local_error=alone))
-        return rows
+        rows = layer_rows(self.pairing, self.free, self.local, self.bound)
+        first, torch = next(iter(failing), None), self.torch.free
+        return verdict.report(first, located, rows, self.notes, torch=torch, bound=self.bound, details=self._details())
 
     def _details(self) -> dict[str, Any]:
         a, b = self.torch.details, self.flax.details

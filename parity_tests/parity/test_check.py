@@ -142,6 +142,15 @@ def test_what_is_no_known_mistake_is_unexplained(more, first, expected):
     assert report.first_divergence.phase == "forward"
 
 
+def test_behind_the_last_layer():
+    """A factor there is charged to the last layer, by both sides' names."""
+    report = parity.check(
+        nn.Sequential(nn.Linear(6, 5)), linen.Sequential([linen.Dense(5), lambda x: x / 1.7]), X[:, 0, 0]
+    )
+    assert [(d.code, d.layer, d.flax_layer) for d in report.diagnoses] == [("unexplained", "0", "layers_0")]
+    assert (report.first_divergence.torch_layer, report.first_divergence.flax_layer) == ("0", "layers_0")
+
+
 def test_the_users_own_variables():
     """Right ones are silent, those of another network are a divergence and no exception."""
     carried = parity.weights.to_flax(torch_net(), Net(), inputs=[X])
