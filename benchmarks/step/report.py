@@ -65,7 +65,11 @@ def table(columns: Columns, rows: Sequence[Row]) -> Table:
 def title_of(row: Row) -> str:
     """Of the table that a row stands in."""
     what = "Training step" if row["mode"] == TRAIN else "Prediction"
-    return f"{what}, batch {row['batch_size']}, {row['threads']} threads"
+    return f"{what}, batch {row['batch_size']}, {_threads(row['threads'])}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def by_title(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -78,7 +82,7 @@ def input_share(share: float, batch_size: int, threads: int) -> str:
     """In words."""
     return (
         f"jax_bn's input (gathering a batch of {batch_size} from 60,000 uint8 images on the device, and standardising "
-        f"it): {share:.1%} of a step, {threads} threads."
+        f"it): {share:.1%} of a step, {_threads(threads)}."
     )
 
 

@@ -58,7 +58,7 @@ def test_a_quick_run(tiny, tmp_path, capsys):
     assert "--quick --scaling --threads 1 --peers torch_bn --write docs/page.md" in page
     assert str(tmp_path) not in page
     for text in (page, capsys.readouterr().out):
-        assert all(name in text for name in (*names, "Training step, batch 8, 1 threads", "jax_bn's input"))
+        assert all(name in text for name in (*names, "Training step, batch 8, 1 thread", "jax_bn's input"))
     assert (tmp_path / "bars.svg").read_text().startswith("<?xml")
 
 
