@@ -42,12 +42,13 @@ SCALING: Columns = {
     "ratio": lambda row: f"{row['ratio']:.2f}",
     "peak MiB": lambda row: f"{row['peak_memory_mib']:.0f}",
 }
-EXPLANATION = f"""BLeNet on images of 28 x 28 in float32, Adam, from the same weights on the same batches, which
-are on the device: every peer has been checked to be the same network. Milliseconds a step, or a prediction: median,
-fastest and slowest of the rounds. A round is a block of steps of each peer in turn; the ratio to {REFERENCE}
-(PyTorch, eager, with nn.BatchNorm) is taken round by round, and is the median of these. The first step includes
-compilation; the peak of memory is the process's until then. How it is measured stands in `benchmarks/train_step.py`,
-and each peer as it was run in `benchmarks/step/`."""
+EXPLANATION = f"""\
+BLeNet on images of 28 x 28 in float32, Adam, from the same weights on the same batches, which are on the device: every
+peer has been checked to be the same network. Milliseconds a step, or a prediction: median, fastest and slowest of the
+rounds. A round is a block of steps of each peer in turn; the ratio to {REFERENCE} (PyTorch, eager, with nn.BatchNorm)
+is taken round by round, and is the median of these. The first step includes compilation; the peak of memory is the
+process's until then. How it is measured stands in `benchmarks/train_step.py`, and each peer as it was run in
+`benchmarks/step/`."""
 Report = Mapping[str, Any]
 """{"machine": ..., "rows": ..., "comparisons": ..., "scaling": ..., "input_share": ...}, the last two if measured."""
 
@@ -130,6 +131,7 @@ def plot(rows: Sequence[Row], path: Path) -> bytes:
         ]
         colors = ["tab:blue" if row["name"] in OURS else "tab:gray" for row in of_table]
         axes.barh([row["name"] for row in of_table], medians, xerr=whiskers, color=colors, capsize=2)
+        axes.margins(y=0.02)
         axes.invert_yaxis()
         axes.set(title=title, xlabel="ms, median and range of the rounds")
         axes.grid(axis="x", alpha=0.3)
