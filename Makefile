@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv by itself, and does so again only when pyproject.toml or constraints.txt
 # have changed. Options:
 #   make train ARGS="--epochs 3 --out runs/first"     options of train_jax.py
+#   make bench ARGS="--quick --threads 1"             options of benchmarks/train_step.py
 #   make train EXTRA=cuda                             with JAX for NVIDIA GPUs (or EXTRA=tpu)
 #   make test PYTHON=python3.12                       another Python, 3.11 or newer
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(name)),$(name))))
@@ -20,8 +21,9 @@ help:
 	@echo "make test    run the whole suite, PyTorch included"
 	@echo "make parity  compare this project's own two wings: every layer, mode, dtype, convention and shape"
 	@echo "make mistakes   plant every known porting mistake, and write what was caught to docs/parity_mistakes.md"
-	@echo "make bench   time batch norm beside its peers in JAX and PyTorch; options: make bench ARGS=--quick"
-	@echo "make speed   the same, written to docs/batch_norm_speed.md"
+	@echo "make bench   time a training step, then batch norm, beside their peers in JAX and PyTorch; figures and a plot go"
+	@echo "             to runs/bench; in two minutes instead of half an hour: make bench ARGS=--quick"
+	@echo "make speed   the same and the step at other sizes, written to docs/train_step_speed.md, docs/batch_norm_speed.md"
 	@echo "make exactness   measure batch norm's errors beside its peers, and write docs/batch_norm_exactness.md"
 	@echo "make lint    check format, lint and types; make format puts the format right"
 	@echo "make clean   remove .venv"
@@ -39,10 +41,13 @@ mistakes: $(VENV)/installed-test
 	$(VENV)/bin/python -m parity_tests.parity.planted_table --write docs/parity_mistakes.md
 
 bench: $(VENV)/installed-bench
-	$(VENV)/bin/python -m benchmarks.batch_norm $(ARGS)
+	@mkdir -p runs/bench
+	$(VENV)/bin/python -m benchmarks.train_step --json runs/bench/train_step.json $(ARGS)
+	$(VENV)/bin/python -m benchmarks.batch_norm --json runs/bench/batch_norm.json $(filter --quick,$(ARGS))
 
 speed: $(VENV)/installed-bench
-	$(VENV)/bin/python -m benchmarks.batch_norm --write docs/batch_norm_speed.md $(ARGS)
+	$(VENV)/bin/python -m benchmarks.train_step --scaling --write docs/train_step_speed.md $(ARGS)
+	$(VENV)/bin/python -m benchmarks.batch_norm --write docs/batch_norm_speed.md $(filter --quick,$(ARGS))
 
 exactness: $(VENV)/installed-bench
 	$(VENV)/bin/python -m benchmarks.exactness --write docs/batch_norm_exactness.md

@@ -1,1 +1,1 @@
-"""Batch norm measured beside its peers: how fast (`batch_norm.py`) and how exact (`exactness.py`)."""
+"""Measured beside their peers: a training step (`train_step.py`), batch norm (`batch_norm.py`, `exactness.py`)."""

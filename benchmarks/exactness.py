@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,8 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.hard_inputs import CHANNELS, CONSTANT, HARD_INPUTS, SHAPE, HardInput
-from benchmarks.peers import EPSILON, Result, Start, installed, is_installed
+from benchmarks.harness import check_can_be_written, installed, is_installed
+from benchmarks.peers import EPSILON, Result, Start
 from bn_common.command_line import parse, refuse
 from bn_common.run_folder import write_whole
 
@@ -62,8 +62,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if not 0 <= options.seed < 2**32:
         refuse(PROG, f"--seed is {options.seed}; allowed: 0 to 2^32 - 1")
     path = options.write
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        refuse(PROG, f"--write is {path}; allowed: a file in a folder that exists and can be written")
+    try:
+        check_can_be_written("--write", path)
+    except ValueError as error:
+        refuse(PROG, str(error))
     if not is_installed("mpmath"):
         refuse(PROG, "mpmath, which the truth is computed with, is not installed (pip install '.[bench]')")
     console = Console(stderr=True)

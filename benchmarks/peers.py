@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,22 +68,6 @@ class Peer(NamedTuple):
     make: Callable[[Start], Layer]
     module: str
     extra: str = "bench"
-
-
-def is_installed(module: str) -> bool:
-    """Whether a package can be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
-
-
-def installed(peers: Mapping[str, Peer]) -> tuple[dict[str, Peer], list[str]]:
-    """The peers that can be measured here, and a line about each that can't."""
-    here = {name: peer for name, peer in peers.items() if is_installed(peer.module)}
-    missing = [
-        f"{name} is left out: {peer.module} is not installed (pip install '.[{peer.extra}]')"
-        for name, peer in peers.items()
-        if name not in here
-    ]
-    return here, missing
 
 
 class Truth(NamedTuple):

@@ -14,7 +14,8 @@ from types import ModuleType
 
 import numpy as np
 
-from benchmarks.peers import Start, Truth, check, definition, installed
+from benchmarks.harness import installed
+from benchmarks.peers import Start, Truth, check, definition
 
 SECONDS, CALLS = 0.02, 3
 

@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import batch_norm, exactness, torch_peers
 from benchmarks.hard_inputs import CONSTANT, HARD_INPUTS
-from benchmarks.peers import MODES, Peer, Result, check, definition, installed
+from benchmarks.harness import installed
+from benchmarks.peers import MODES, Peer, Result, check, definition
 from benchmarks.worker import draw
 
 ROOT = Path(__file__).parents[2]
