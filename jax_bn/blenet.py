@@ -1,19 +1,22 @@
 """BLeNet: LeNet-5 (LeCun et al. 1998) with batch norm before every sigmoid, as a Flax module.
 
-`torch_bn/blenet.py` is the same network in PyTorch.
+`torch_bn/blenet.py` is the same network in PyTorch. On a CPU `blenet_cpu.py` computes it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
 from bn_common.checks import check_blenet, check_blenet_input, check_epsilon, check_momentum
+from jax_bn import blenet_cpu
 from jax_bn.batch_norm import as_array
 from jax_bn.layers import BatchNorm
 
@@ -72,7 +75,6 @@ class BLeNet(nn.Module):
         """Shape of one image, [H, W, C]."""
         return self.fig_size, self.fig_size, self.channels
 
-    @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         """Logits [N, num_class] of images x [N, fig_size, fig_size, channels].
 
@@ -92,6 +94,19 @@ class BLeNet(nn.Module):
             train=train and not self.is_initializing(),
             shards=1 if self.axis_name is None or self.is_initializing() else lax.axis_size(self.axis_name),
         )
+
+        if not self._has_cpu_form(x):
+            return self.layers(x, train)
+        variables = {name: self.variables[name] for name in ("params", "batch_stats")}
+        logits, batch_stats = _by_platform(self.clone(parent=None, name=None), variables, x, train)
+        if train:
+            for name, value in batch_stats.items():
+                self.put_variable("batch_stats", name, value)
+        return logits
+
+    @nn.compact
+    def layers(self, x: Array, train: bool) -> Array:
+        """The same, layer by layer: what `init` makes, and what runs everywhere but on a CPU. x is not checked."""
 
         def affine(layer: type[nn.Module], fan_in: int, *args, **kwargs) -> nn.Module:
             return layer(
@@ -116,3 +131,49 @@ class BLeNet(nn.Module):
         x = nn.sigmoid(norm()(affine(nn.Dense, x.shape[-1], 120)(x)))
         x = nn.sigmoid(norm()(affine(nn.Dense, 120, 84)(x)))
         return affine(nn.Dense, 84, self.num_class)(x)
+
+    def _has_cpu_form(self, x: Array) -> bool:
+        """Whether `blenet_cpu` may compute this call: not where layers are made or looked at, or dtypes are mixed."""
+        # Flax has no public name for the interceptors; a test sees that they see the layers.
+        watched = self.is_mutable_collection("intermediates") or bool(nn.module._global_interceptor_stack)
+        if watched or self.is_initializing() or x.shape[0] < blenet_cpu.FEWEST_EXAMPLES:
+            return False
+        given = {path: (v.shape, v.dtype) for path, v in _flat(self.variables).items() if hasattr(v, "shape")}
+        # Of variables that do not fit, `layers` says in Flax's words what is wrong.
+        wanted = _shapes(self.clone(parent=None, name=None))
+        return x.dtype in (jnp.float32, jnp.float64) and given == {path: (shape, x.dtype) for path, shape in wanted}
+
+
+def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
+    return flatten_dict({name: variables[name] for name in ("params", "batch_stats") if name in variables})
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(model: BLeNet) -> frozenset[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """The shapes of a model's variables by their paths."""
+    x = jax.ShapeDtypeStruct((1, *model.image_shape), model.param_dtype)
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
+    return frozenset((path, v.shape) for path, v in _flat(variables).items())
+
+
+# Compiled as one, so that a call outside of `jax.jit` compiles neither form twice.
+@functools.partial(jax.jit, static_argnums=(0, 3), inline=True)
+def _by_platform(model: BLeNet, variables: Any, x: Array, train: bool) -> tuple[Array, Any]:
+    """Logits and the new batch_stats: `BLeNet.layers`, or on a CPU `blenet_cpu.forward`."""
+
+    def layers(variables: Any, x: Array) -> tuple[Array, Any]:
+        logits, updated = model.apply(variables, x, train, method="layers", mutable=["batch_stats"])
+        return logits, updated["batch_stats"]
+
+    def cpu(variables: Any, x: Array) -> tuple[Array, Any]:
+        return blenet_cpu.forward(
+            variables["params"],
+            variables["batch_stats"],
+            x,
+            train=train,
+            momentum=model.momentum,
+            epsilon=model.epsilon,
+            axis_name=model.axis_name,
+        )
+
+    return lax.platform_dependent(variables, x, cpu=cpu, default=layers)

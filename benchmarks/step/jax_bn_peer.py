@@ -15,6 +15,7 @@ from jax import lax
 import jax_bn
 from benchmarks.step.jax_batches import place
 from benchmarks.step.network import EPSILON, LEARNING_RATE, MOMENTUM, Data, Network, Weights, linen_variables
+from jax_bn.cpu_settings import compiler_options
 from jax_bn.training import DeviceData, Metrics, TrainState, train_step
 
 COPIES = 10
@@ -23,7 +24,7 @@ COPIES = 10
 
 def _jit(function: Callable, **kwargs: Any) -> Any:
     """The one place that says how this project compiles, see `jax_bn.training.train`."""
-    return jax.jit(function, **kwargs)
+    return jax.jit(function, compiler_options=compiler_options(), **kwargs)
 
 
 def _start(weights: Weights, fig_size: int) -> tuple[jax_bn.BLeNet, Any, TrainState]:

@@ -1,0 +1,177 @@
+"""BLeNet as XLA runs it fastest on a CPU: the same network as `blenet.py`, in another layout. GPU and TPU never see it.
+
+XLA's CPU convolutions are slow where there are few channels, and worse in the gradient, and its elementwise loops leave
+vector registers idle where the last axis is 6 or 16 long. So:
+
+- The layout is [H, W, C, N], examples last: whatever is done element by element, batch norm and the pools included,
+  runs over N in full vector registers. The images are transposed once, at the entrance. Features are [F, N].
+- A convolution is a handful of matrix products. A block of b x b outputs depends on (b + kh - 1) (b + kw - 1) input
+  positions; these are a matrix with N columns, and the kernel written out once for each output, with zeros elsewhere,
+  is the small matrix [b b co, (b + kh - 1) (b + kw - 1) ci] that takes one to the other. Unfolding the images would
+  copy every pixel kh kw times; so it is 2 to 4 times, and the products are 1.4 to 2.6 times as long.
+- Where a pixel has few taps (25, with one channel), the outputs are sums of shifted images instead, one loop that XLA
+  fuses into what follows. Its derivative is that of the blocks: a sum per tap would read everything 25 times.
+- A bias before a batch norm moves nothing but the moving mean, so it is added there. Its gradient is exactly 0, where
+  `blenet.py` and PyTorch have rounding noise.
+
+No derivative is written by hand but for that choice; so all of JAX's transformations apply.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jax_bn.batch_norm import BatchStats, batch_norm
+
+# Below a vector register of examples there is nothing to gain.
+FEWEST_EXAMPLES = 16
+# Up to so many taps a pixel the shifted images are faster.
+MOST_TAPS = 32
+# Outputs of a block, down and across. Products one by one are faster, but each is an operation of its own, to be
+# compiled; where small blocks would be more than this many, the products of large ones are one operation. A large block
+# is at least kh - 1 high; in larger ones more of the matrix is zeros.
+SMALL, MOST_PRODUCTS = 2, 36
+LARGE = 4
+
+
+def forward(
+    params: Any,
+    batch_stats: Any,
+    x: Array,
+    *,
+    train: bool,
+    momentum: float,
+    epsilon: float,
+    axis_name: str | None,
+) -> tuple[Array, dict[str, dict[str, Array]]]:
+    """What `BLeNet` gives for images x [N, H, W, C], and its new batch_stats.
+
+    params and batch_stats are BLeNet's variables, all of x's dtype.
+    """
+    moved = {}
+
+    def norm(x: Array, name: str, axis: int, before: Any) -> Array:
+        # As if the bias of the layer before had been added to x.
+        bias, affine, old = before["bias"], params[name], batch_stats[name]
+        y, new = batch_norm(
+            x,
+            affine["scale"],
+            affine["bias"],
+            BatchStats(old["mean"] - bias, old["var"]),
+            train=train,
+            momentum=momentum,
+            epsilon=epsilon,
+            axis_name=axis_name,
+            axis=axis,
+        )
+        moved[name] = {"mean": new.mean + bias, "var": new.var}
+        return y
+
+    def convolution(x: Array, i: int) -> Array:
+        layer = params[f"Conv_{i}"]
+        x = jax.nn.sigmoid(norm(convolve(x, layer["kernel"]), f"BatchNorm_{i}", 2, layer))
+        return average_pool(x)
+
+    def dense(x: Array, i: int) -> Array:
+        layer = params[f"Dense_{i}"]
+        return jax.nn.sigmoid(norm(layer["kernel"].T @ x, f"BatchNorm_{i + 2}", 0, layer))
+
+    x = x.transpose(1, 2, 3, 0)
+    # Not by jnp.pad: of what a tap in the middle sees, XLA would make the image before it was padded and transposed.
+    padded = jnp.zeros((x.shape[0] + 4, x.shape[1] + 4, *x.shape[2:]), x.dtype)
+    x = lax.dynamic_update_slice(padded, x, (2, 2, 0, 0))
+    x = convolution(convolution(x, 0), 1)
+    x = dense(dense(x.reshape(-1, x.shape[-1]), 0), 1)
+    last = params["Dense_2"]
+    logits = (last["kernel"].T @ x).T + last["bias"][None]
+    return logits, moved if train else batch_stats
+
+
+def average_pool(x: Array) -> Array:
+    """Mean of every 2x2 of x [H, W, C, N]; an odd last row or column has no part in it."""
+    rows, columns = x.shape[0] // 2, x.shape[1] // 2
+    x = x[: 2 * rows, : 2 * columns]
+    return x.reshape(rows, 2, columns, 2, *x.shape[2:]).mean((1, 3))
+
+
+def convolve(x: Array, w: Array) -> Array:
+    """Valid convolution, stride 1: y[h, k, o] = sum over i, j, c of w[i, j, c, o] * x[h + i, k + j, c].
+
+    Args:
+      x: [H, W, ci, N].
+      w: [kh, kw, ci, co], as Flax has it.
+
+    Returns:
+      [H - kh + 1, W - kw + 1, co, N].
+    """
+    return _by_taps(x, w) if math.prod(w.shape[:3]) <= MOST_TAPS else _by_blocks(x, w)
+
+
+@jax.custom_jvp
+def _by_taps(x: Array, w: Array) -> Array:
+    kh, kw, ci, _ = w.shape
+    rows, columns = x.shape[0] - kh + 1, x.shape[1] - kw + 1
+    terms = (
+        x[i : i + rows, j : j + columns, c, None] * w[None, None, i, j, c, :, None]
+        for i, j, c in itertools.product(range(kh), range(kw), range(ci))
+    )
+    return sum(terms, start=jnp.zeros((), x.dtype))
+
+
+@_by_taps.defjvp
+def _by_taps_jvp(primals, tangents):
+    (x, w), (x_dot, w_dot) = primals, tangents
+    return _by_taps(x, w), _by_blocks(x_dot, w) + _by_blocks(x, w_dot)
+
+
+def _by_blocks(x: Array, w: Array) -> Array:
+    rows, columns = (size - k + 1 for size, k in zip(x.shape[:2], w.shape[:2], strict=True))
+    few = -(-rows // SMALL) * -(-columns // SMALL) <= MOST_PRODUCTS
+    # What is missing in the last blocks is made up, and dropped again.
+    down, right = (-size % (SMALL if few else LARGE) for size in (rows, columns))
+    x = jnp.pad(x, ((0, down), (0, right), (0, 0), (0, 0)))
+    return (_one_by_one(x, w) if few else _at_once(x, w))[:rows, :columns]
+
+
+def _one_by_one(x: Array, w: Array) -> Array:
+    (kh, kw, _, co), n = w.shape, x.shape[3]
+    matrix = _block_matrix(w, SMALL)
+    # Split, and not sliced: the transpose of a split is one concatenation, that of slices a sum of padded arrays.
+    rows = lax.split(x, (1,) * x.shape[0])
+
+    def block(h: int, k: int) -> Array:
+        seen = [row[:, k : k + SMALL + kw - 1] for row in rows[h : h + SMALL + kh - 1]]
+        return (matrix @ jnp.concatenate(seen).reshape(-1, n)).reshape(SMALL, SMALL, co, n)
+
+    starts = [range(0, size - k + 1, SMALL) for size, k in zip(x.shape[:2], (kh, kw), strict=True)]
+    return jnp.concatenate([jnp.concatenate([block(h, k) for k in starts[1]], 1) for h in starts[0]])
+
+
+def _at_once(x: Array, w: Array) -> Array:
+    kh, kw, ci, co = w.shape
+    (height, width), n = x.shape[:2], x.shape[3]
+    i, j = (height - kh + 1) // LARGE, (width - kw + 1) // LARGE
+    # A block sees its own rows, and the first kh - 1 of those of the next below; columns likewise.
+    x = jnp.pad(x, ((0, (i + 1) * LARGE - height), (0, (j + 1) * LARGE - width), (0, 0), (0, 0)))
+    x = x.reshape(i + 1, LARGE, j + 1, LARGE, ci, n)
+    x = jnp.concatenate([x[:-1], x[1:, : kh - 1]], 1)
+    x = jnp.concatenate([x[:, :, :-1], x[:, :, 1:, : kw - 1]], 3)
+    seen = x.transpose(0, 2, 1, 3, 4, 5).reshape(i * j, -1, n)
+    matrix = _block_matrix(w, LARGE)
+    y = (jnp.broadcast_to(matrix[None], (i * j, *matrix.shape)) @ seen).reshape(i, j, LARGE, LARGE, co, n)
+    return y.transpose(0, 2, 1, 3, 4, 5).reshape(i * LARGE, j * LARGE, co, n)
+
+
+def _block_matrix(w: Array, size: int) -> Array:
+    """The kernel as a matrix [size^2 * co, (size + kh - 1) * (size + kw - 1) * ci], from what a block sees to it."""
+    down, right = (
+        jnp.asarray(np.stack([np.eye(size + k - 1, size, -i) for i in range(k)]), w.dtype) for k in w.shape[:2]
+    )
+    return jnp.einsum("ijco,iqa,jpb->aboqpc", w, down, right).reshape(size * size * w.shape[3], -1)
