@@ -36,6 +36,9 @@ class Config:
     """Share of the label that is spread evenly over the classes in the training objective, >= 0 and < 1."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or falling to 0 along half a cosine."""
+    until_accuracy: float | None = None
+    """Stop after the first epoch with this test accuracy, > 0 and at most 1. None: all epochs. The learning rate is
+    that of a run over all epochs."""
     warmup_epochs: float = 1.0
     """Epochs in which the learning rate rises linearly from 0, >= 0, at most the epochs."""
     seed: int = 0
@@ -68,6 +71,8 @@ class Config:
             check_real("--weight-decay", self.weight_decay, 0, 1e6, "a number >= 0, at most 1e6")
         check_real("--label-smoothing", self.label_smoothing, 0, math.nextafter(1, 0), "a number >= 0 and < 1")
         check_real("--warmup-epochs", self.warmup_epochs, 0, self.epochs, f"0 to --epochs, {self.epochs}")
+        if self.until_accuracy is not None:
+            check_real("--until-accuracy", self.until_accuracy, math.nextafter(0, 1), 1, "a number > 0, at most 1")
         check_int("--seed", self.seed, 0)
         require(self.seed < 2**32, "--seed", self.seed, "at most 2^32 - 1")
         check_momentum(self.bn_momentum, "--bn-momentum")

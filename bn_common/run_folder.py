@@ -128,9 +128,18 @@ class RunFolder:
             f"  {line['images_per_second']:,.0f} images/s"
         )
 
+    @property
+    def reached(self) -> bool:
+        """Whether the last epoch's test accuracy is what config.until_accuracy asks for."""
+        wanted = self.config.until_accuracy
+        return wanted is not None and bool(self.metrics) and self.metrics[-1]["test_accuracy"] >= wanted
+
     def finish(self) -> None:
         """Draw the curves and say where everything is."""
         write_whole(self.path / CURVES, draw_curves(self.metrics, self.about["data"]))
+        if self.config.until_accuracy is not None:
+            found = f"test accuracy {self.config.until_accuracy:g} {'' if self.reached else 'not '}reached"
+            self.say(f"{found} after {len(self.metrics)} epochs")
         self.say(f"run folder: {self.path}")
 
     def say(self, text: str, style: str | None = None) -> None:

@@ -23,6 +23,7 @@ from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
 from image_data import ImageDataset, epoch_batches, padded_batches, pixel_mean_and_std, steps_per_epoch
 from jax_bn.blenet import BLeNet
+from jax_bn.settings import compiler_options
 
 EVAL_BATCH_SIZE = 1000
 # Steps that may be under way at once: the device always has the next one, and the progress bar stays honest.
@@ -208,8 +209,9 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
 
     # Compiled before the clock starts, so that the first epoch's images/s mean the same as the others'.
     indices = next(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=0))
-    compiled_step = jax.jit(train_batch, donate_argnums=0).lower(state, train_data, indices).compile()
-    jitted_eval = jax.jit(eval_batch)
+    jit = partial(jax.jit, compiler_options=compiler_options())
+    compiled_step = jit(train_batch, donate_argnums=0).lower(state, train_data, indices).compile()
+    jitted_eval = jit(eval_batch)
 
     for epoch in range(config.epochs):
         started, found = time.perf_counter(), []
@@ -232,6 +234,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
             learning_rate=float(schedule(step - 1)),
             weights=named_weights(state.variables),
         )
+        if run.reached:
+            break
     run.finish()
     return state
 

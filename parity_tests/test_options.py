@@ -31,11 +31,11 @@ OTHER = {
 }
 
 
-def trained_weights(loop, folder, **options):
-    """The weights after two epochs on 64 images of 12x12."""
+def trained(loop, folder, **options):
+    """The run of two epochs on 64 images of 12x12."""
     sample = image_data.load_sample()
     cut = sample._replace(train_images=sample.train_images[:64, 8:20, 8:20], train_labels=sample.train_labels[:64])
-    cut = cut._replace(test_images=sample.test_images[:10, 8:20, 8:20], test_labels=sample.test_labels[:10])
+    cut = cut._replace(test_images=sample.test_images[:100, 8:20, 8:20], test_labels=sample.test_labels[:100])
     defaults = {"epochs": 2, "batch_size": 16, "optimizer": "adamw", "lr": 0.001, "out": folder}
     config = Config(**defaults | options).resolved()
     run = RunFolder(config, loop, {"data": "cut"}, Console(file=io.StringIO()))
@@ -43,6 +43,12 @@ def trained_weights(loop, folder, **options):
         stack.enter_context(jax.numpy_dtype_promotion("standard"))  # optax relies on it
         stack.enter_context(jax.numpy_rank_promotion("allow"))
         LOOPS[loop](config, cut, run)
+    return run
+
+
+def trained_weights(loop, folder, **options):
+    """The weights after such a run."""
+    trained(loop, folder, **options)
     tensors = safetensors.numpy.load_file(folder / "weights.safetensors")
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
@@ -55,3 +61,13 @@ def test_every_option_counts(loop, tmp_path, monkeypatch):
     for name, value in OTHER.items():
         other = trained_weights(loop, tmp_path / name, **{name: value})
         assert (other != base).any(), name
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_until_accuracy(loop, tmp_path):
+    """A run ends with the epoch that reaches it, whole; one that does not reach it has all epochs. Both say so."""
+    for name, accuracy, epochs, said in (("low", 1e-9, 1, "reached after 1 epochs"), ("high", 1.0, 2, "not reached")):
+        run = trained(loop, tmp_path / name, until_accuracy=accuracy)
+        assert len(run.metrics) == epochs
+        assert (tmp_path / name / "curves.png").stat().st_size > 0
+        assert said in run.console.file.getvalue()

@@ -182,6 +182,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
             learning_rate=learning_rate,
             weights={name: v.cpu().numpy() for name, v in model.state_dict().items()},
         )
+        if run.reached:
+            break
     run.finish()
     return model
 

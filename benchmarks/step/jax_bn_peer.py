@@ -15,7 +15,7 @@ from jax import lax
 import jax_bn
 from benchmarks.step.jax_batches import place
 from benchmarks.step.network import EPSILON, LEARNING_RATE, MOMENTUM, Data, Network, Weights, linen_variables
-from jax_bn.cpu_settings import compiler_options
+from jax_bn.settings import compiler_options
 from jax_bn.training import DeviceData, Metrics, TrainState, train_step
 
 COPIES = 10

@@ -16,6 +16,7 @@ BAD = {
     "weight_decay": (-1e-4, math.nan, math.inf),
     "label_smoothing": (-0.1, 1.0, math.nan),
     "schedule": ("linear",),
+    "until_accuracy": (0, -0.5, 1.01, 90, math.nan),
     "warmup_epochs": (-1, 11, math.nan),
     "seed": (-1, 2**32, 0.5),
     "bn_momentum": (-0.1, 1.01, math.nan),
@@ -71,6 +72,7 @@ COMMANDS = {
     "no value": (["--seed"], "--seed"),
     "left over": (["sample"], "sample"),
     "sample in a folder": (["--data", "sample", "--data-dir", "/tmp"], "--data-dir is /tmp with --data sample"),
+    "percent": (["--until-accuracy", "90"], "--until-accuracy is 90.0; allowed: a number > 0, at most 1"),
     "warm-up": (["--epochs", "2", "--warmup-epochs", "3"], "--warmup-epochs is 3.0; allowed: 0 to --epochs, 2"),
 }
 
@@ -93,6 +95,7 @@ def test_every_option_reaches_the_config():
     args = "--epochs 3 --batch-size 7 --optimizer adam --lr 0.125 --weight-decay 0.5 --schedule constant"
     args += (
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
+        " --until-accuracy 0.75"
     )
     config = parse(Config, args.split(), prog="", description="")
     given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -104,6 +107,7 @@ def test_every_option_reaches_the_config():
         "weight_decay": "0.5",
         "label_smoothing": "0.25",
         "schedule": "constant",
+        "until_accuracy": "0.75",
         "warmup_epochs": "0.5",
         "seed": "9",
         "bn_momentum": "0.75",
