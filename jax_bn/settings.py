@@ -41,7 +41,7 @@ def keep_compiled() -> Path | None:
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "jax_bn" / "xla"
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
