@@ -34,11 +34,11 @@ from jax_bn.batch_norm import BatchStats, batch_norm
 FEWEST_EXAMPLES = 16
 # Up to so many taps a pixel the shifted images are faster.
 MOST_TAPS = 32
-# Outputs of a block, down and across. Products one by one are faster, but each is an operation of its own, to be
-# compiled; where small blocks would be more than this many, the products of large ones are one operation. A large block
-# is at least kh - 1 high; in larger ones more of the matrix is zeros.
-SMALL, MOST_PRODUCTS = 2, 36
-LARGE = 4
+# Outputs of a block, down and across: in larger ones more of the matrix is zeros, in smaller ones of few taps it
+# is too small to be multiplied fast.
+SIZE, SIZE_OF_FEW_TAPS = 2, 4
+# Products one by one are faster, but each is an operation of its own, to be compiled; more than these are made at once.
+MOST_PRODUCTS = 36
 
 
 def forward(
@@ -133,40 +133,37 @@ def _by_taps_jvp(primals, tangents):
 
 def _by_blocks(x: Array, w: Array) -> Array:
     rows, columns = (size - k + 1 for size, k in zip(x.shape[:2], w.shape[:2], strict=True))
-    few = -(-rows // SMALL) * -(-columns // SMALL) <= MOST_PRODUCTS
+    size = SIZE_OF_FEW_TAPS if math.prod(w.shape[:3]) <= MOST_TAPS else SIZE
     # What is missing in the last blocks is made up, and dropped again.
-    down, right = (-size % (SMALL if few else LARGE) for size in (rows, columns))
-    x = jnp.pad(x, ((0, down), (0, right), (0, 0), (0, 0)))
-    return (_one_by_one(x, w) if few else _at_once(x, w))[:rows, :columns]
+    x = jnp.pad(x, ((0, -rows % size), (0, -columns % size), (0, 0), (0, 0)))
+    few = -(-rows // size) * -(-columns // size) <= MOST_PRODUCTS
+    return (_one_by_one if few else _at_once)(x, w, size)[:rows, :columns]
 
 
-def _one_by_one(x: Array, w: Array) -> Array:
+def _one_by_one(x: Array, w: Array, size: int) -> Array:
     (kh, kw, _, co), n = w.shape, x.shape[3]
-    matrix = _block_matrix(w, SMALL)
+    matrix = _block_matrix(w, size)
     # Split, and not sliced: the transpose of a split is one concatenation, that of slices a sum of padded arrays.
     rows = lax.split(x, (1,) * x.shape[0])
 
     def block(h: int, k: int) -> Array:
-        seen = [row[:, k : k + SMALL + kw - 1] for row in rows[h : h + SMALL + kh - 1]]
-        return (matrix @ jnp.concatenate(seen).reshape(-1, n)).reshape(SMALL, SMALL, co, n)
+        seen = jnp.concatenate([row[:, k : k + size + kw - 1] for row in rows[h : h + size + kh - 1]])
+        return (matrix @ seen.reshape(-1, n)).reshape(size, size, co, n)
 
-    starts = [range(0, size - k + 1, SMALL) for size, k in zip(x.shape[:2], (kh, kw), strict=True)]
-    return jnp.concatenate([jnp.concatenate([block(h, k) for k in starts[1]], 1) for h in starts[0]])
+    down, across = (range(0, extent - k + 1, size) for extent, k in zip(x.shape[:2], (kh, kw), strict=True))
+    return jnp.concatenate([jnp.concatenate([block(h, k) for k in across], 1) for h in down])
 
 
-def _at_once(x: Array, w: Array) -> Array:
-    kh, kw, ci, co = w.shape
-    (height, width), n = x.shape[:2], x.shape[3]
-    i, j = (height - kh + 1) // LARGE, (width - kw + 1) // LARGE
-    # A block sees its own rows, and the first kh - 1 of those of the next below; columns likewise.
-    x = jnp.pad(x, ((0, (i + 1) * LARGE - height), (0, (j + 1) * LARGE - width), (0, 0), (0, 0)))
-    x = x.reshape(i + 1, LARGE, j + 1, LARGE, ci, n)
-    x = jnp.concatenate([x[:-1], x[1:, : kh - 1]], 1)
-    x = jnp.concatenate([x[:, :, :-1], x[:, :, 1:, : kw - 1]], 3)
-    seen = x.transpose(0, 2, 1, 3, 4, 5).reshape(i * j, -1, n)
-    matrix = _block_matrix(w, LARGE)
-    y = (jnp.broadcast_to(matrix[None], (i * j, *matrix.shape)) @ seen).reshape(i, j, LARGE, LARGE, co, n)
-    return y.transpose(0, 2, 1, 3, 4, 5).reshape(i * LARGE, j * LARGE, co, n)
+def _at_once(x: Array, w: Array, size: int) -> Array:
+    (kh, kw, _, co), n = w.shape, x.shape[3]
+    i, j = (x.shape[0] - kh + 1) // size, (x.shape[1] - kw + 1) // size
+    x = jnp.stack([x[q : q + (i - 1) * size + 1 : size] for q in range(size + kh - 1)], 1)
+    x = jnp.stack([x[:, :, q : q + (j - 1) * size + 1 : size] for q in range(size + kw - 1)], 2)
+    # From [i, down, across, j, ci, N].
+    seen = x.transpose(0, 3, 1, 2, 4, 5).reshape(i * j, -1, n)
+    matrix = _block_matrix(w, size)
+    y = (jnp.broadcast_to(matrix[None], (i * j, *matrix.shape)) @ seen).reshape(i, j, size, size, co, n)
+    return y.transpose(0, 2, 1, 3, 4, 5).reshape(i * size, j * size, co, n)
 
 
 def _block_matrix(w: Array, size: int) -> Array:
