@@ -12,7 +12,7 @@ from torch import nn
 
 import jax_bn
 import jax_bn.nnx
-from parity_tests.parity.zoo.pair import Pair, conv, images, linear, norm
+from parity_tests.parity.zoo.pair import Pair, conv, images, linear, norm, rngs
 
 WIDTHS = (8, 12, 16, 20)
 PYTORCH = {"momentum": 0.9, "unbiased_moving_var": True}  # nn.BatchNorm2d's convention, in jax_bn's words
@@ -153,6 +153,6 @@ for _i in range(8):
 
 PAIRS = [
     Pair("resnet", ResNet, LinenResNet, images(3, 16), LINEN_TABLE),
-    Pair("resnet-nnx", ResNet, lambda: NnxResNet(rngs=nnx.Rngs(0)), images(3, 16), NNX_TABLE),
+    Pair("resnet-nnx", ResNet, lambda: NnxResNet(rngs=rngs()), images(3, 16), NNX_TABLE),
     Pair("resnet-native", ResNet, lambda: LinenResNet(native=True), images(3, 16), LINEN_TABLE, modes=("eval",)),
 ]
