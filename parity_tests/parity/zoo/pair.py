@@ -209,7 +209,8 @@ def outputs(pair: Pair, seed: int, batch: int, train: bool) -> tuple[list[NDArra
                 if isinstance(layer, nnx.Dropout):
                     layer.deterministic = True
             in_call = pair.flag in inspect.signature(type(flax_module).__call__).parameters
-            flax_out = flax_module(*flax_given, **({pair.flag: train} if in_call else {}))
+            kwargs = {pair.flag: train} if in_call else {}
+            flax_out = nnx.jit(lambda module, *given: module(*given, **kwargs))(flax_module, *flax_given)
         else:
             flax_out = _linen_outputs(pair, flax_module, linen_variables(module, pair.table), flax_given, train)
     torch_out = module(*map(torch.as_tensor, given))
