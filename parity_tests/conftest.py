@@ -49,6 +49,15 @@ def x64():
 
 
 @pytest.fixture
+def quickly_compiled():
+    """XLA optimises little and compiles in half the time: for tests that look at no float32 rounding and no speed."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """No cache folder, no system folder and no mirror: only the sample is left."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -63,7 +63,7 @@ def run_jax(config, dtype):
         x = jnp.asarray(np.moveaxis(x, 1, -1))
         state, metrics = step(state, x, jnp.asarray(labels))
         losses.append(float(metrics.loss) / BATCH_SIZE)
-    logits = model.apply(state.variables, x, train=False)
+    logits = jax.jit(partial(model.apply, train=False))(state.variables, x)
     return np.array(losses), weights.to_torch(state.variables, source), np.asarray(logits)
 
 

@@ -164,7 +164,7 @@ def test_variables_that_do_not_fit_are_refused_by_flax():
         model.apply(few, x, train=False)
 
 
-def test_mixed_dtypes_run_the_layers(x64):
+def test_mixed_dtypes_run_the_layers(x64, quickly_compiled):
     """The dtype of the outcome is Flax's."""
     model, variables, x, _ = case(1, 12, 16, "float32")
     with jax.numpy_dtype_promotion("standard"):
@@ -172,7 +172,7 @@ def test_mixed_dtypes_run_the_layers(x64):
         assert model.apply(variables, x.astype(jnp.float64), train=False).dtype == jnp.float64
 
 
-def test_transformations(x64):
+def test_transformations(x64, quickly_compiled):
     """Forward mode over reverse mode gives what it gives layer by layer, and vmap over models what each gives."""
     model, variables, x, labels = case(1, 12, 16, "float64")
     params = variables["params"]

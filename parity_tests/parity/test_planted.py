@@ -1,6 +1,7 @@
 """Every known mistake, planted: `parity.check` sees it, names it first, charges the right layer and the right phase.
 
-A way to plant each in either wing, alone, deep and in NNX is tried; all ways with PLANTED=all, and by
+A way to plant each in either wing, alone, deep and in NNX is tried, and one mistake in each of the other networks (a
+ResNet, a transformer); all ways with PLANTED=all, and by
 `python -m parity_tests.parity.planted_table`.
 """
 
@@ -64,8 +65,11 @@ def selected(cases: Iterable[Case]) -> list[Case]:
     first: dict[tuple, Case] = {}
     for case in cases:
         deep_wing = ("torch", "flax")[CODES.index(case.code) % 2] if case.code in CODES else case.wing
-        if case.depth == "alone" or case.wing == deep_wing:
-            first.setdefault((case.code, case.wing, case.depth, "nnx" in case.variant), case)
+        kind = case.code, case.wing, case.depth, "nnx" in case.variant
+        if case.depth not in ("alone", "deep"):
+            first.setdefault((case.depth,), case)  # they cost the most, and the deep chain shows the same
+        elif case.depth == "alone" or case.wing == deep_wing:
+            first.setdefault(kind, case)
     return list(first.values())
 
 

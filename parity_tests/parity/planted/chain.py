@@ -14,7 +14,7 @@ from torch import nn
 
 from parity_tests.parity.planted import flax_norms, torch_norms
 from parity_tests.parity.zoo.others import own_norm
-from parity_tests.parity.zoo.pair import behind_flatten, conv, linear, linen_variables, norm, randomise
+from parity_tests.parity.zoo.pair import behind_flatten, conv, linear, linen_variables, norm, randomise, rngs
 
 BATCH, SIZE = 8, 12
 
@@ -134,26 +134,26 @@ def deep_linen(make_norm: Callable = flax_norm, **changed: Any) -> LinenChain:
 
 
 def deep_nnx(**changed: Any) -> NnxChain:
-    rngs = nnx.Rngs(0)
+    made = rngs()
     parts: dict[str, Any] = {
-        "conv1": nnx.Conv(3, 6, (3, 3), rngs=rngs),
-        "bn1": nnx.BatchNorm(6, momentum=0.9, rngs=rngs),
+        "conv1": nnx.Conv(3, 6, (3, 3), rngs=made),
+        "bn1": nnx.BatchNorm(6, momentum=0.9, rngs=made),
         "act1": nnx.relu,
-        "conv2": nnx.Conv(6, 6, (3, 3), padding=1, rngs=rngs),
-        "bn2": nnx.BatchNorm(6, momentum=0.9, rngs=rngs),
+        "conv2": nnx.Conv(6, 6, (3, 3), padding=1, rngs=made),
+        "bn2": nnx.BatchNorm(6, momentum=0.9, rngs=made),
         "act2": nnx.relu,
         "pool2": lambda x: nnx.max_pool(x, (2, 2), (2, 2)),
-        "conv3": nnx.Conv(6, 8, (3, 3), padding="SAME", rngs=rngs),
-        "bn3": nnx.BatchNorm(8, momentum=0.9, rngs=rngs),
+        "conv3": nnx.Conv(6, 8, (3, 3), padding="SAME", rngs=made),
+        "bn3": nnx.BatchNorm(8, momentum=0.9, rngs=made),
         "act3": nnx.relu,
         "pool3": lambda x: nnx.avg_pool(x, (2, 2), (2, 2)),
         "flatten": lambda x: x.reshape(x.shape[0], -1),
-        "fc1": nnx.Linear(72, 16, rngs=rngs),
+        "fc1": nnx.Linear(72, 16, rngs=made),
         "act4": nnx.relu,
-        "drop": nnx.Dropout(0.5, rngs=rngs),
-        "fc2": nnx.Linear(16, 16, rngs=rngs),
+        "drop": nnx.Dropout(0.5, rngs=made),
+        "fc2": nnx.Linear(16, 16, rngs=made),
         "act5": nnx.sigmoid,
-        "head": nnx.Linear(16, 5, rngs=rngs),
+        "head": nnx.Linear(16, 5, rngs=made),
     }
     return NnxChain(_in_order(parts, changed))
 

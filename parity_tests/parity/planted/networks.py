@@ -35,7 +35,7 @@ from parity_tests.parity.planted.chain import (
 from parity_tests.parity.zoo.modern import VIT_TABLE, LinenVit, TextModel, Vit
 from parity_tests.parity.zoo.modern import LinenTextModel as LinenText
 from parity_tests.parity.zoo.others import own_norm
-from parity_tests.parity.zoo.pair import linen_variables, nnx_variables
+from parity_tests.parity.zoo.pair import linen_variables, nnx_variables, rngs
 from parity_tests.parity.zoo.resnet import LINEN_TABLE, LinenResNet, NnxResNet, ResNet
 
 
@@ -53,7 +53,7 @@ def nnx_cases() -> Iterator[Case]:
         return lambda: nnx.BatchNorm(6, rngs=nnx.Rngs(0), **{"momentum": 0.9, **kwargs})
 
     def conv(**kwargs: Any) -> Callable:
-        return lambda: nnx.Conv(6, 6, (3, 3), rngs=nnx.Rngs(0), **kwargs)
+        return lambda: nnx.Conv(6, 6, (3, 3), rngs=rngs(), **kwargs)
 
     yield case("momentum-inverted", ("bn2",), True, "statistics", bn2=norm(momentum=0.1))
     yield case("epsilon", ("bn1",), False, bn1=norm(epsilon=1e-3))
@@ -158,7 +158,7 @@ def resnets() -> Iterator[Case]:
         return make
 
     def nnx_resnet():
-        return NnxResNet(rngs=nnx.Rngs(0))
+        return NnxResNet(rngs=rngs())
 
     def set_eps(module, _):
         module.layer3[0].bn1.eps = 1e-3

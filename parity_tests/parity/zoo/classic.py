@@ -11,7 +11,7 @@ from torch import nn
 import jax_bn
 import jax_bn.nnx
 import torch_bn
-from parity_tests.parity.zoo.pair import Pair, behind_flatten, conv, features, images, linear, norm
+from parity_tests.parity.zoo.pair import Pair, behind_flatten, conv, features, images, linear, norm, rngs
 
 PYTORCH = {"momentum": 0.9, "unbiased_moving_var": True}
 
@@ -167,7 +167,7 @@ PAIRS = [
     Pair("mlp", Mlp, LinenMlp, features(12), MLP_TABLE, flag="training"),
     Pair("mlp-nnx", Mlp, lambda: NnxMlp(nnx.Rngs(0)), features(12), NNX_MLP_TABLE),
     Pair("vgg", Vgg, LinenVgg, images(3, 12), VGG_TABLE),
-    Pair("vgg-nnx", Vgg, lambda: NnxVgg(nnx.Rngs(0)), images(3, 12), NNX_VGG_TABLE),
+    Pair("vgg-nnx", Vgg, lambda: NnxVgg(rngs()), images(3, 12), NNX_VGG_TABLE),
     Pair(
         "blenet",
         lambda: torch_bn.BLeNet(channels=2, fig_size=16, num_class=7),

@@ -10,7 +10,18 @@ import torch.nn.functional as F  # noqa: N812
 from flax import nnx
 from torch import nn
 
-from parity_tests.parity.zoo.pair import Pair, attention, bare, conv, embedding, images, linear, norm, tokens
+from parity_tests.parity.zoo.pair import (
+    Pair,
+    attention,
+    bare,
+    conv,
+    embedding,
+    images,
+    linear,
+    norm,
+    rngs,
+    tokens,
+)
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):
@@ -290,7 +301,7 @@ PAIRS = [
     Pair("convnext", ConvNext, LinenConvNext, images(3, 12), CONVNEXT_TABLE, flag=""),
     Pair("vit", Vit, LinenVit, images(3, 12), VIT_TABLE, flag=""),
     # jax.nn.dot_product_attention, which NNX calls, takes its softmax in float32 whatever it is given.
-    Pair("vit-nnx", Vit, lambda: NnxVit(rngs=nnx.Rngs(0)), images(3, 12), NNX_VIT_TABLE, bound=1e-6),
+    Pair("vit-nnx", Vit, lambda: NnxVit(rngs=rngs()), images(3, 12), NNX_VIT_TABLE, bound=1e-6),
     Pair("vit-hand", lambda: Vit(HandVitBlock), lambda: LinenVit(True), images(3, 12), HAND_VIT_TABLE, flag=""),
     Pair("text", TextModel, LinenTextModel, tokens(7, 30), TEXT_TABLE, flag="deterministic"),
 ]

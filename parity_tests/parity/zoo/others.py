@@ -22,6 +22,7 @@ from parity_tests.parity.zoo.pair import (
     images,
     linear,
     norm,
+    rngs,
 )
 
 
@@ -352,7 +353,7 @@ PAIRS = [
     Pair("hand-linen", SmallNet, LinenHand, images(3, 8), HAND_TABLE),
     Pair("hand-both", lambda: SmallNet(HandTorchNorm), LinenHand, images(3, 8), HAND_TABLE),
     Pair("setup-permutes-first", SmallNet, LinenSetup, images(3, 8), SETUP_TABLE),
-    Pair("nnx-train-argument", SmallNet, lambda: NnxTrainArgument(nnx.Rngs(0)), images(3, 8), NNX_TABLE),
+    Pair("nnx-train-argument", SmallNet, lambda: NnxTrainArgument(rngs()), images(3, 8), NNX_TABLE),
     Pair("two-inputs-tuple", lambda: TwoHeads(False), lambda: LinenTwoHeads(False), _two_inputs, HEADS_TABLE, flag=""),
     Pair("two-inputs-dict", lambda: TwoHeads(True), lambda: LinenTwoHeads(True), _two_inputs, HEADS_TABLE, flag=""),
 ]
