@@ -108,7 +108,8 @@ def test_convolve(shape, x64):
         return lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("HWCN", "HWIO", "HWCN"))
 
     wanted, transposed = jax.vjp(plain, x, w)
-    for function in (blenet_cpu.convolve, blenet_cpu._by_blocks, blenet_cpu._by_taps):
+    ways = [functools.partial(blenet_cpu.convolve, train=train) for train in (True, False)]
+    for function in (*ways, blenet_cpu._by_blocks, blenet_cpu._by_taps):
         found, pulled = jax.vjp(function, x, w)
         assert compare.relative_error(found, wanted) <= compare.FLOAT64
         dy = jnp.asarray(rng.normal(size=wanted.shape))
