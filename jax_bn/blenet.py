@@ -95,7 +95,7 @@ class BLeNet(nn.Module):
             shards=1 if self.axis_name is None or self.is_initializing() else lax.axis_size(self.axis_name),
         )
 
-        if not self._has_cpu_form(x):
+        if not self._has_cpu_form(x, train):
             return self.layers(x, train)
         variables = {name: self.variables[name] for name in ("params", "batch_stats")}
         logits, batch_stats = _by_platform(self.clone(parent=None, name=None), variables, x, train)
@@ -132,11 +132,13 @@ class BLeNet(nn.Module):
         x = nn.sigmoid(norm()(affine(nn.Dense, 120, 84)(x)))
         return affine(nn.Dense, 84, self.num_class)(x)
 
-    def _has_cpu_form(self, x: Array) -> bool:
+    def _has_cpu_form(self, x: Array, train: bool) -> bool:
         """Whether `blenet_cpu` may compute this call: not where layers are made or looked at, or dtypes are mixed."""
         # Flax has no public name for the interceptors; a test sees that they see the layers.
         watched = self.is_mutable_collection("intermediates") or bool(nn.module._global_interceptor_stack)
         if watched or self.is_initializing() or x.shape[0] < blenet_cpu.FEWEST_EXAMPLES:
+            return False
+        if not train and self.fig_size > blenet_cpu.LARGEST_PREDICTED:
             return False
         given = {path: (v.shape, v.dtype) for path, v in _flat(self.variables).items() if hasattr(v, "shape")}
         # Of variables that do not fit, `layers` says in Flax's words what is wrong.

@@ -33,6 +33,8 @@ from jax_bn.batch_norm import BatchStats, batch_norm
 
 # Below a vector register of examples there is nothing to gain.
 FEWEST_EXAMPLES = 16
+# Height and width up to which this form predicts faster: the blocks of larger images, made at once, are in no cache.
+LARGEST_PREDICTED = 80
 # Up to so many taps a pixel the shifted images are faster.
 MOST_TAPS = 32
 # Outputs of a block, down and across: in larger ones more of the matrix is zeros, in smaller ones of few taps it

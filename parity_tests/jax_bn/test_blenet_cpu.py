@@ -117,11 +117,11 @@ def test_convolve(shape, x64):
             assert compare.relative_error(b, a) <= compare.FLOAT64
 
 
-def _lowered(platform, batch=16, **kwargs):
-    model, variables, x, _ = case(1, 12, batch, "float32")
+def _lowered(platform, batch=16, fig_size=12, train=True):
+    model, variables, x, _ = case(1, fig_size, batch, "float32")
 
     def forward(variables, x):
-        return model.apply(variables, x, train=True, mutable=["batch_stats"], **kwargs)
+        return model.apply(variables, x, train=train, mutable=["batch_stats"])
 
     return jax.jit(forward).trace(variables, x).lower(lowering_platforms=(platform,)).as_text()
 
@@ -134,6 +134,13 @@ def test_accelerators_run_the_layers(platform):
 
 def test_few_examples_run_the_layers():
     assert "stablehlo.convolution" in _lowered("cpu", batch=blenet_cpu.FEWEST_EXAMPLES - 1)
+
+
+def test_large_images_are_predicted_by_the_layers():
+    largest = blenet_cpu.LARGEST_PREDICTED
+    assert "stablehlo.convolution" in _lowered("cpu", fig_size=largest + 1, train=False)
+    assert "stablehlo.convolution" not in _lowered("cpu", fig_size=largest, train=False)
+    assert "stablehlo.convolution" not in _lowered("cpu", fig_size=largest + 1, train=True)
 
 
 def test_who_looks_at_layers_sees_them():
