@@ -15,7 +15,7 @@ from jax import lax
 import jax_bn
 from benchmarks.step.jax_batches import place
 from benchmarks.step.network import EPSILON, LEARNING_RATE, MOMENTUM, Data, Network, Weights, linen_variables
-from jax_bn.settings import compiler_options
+from jax_bn.settings import compiler_options, keep_memory
 from jax_bn.training import DeviceData, Metrics, TrainState, train_step
 
 COPIES = 10
@@ -28,6 +28,7 @@ def _jit(function: Callable, **kwargs: Any) -> Any:
 
 
 def _start(weights: Weights, fig_size: int) -> tuple[jax_bn.BLeNet, Any, TrainState]:
+    keep_memory()  # in this peer's process, as train_jax.py does in its own
     model = jax_bn.BLeNet(fig_size=fig_size, momentum=MOMENTUM, epsilon=EPSILON)
     optimizer = optax.adam(LEARNING_RATE)
     variables = jax.tree.map(jnp.array, linen_variables(weights))
