@@ -35,7 +35,7 @@ from jax_bn.batch_norm import BatchStats, batch_norm
 FEWEST_EXAMPLES = 16
 # Height and width up to which this form predicts faster: the blocks of larger images, made at once, are in no cache.
 LARGEST_PREDICTED = 80
-# Up to so many taps a pixel the shifted images are faster.
+# Up to so many taps a pixel the shifted images are faster in training.
 MOST_TAPS = 32
 # Outputs of a block, down and across: in larger ones more of the matrix is zeros, in smaller ones of few taps it
 # is too small to be multiplied fast.
