@@ -19,14 +19,13 @@ from jax.typing import DTypeLike
 from bn_common.checks import FLOAT_DTYPES, channel_axes, check_batch_norm
 from jax_bn.channels import Channels
 
-# From this many values per channel on, dbeta and dgamma are added in float64. A tree of float32 additions of m terms of
-# random sign and size s rounds m / 2^l partial sums of size sqrt(2^l) s at each of its log2(m) levels, each by
-# eps / sqrt(12): by sqrt(m log2(m) / 12) eps s in all. The bound for dbeta, 8 eps of max(|dbeta|, max|dy|), is at least
-# 40 eps s, with a largest dy of 5 s. The tree rounds by 16 times that at m = 2^18, by 32 times at a million, where such
-# a sum comes out that small; the sum being sqrt(m) s when nothing special cancels, one channel in ten misses the bound.
-# That holds for a smaller m as well, by less: these keep the speed, as float64 makes the step 1.6 to 2 times as long.
-LONG_SUM = 2**18
-HAVE_FLOAT64 = ("cpu", "gpu")
+# From this many values per channel on, dbeta and dgamma are added in float64, by device; elsewhere never. A tree of
+# float32 additions of m terms of random sign and size s rounds m / 2^l partial sums of size sqrt(2^l) s at each of its
+# log2(m) levels, each by eps / sqrt(12): by sqrt(m log2(m) / 12) eps s in all. The bound for dbeta, 8 eps of
+# max(|dbeta|, max|dy|), is 24 eps s where the sum cancels, with a largest dy of 3 s: as much at m = 512, a tenth at 8.
+# On a CPU the step takes a third longer for it, and less than that where it waits for memory. Float64 is not slow on a
+# GPU for data centres, but 32 to 64 times as slow as float32 on others: there only where the sum would be far off.
+LONG_SUM = {"cpu": 2**9, "gpu": 2**18}
 
 
 class BatchStats(NamedTuple):
@@ -357,7 +356,7 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
         # Sent to the devices of `jax.shard_map` together: so the transpose of this is one sum over them.
         both = jnp.stack([a - rest * b, b.astype(a.dtype)])
         a, b = lax.pcast(both, tuple(_varying(x) - _varying(both)), to="varying")
-    if x.dtype == np.float32 and x.size // r.size >= LONG_SUM and jax.default_backend() in HAVE_FLOAT64:
+    if x.dtype == np.float32 and x.size // r.size >= LONG_SUM.get(jax.default_backend(), np.inf):
         return x_dot * spread(factor) + _along_in_float64(x, a, b, mask, batch, channels), mean_dot, 2 * along
     along_b = (x + spread(minus_shift)) * spread(b)
     if channels.axis_name is None:
@@ -375,9 +374,10 @@ def _along_in_float64(x, a, b, mask, batch: Statistics, channels: Channels):
         along_b = (wide + channels.spread(minus_shift, wide)) * channels.spread(b, wide)
         if channels.axis_name is None:
             # At once: of the product that ends the stages JAX makes no float64 transpose.
-            mean = channels.sum(along_b, mask, in_stages=False) / jnp.maximum(total, 1)
-            along_b = along_b - channels.spread(mean, wide)
-        return (channels.spread(a, wide) + along_b).astype(np.float32)
+            a = a - channels.sum(along_b, mask, in_stages=False) / jnp.maximum(total, 1)
+        # Converted apart, and in different words: of a conversion that the gradient's two sums share, XLA would write
+        # out all of dy in float64 for them.
+        return along_b.astype(np.float32) - channels.spread(-a, wide).astype(np.float32)
 
 
 def _varying(x: Array) -> frozenset[str]:
