@@ -18,7 +18,8 @@ from bn_common.command_line import main
 
 def _load_train() -> Callable:
     # Only now: a mistake on the command line is answered before JAX has looked for its devices.
-    from jax_bn.settings import keep_compiled, keep_memory
+    from bn_common.memory import keep_memory
+    from jax_bn.settings import keep_compiled
     from jax_bn.training import train
 
     keep_memory()

@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.harness import installed
 from benchmarks.peers import Start, Truth, check, definition
+from bn_common.memory import keep_memory
 
 SECONDS, CALLS = 0.02, 3
 
@@ -26,6 +27,7 @@ def serve(connection: Connection, framework: str) -> None:
     That a peer computes something else is an answer too: an ArithmeticError. Any other error ends the process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; this process ends with it.
+    keep_memory()  # as in a training loop, which asks for the same memory each time: see there
     module = importlib.import_module(f"benchmarks.{framework}_peers")
     peers, missing = installed(module.PEERS)
     connection.send((module.about(), missing))

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 from pathlib import Path
 
 import jax
-
-# glibc's numbers of these options, see mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-NEVER = 2**31 - 1
 
 
 def compiler_options() -> dict[str, int] | None:
@@ -20,18 +14,6 @@ def compiler_options() -> dict[str, int] | None:
     On a CPU: vectors of 512 bits, where it has them. LLVM prefers 256 bits, as old processors slowed down for more.
     """
     return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
-
-
-def keep_memory() -> bool:
-    """Let this process keep what it has freed, for the next step; whether that could be said.
-
-    XLA asks for the buffer of all that a step computes on the way in each step. From 32 MiB on, glibc gives such a
-    buffer back to the system at once, and the next one costs a page fault for every 4 KiB: as much time as the step.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_THRESHOLD, NEVER) and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 def keep_compiled() -> Path | None:

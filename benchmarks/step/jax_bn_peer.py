@@ -15,7 +15,8 @@ from jax import lax
 import jax_bn
 from benchmarks.step.jax_batches import place
 from benchmarks.step.network import EPSILON, LEARNING_RATE, MOMENTUM, Data, Network, Weights, linen_variables
-from jax_bn.settings import compiler_options, keep_memory
+from bn_common.memory import keep_memory
+from jax_bn.settings import compiler_options
 from jax_bn.training import DeviceData, Metrics, TrainState, train_step
 
 COPIES = 10

@@ -43,11 +43,6 @@ def test_the_callers_folder_stays(no_cache, tmp_path):
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
 
 
-def test_memory_where_there_is_no_glibc(monkeypatch):
-    monkeypatch.setattr(settings.platform, "libc_ver", lambda: ("", ""))
-    assert settings.keep_memory() is False
-
-
 def test_compiler_options_are_for_cpus(monkeypatch):
     assert jax.jit(lambda x: x + 1, compiler_options=settings.compiler_options())(1) == 2
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
