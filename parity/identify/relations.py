@@ -35,7 +35,8 @@ INVERTED = (
 _GRID = np.linspace(-30.0, 30.0, 6001)
 _VALUES = {name: FUNCTIONS[name](_GRID) for name in INVERTED}
 # A function that moves less than this from one point of the grid to the next says nothing exact about its argument.
-_FLAT = 1e-4
+# (Leaky ReLU moves by 1e-4, as near as rounding: were that the limit, it would be a thousand pieces.)
+_FLAT = 5e-5
 
 
 class _Piece(NamedTuple):

@@ -60,6 +60,7 @@ def outcome(model, variables, x, labels, train):
 
 @MODES
 @OVER_SIZES
+@pytest.mark.usefixtures("quickly_compiled")
 def test_float64(channels, fig_size, batch, train, x64):
     args = case(channels, fig_size, batch, "float64")
     fast = outcome(*args, train)
@@ -98,7 +99,7 @@ def _without_gauges(gradients):
 @pytest.mark.parametrize(
     "shape", [(5, 6, 1, 6), (12, 17, 2, 3), (16, 16, 6, 16), (21, 24, 2, 3), (29, 46, 1, 6)], ids=str
 )
-def test_convolve(shape, x64):
+def test_convolve(shape, x64, quickly_compiled):
     """Values, and both derivatives, of every way to compute a convolution."""
     rng = np.random.default_rng(1)
     height, width, ci, co = shape
@@ -118,7 +119,8 @@ def test_convolve(shape, x64):
 
 
 def _lowered(platform, batch=16, fig_size=12, train=True):
-    model, variables, x, _ = case(1, fig_size, batch, "float32")
+    model, x = jax_bn.BLeNet(fig_size=fig_size), jax.ShapeDtypeStruct((batch, fig_size, fig_size, 1), "float32")
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
 
     def forward(variables, x):
         return model.apply(variables, x, train=train, mutable=["batch_stats"])
@@ -143,7 +145,7 @@ def test_large_images_are_predicted_by_the_layers():
     assert "stablehlo.convolution" not in _lowered("cpu", fig_size=largest + 1, train=True)
 
 
-def test_who_looks_at_layers_sees_them():
+def test_who_looks_at_layers_sees_them(quickly_compiled):
     model, variables, x, _ = case(1, 12, 16, "float32")
     seen = []
 
@@ -158,7 +160,7 @@ def test_who_looks_at_layers_sees_them():
     assert {"Conv_0", "BatchNorm_0", "Conv_1", "BatchNorm_3", "Dense_2"} <= captured["intermediates"].keys()
 
 
-def test_variables_that_do_not_fit_are_refused_by_flax():
+def test_variables_that_do_not_fit_are_refused_by_flax(quickly_compiled):
     model, variables, x, _ = case(1, 12, 16, "float32")
     with pytest.raises(flax.errors.ModifyScopeVariableError):
         model.apply(variables, x, train=True)

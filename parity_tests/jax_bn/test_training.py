@@ -37,7 +37,7 @@ def test_batches_are_standardised(data):
     assert test.mean == train.mean
 
 
-def test_a_step_moves_everything_and_is_pure(data):
+def test_a_step_moves_everything_and_is_pure(data, quickly_compiled):
     model, optimizer, state = setup(warmup_epochs=0)
     before = jax.tree.map(np.array, state)
     x, labels = data[0].batch(jnp.arange(32))
@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_weights():
     assert (first.params["Dense_0"]["kernel"] != other.params["Dense_0"]["kernel"]).any()
 
 
-def test_donated_step_compiles_without_complaint(data):
+def test_donated_step_compiles_without_complaint(data, quickly_compiled):
     """Every buffer of the state is reused (JAX would warn, and warnings are errors here)."""
     model, optimizer, state = setup()
 
@@ -68,7 +68,7 @@ def test_donated_step_compiles_without_complaint(data):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
 
 
-def test_evaluation_counts_every_example_once(data, monkeypatch):
+def test_evaluation_counts_every_example_once(data, quickly_compiled, monkeypatch):
     monkeypatch.setattr(training, "EVAL_BATCH_SIZE", 300)  # the last of 1000 examples are padded
     model, _, state = setup()
     x, labels = data[1].batch(jnp.arange(1000))
