@@ -23,7 +23,7 @@ help:
 	@echo "make mistakes   plant every known porting mistake, and write what was caught to docs/parity_mistakes.md"
 	@echo "make bench   time a training step, then batch norm, beside their peers in JAX and PyTorch; figures and a plot go"
 	@echo "             to runs/bench; in two minutes instead of half an hour: make bench ARGS=--quick"
-	@echo "make speed   the same and the step at other sizes, written to docs/train_step_speed.md, docs/batch_norm_speed.md"
+	@echo "make speed   the same and the step at other sizes, and whole runs, written to docs/*_speed.md"
 	@echo "make exactness   measure batch norm's errors beside its peers, and write docs/batch_norm_exactness.md"
 	@echo "make lint    check format, lint and types; make format puts the format right"
 	@echo "make clean   remove .venv"
@@ -48,6 +48,7 @@ bench: $(VENV)/installed-bench
 speed: $(VENV)/installed-bench
 	$(VENV)/bin/python -m benchmarks.train_step --scaling --write docs/train_step_speed.md $(ARGS)
 	$(VENV)/bin/python -m benchmarks.batch_norm --write docs/batch_norm_speed.md $(filter --quick,$(ARGS))
+	$(VENV)/bin/python -m benchmarks.whole_run --write docs/whole_run_speed.md
 
 exactness: $(VENV)/installed-bench
 	$(VENV)/bin/python -m benchmarks.exactness --write docs/batch_norm_exactness.md

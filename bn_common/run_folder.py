@@ -82,6 +82,7 @@ class RunFolder:
         step: int,
         train: Totals,
         test: Totals,
+        start_time: float,
         seconds: float,
         learning_rate: float,
         weights: Mapping[str, np.ndarray],
@@ -93,6 +94,7 @@ class RunFolder:
           step: steps done since the start.
           train: sums over the epoch's training steps, each taken before its update.
           test: sums over the test set after the epoch.
+          start_time: when the first training step began, in seconds since 1970.
           seconds: wall time of the training steps.
           learning_rate: of the last step.
           weights: name -> array, after the epoch.
@@ -114,6 +116,7 @@ class RunFolder:
             "test_loss": test.loss / test.examples,
             "test_accuracy": test.correct / test.examples,
             "images_per_second": train.examples / seconds,
+            "start_time": start_time,
             "seconds": seconds,
             "learning_rate": learning_rate,
         }

@@ -214,7 +214,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     jitted_eval = jit(eval_batch)
 
     for epoch in range(config.epochs):
-        started, found = time.perf_counter(), []
+        start_time, started, found = time.time(), time.perf_counter(), []
         with run.progress(epoch + 1, steps) as advance:
             for indices in epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch):
                 state, metrics = compiled_step(state, train_data, indices)
@@ -230,6 +230,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
             step=step,
             train=train_totals,
             test=evaluate(jitted_eval, state.variables, test_data),
+            start_time=start_time,
             seconds=seconds,
             learning_rate=float(schedule(step - 1)),
             weights=named_weights(state.variables),

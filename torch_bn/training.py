@@ -163,7 +163,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
     run.say(f"1 x {name}, torch {torch.__version__}, data: {dataset.name}")
 
     for epoch in range(config.epochs):
-        started, found = time.perf_counter(), []
+        start_time, started, found = time.time(), time.perf_counter(), []
         with run.progress(epoch + 1, steps) as advance:
             for indices in epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch):
                 learning_rate = optimizer.param_groups[0]["lr"]
@@ -178,6 +178,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
             step=(epoch + 1) * steps,
             train=train_totals,
             test=evaluate(model, test_data),
+            start_time=start_time,
             seconds=seconds,
             learning_rate=learning_rate,
             weights={name: v.cpu().numpy() for name, v in model.state_dict().items()},

@@ -22,7 +22,8 @@ def end_epoch(run, epoch, *, train_loss=50.0, test_loss=6.0, weights=None):
     weights = {"w": np.arange(6.0).reshape(2, 3).T} if weights is None else weights
     train, test = Totals(train_loss, 80.0, 100.0), Totals(test_loss, 9.0, 10.0)
     step = 7 * (epoch + 1)
-    run.end_epoch(epoch=epoch, step=step, train=train, test=test, seconds=0.5, learning_rate=0.1, weights=weights)
+    times = {"start_time": 1.8e9 + epoch, "seconds": 0.5}
+    run.end_epoch(epoch=epoch, step=step, train=train, test=test, **times, learning_rate=0.1, weights=weights)
 
 
 def test_a_run(tmp_path):
@@ -49,6 +50,7 @@ def test_a_run(tmp_path):
         "test_loss": 0.6,
         "test_accuracy": 0.9,
         "images_per_second": 200.0,
+        "start_time": 1.8e9 + 1,
         "seconds": 0.5,
         "learning_rate": 0.1,
         "data": "sample",
