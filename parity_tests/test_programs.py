@@ -143,17 +143,16 @@ def test_a_run_that_diverges(program, tmp_path):
         assert all(np.isfinite(v).all() for v in safetensors.numpy.load_file(written).values())
 
 
-def _hear_ctrl_c():
-    """In the program's process: whoever runs the tests in the background of a shell has told them not to."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_interrupted(program, tmp_path):
     """Ctrl-C in the midst of an epoch: one line, exit status 130, the finished epochs are there."""
     command = [sys.executable, *PROGRAMS[program], "--data", "sample", "--epochs", "500", "--out", str(tmp_path)]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": _hear_ctrl_c}
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | QUICKLY_COMPILED, **how) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Whoever runs the tests in the background of a shell has them, and what they start, ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | QUICKLY_COMPILED, **pipes)
+    signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("epoch   2/500"):

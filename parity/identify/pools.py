@@ -198,21 +198,24 @@ def apply(x: Array, pool: Pool) -> Array:
 
 
 def _along(x: Array, number: int, axis: Axis, fill: float, reduce: np.ufunc) -> Array:
-    x = np.moveaxis(x, number, 0)
+    # By swapaxes and by hand: this is called some 100,000 times, for which moveaxis and pad are ten times as slow.
+    x = x.swapaxes(0, number)
     size = len(x)
     if axis.adaptive:
         parts = [reduce.reduce(x[start:stop], axis=0) for start, stop in _segments(size, axis.outputs)]
-        return np.moveaxis(np.stack(parts), 0, number)
+        return np.stack(parts).swapaxes(0, number)
     after = max(0, _after(size, axis))
     if axis.before or after:
-        x = np.pad(x, [(axis.before, after)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+        padded = np.full((axis.before + size + after, *x.shape[1:]), fill, x.dtype)
+        padded[axis.before : axis.before + size] = x
+        x = padded
     if axis.outputs == 1:
-        return np.moveaxis(reduce.reduce(x[: axis.window], axis=0)[None], 0, number)
+        return reduce.reduce(x[: axis.window], axis=0)[None].swapaxes(0, number)
     last = (axis.outputs - 1) * axis.stride + 1
     total = x[: last : axis.stride]
     for shift in range(1, axis.window):
         total = reduce(total, x[shift : shift + last : axis.stride])
-    return np.moveaxis(total, 0, number)
+    return total.swapaxes(0, number)
 
 
 def _divisor(axis: Axis, size: int, counted: str) -> Array:
