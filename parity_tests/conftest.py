@@ -17,6 +17,19 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests marked `thorough`")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What shows once more what others show, or looks at the tests' own networks, is for `--all`: CI's."""
+    if not config.getoption("--all"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 # A third of the suite's time would go to XLA compiling what it has compiled before: the same step in another test, the
 # same initialisation in each process that a test starts.
 CACHE = {
