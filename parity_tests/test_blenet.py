@@ -117,7 +117,7 @@ def test_float64(channels, fig_size, train, x64):
             assert compare.relative_error(value, b.gauges[name]) <= compare.FLOAT64, name
 
 
-@MODES
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["train", "eval"])
 @OVER_SOME_SIZES
 def test_float32(channels, fig_size, train, x64):
     """Each wing in float32 against float64 from the same weights and images; the gradient as one vector."""

@@ -97,8 +97,8 @@ def config(optimizer, lr, schedule="constant", weight_decay=0.0):
     "config",
     [
         config("sgd", 0.1),
-        config("momentum", 0.1, "cosine", 1e-3),
-        config("adam", 1e-3),
+        pytest.param(config("momentum", 0.1, "cosine", 1e-3), marks=pytest.mark.thorough),
+        pytest.param(config("adam", 1e-3), marks=pytest.mark.thorough),
         pytest.param(config("adam", 1e-3, "cosine", 1e-2), marks=pytest.mark.thorough),
         config("adamw", 1e-3, "cosine", 0.1),
     ],

@@ -76,6 +76,7 @@ def test_float64(channels, fig_size, batch, train, x64):
             assert not found.any(), f"{name}: the gradient of a bias before a batch norm is exactly 0"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("channels", "fig_size", "batch"), [(1, 30, 33)], ids=str)
 def test_float32(channels, fig_size, batch, x64):
     """Against float64 from the same numbers, layer by layer."""

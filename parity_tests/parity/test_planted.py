@@ -87,7 +87,14 @@ def test_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in selected(CASES)])
+SELECTED = [
+    # The large networks cost the most, and the deep chain shows the same.
+    pytest.param(case, id=case.name, marks=[pytest.mark.thorough] * (case.depth not in ("alone", "deep")))
+    for case in selected(CASES)
+]
+
+
+@pytest.mark.parametrize("case", SELECTED)
 def test_planted(case: Case):
     report = check(case.make())
     assert not report.ok
