@@ -7,6 +7,7 @@ separate functions; only the layers keep state.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -115,11 +116,11 @@ def batch_norm(
 
 def batch_norm_wide(
     x, scale, bias, batch_stats, *, train, momentum, epsilon, unbiased_moving_var, axis_name, axis_index_groups, axis,
-    mask, num_batches_tracked, dtypes
+    mask, num_batches_tracked, dtypes, long_sum=None
 ) -> tuple[Array, BatchStats]:  # fmt: skip
     """`batch_norm` with y in the dtype that it was computed in, and x of any of `dtypes`: what the layers round last.
 
-    Complex x, as Flax's layers take it: var is the mean of |x - mu|^2.
+    Complex x, as Flax's layers take it: var is the mean of |x - mu|^2. long_sum: in place of LONG_SUM.
     """
     x, gamma, beta = as_array("x", x), as_array("scale", scale), as_array("bias", bias)
     if not isinstance(batch_stats, tuple | list) or len(batch_stats) != 2:
@@ -146,7 +147,8 @@ def batch_norm_wide(
     dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
     wide_x, gamma, beta, mean, var = (widen(value, dtype) for value in (x, gamma, beta, mean, var))
     groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
-    channels = Channels(axes, axis_name=axis_name, axis_index_groups=groups)
+    long = (long_sum or LONG_SUM).get(jax.default_backend(), math.inf)
+    channels = Channels(axes, axis_name=axis_name, axis_index_groups=groups, long_sum=long)
     if not train:
         return _normalize(wide_x, mean, var, gamma, beta, epsilon, channels), batch_stats
     if mask is None:
@@ -356,7 +358,7 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
         # Sent to the devices of `jax.shard_map` together: so the transpose of this is one sum over them.
         both = jnp.stack([a - rest * b, b.astype(a.dtype)])
         a, b = lax.pcast(both, tuple(_varying(x) - _varying(both)), to="varying")
-    if x.dtype == np.float32 and x.size // r.size >= LONG_SUM.get(jax.default_backend(), np.inf):
+    if x.dtype == np.float32 and x.size // r.size >= channels.long_sum:
         return x_dot * spread(factor) + _along_in_float64(x, a, b, mask, batch, channels), mean_dot, 2 * along
     along_b = (x + spread(minus_shift)) * spread(b)
     if channels.axis_name is None:

@@ -29,8 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jax_bn.batch_norm import BatchStats, batch_norm
+from bn_common.checks import FLOAT_DTYPES
+from jax_bn.batch_norm import BatchStats, batch_norm_wide
 
+# Float64 sums in the gradients of batch norm from here on, and not from 2^9 on as elsewhere: those of the images would
+# make the step a tenth longer, where the products before and behind them round no less than float32 sums.
+LONG_SUM = {"cpu": 2**18}
 # Below a vector register of examples there is nothing to gain.
 FEWEST_EXAMPLES = 16
 # Height and width up to which this form predicts faster: the blocks of larger images, made at once, are in no cache.
@@ -64,7 +68,7 @@ def forward(
     def norm(x: Array, name: str, axis: int, before: Any) -> Array:
         # As if the bias of the layer before had been added to x.
         bias, affine, old = before["bias"], params[name], batch_stats[name]
-        y, new = batch_norm(
+        y, new = batch_norm_wide(
             x,
             affine["scale"],
             affine["bias"],
@@ -72,8 +76,14 @@ def forward(
             train=train,
             momentum=momentum,
             epsilon=epsilon,
+            unbiased_moving_var=False,
             axis_name=axis_name,
+            axis_index_groups=None,
             axis=axis,
+            mask=None,
+            num_batches_tracked=None,
+            dtypes=FLOAT_DTYPES,
+            long_sum=LONG_SUM,
         )
         moved[name] = {"mean": new.mean + bias, "var": new.var}
         return y

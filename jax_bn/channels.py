@@ -22,12 +22,14 @@ class Channels(NamedTuple):
       folds: the last axis of x holds so many pixels beside each other, each with all its channels.
       axis_name: a mapped axis over whose devices the batch is spread.
       axis_index_groups: which devices of it belong together (None: all).
+      long_sum: from so many values on the sums of a gradient are taken in float64.
     """
 
     axes: tuple[int, ...]
     folds: int = 1
     axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+    long_sum: float = math.inf
 
     def spread(self, v: Array, x: Array) -> Array:
         """v, a value per channel, in the shape and dtype of x (rank promotion is never relied on)."""
