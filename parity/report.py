@@ -150,7 +150,9 @@ class Report:
     @property
     def summary(self) -> str:
         """The result in one line."""
-        codes = ", ".join(dict.fromkeys(diagnosis.code for diagnosis in self.diagnoses))
+        one_layer = len({diagnosis.layer for diagnosis in self.diagnoses}) < 2
+        named = (d.code if one_layer or not d.layer else f"{d.code} at {d.layer}" for d in self.diagnoses)
+        codes = ", ".join(dict.fromkeys(named))
         first = self.first_divergence
         if first is not None:
             where = both_names(first.torch_layer, first.flax_layer)
@@ -161,8 +163,8 @@ class Report:
             )
         if codes:
             return f"no layer differs by more than its bound, but: {codes}"
-        named = {(row.torch_layer, row.flax_layer) for row in self.layers} - {("", "")}
-        layers, rows = len(named), len(self.layers)
+        pairs = {(row.torch_layer, row.flax_layer) for row in self.layers} - {("", "")}
+        layers, rows = len(pairs), len(self.layers)
         quantities = "1 quantity agrees" if rows == 1 else f"{rows} quantities agree"
         return f"ok: {layers} {'layer' if layers == 1 else 'layers'}, {quantities}"
 

@@ -82,6 +82,8 @@ def test_summaries():
     assert unseen.summary == "no layer differs by more than its bound, but: weight-decay-coupling"
     twice = Report(Divergence("loss", "", "", 1.0, 1e-10), [Diagnosis("loss-reduction", "", "")] * 2)
     assert twice.summary == f"differs first in loss at {NETWORK}: error 1.0e+00, bound 1.0e-10: loss-reduction"
+    two = Report(diagnoses=[Diagnosis("unbiased-variance", "1", "..."), Diagnosis("momentum-inverted", "6", "...")])
+    assert two.summary.endswith("but: unbiased-variance at 1, momentum-inverted at 6"), "not both in the first's layer"
     assert both_names("a.0", "a.0") == both_names("a.0", "") == "a.0"
     assert [number(v) for v in (None, 0.0, 0.00312, math.inf)] == ["", "0", "3.1e-03", "inf"]
 
