@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -125,10 +126,14 @@ def pixel_mean_and_std(images: NDArray[np.uint8]) -> tuple[float, float]:
 
     With a feature a pixel, the rarely used ones at the border would be blown up: on held-out images of Fashion-MNIST
     the accuracy is 0.907 then, for 0.913.
+
+    Both are rounded once, from sums that are exact: S1 / n and sqrt(n * S2 - S1^2) / n, of n pixels, their sum S1 and
+    the sum of their squares S2. The scale of constant images is 1.
     """
-    chunks = np.array_split(images, -(-len(images) // 1000))
-    statistics = feature_statistics(chunk.reshape(-1, 1) for chunk in chunks)
-    return float(statistics.mean[0]), float(statistics.scale[0])
+    chunks = np.array_split(images, -(-len(images) // 1000))  # of a size that stays in the cache
+    total = sum(int(chunk.sum(dtype=np.uint64)) for chunk in chunks)
+    squares = sum(int(np.square(chunk, dtype=np.uint16).sum(dtype=np.uint64)) for chunk in chunks)
+    return total / images.size, math.sqrt(images.size * squares - total**2) / images.size or 1.0
 
 
 def _result_dtype(x: ArrayLike) -> np.dtype:
