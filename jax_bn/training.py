@@ -115,8 +115,13 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
 def init_state(model: BLeNet, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """Fresh weights from the seed, and the optimiser's state for them."""
     x = jnp.zeros((1, *model.image_shape), model.param_dtype)
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(seed), x)  # op by op it compiles for longer
-    return TrainState(variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
+
+    @jax.jit  # op by op it compiles for longer
+    def init(key: Array) -> TrainState:
+        variables = model.init(key, x, train=False)
+        return TrainState(variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
+
+    return init(jax.random.key(seed))
 
 
 def train_step(
