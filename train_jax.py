@@ -17,7 +17,7 @@ from bn_common.command_line import main
 
 
 def _load_train() -> Callable:
-    # Only now: a mistake on the command line is answered before JAX has looked for its devices.
+    # Only now: a mistake on the command line is answered before JAX is imported.
     from bn_common.memory import keep_memory
     from jax_bn.settings import keep_compiled
     from jax_bn.training import train

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -55,18 +56,25 @@ def refuse(prog: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def start(
-    args: Sequence[str] | None, *, framework: str, prog: str, description: str
-) -> tuple[Config, ImageDataset, RunFolder]:
-    """Parse the command line, load the data, open the run folder.
-
-    Everything that can be refused is refused here, before a framework is even imported: exit status 2 and one line
-    that says what was given and what is allowed.
-    """
-    config, console = parse(Config, args, prog=prog, description=description).resolved(), Console()
+def read_config(args: Sequence[str] | None, *, prog: str, description: str) -> Config:
+    """The configuration that the command line asks for; a bad one, or a run folder in use, ends the program."""
+    config = parse(Config, args, prog=prog, description=description).resolved()
     try:
         if config.out is not None:
             refuse_used(config.out)  # before a download
+    except ValueError as error:
+        refuse(prog, str(error))
+    return config
+
+
+def start(config: Config, *, framework: str, prog: str) -> tuple[ImageDataset, RunFolder]:
+    """Load the data, open the run folder.
+
+    What can be refused is refused here or in `read_config`, before any work starts: exit status 2 and one line that
+    says what was given and what is allowed.
+    """
+    console = Console()
+    try:
         dataset = load(config, console)
         check_blenet(channels=1, fig_size=dataset.train_images.shape[1], num_class=NUM_CLASS)
         num_train = len(dataset.train_images)
@@ -79,7 +87,7 @@ def start(
         refuse(prog, str(error))
     if dataset.notice:
         run.say(f"Notice: {dataset.notice}", style="yellow")
-    return config, dataset, run
+    return dataset, run
 
 
 def load(config: Config, console: Console) -> ImageDataset:
@@ -104,15 +112,19 @@ def main(load_train: Callable[[], Callable], *, framework: str, prog: str, descr
     """A training program: the command line, then the training loop of one wing.
 
     Args:
-      load_train: gives `train(config, dataset, run)`; called once the run can begin, and imports the framework then.
+      load_train: gives `train(config, dataset, run)`, and imports the framework for it: while the data are loaded, in
+        another thread, once the command line is known to be good.
       framework: "jax" or "torch".
       prog: the program's name in messages.
       description: of the program, for --help.
     """
     run = None
     try:
-        config, dataset, run = start(None, framework=framework, prog=prog, description=description)
-        load_train()(config, dataset, run)
+        config = read_config(None, prog=prog, description=description)
+        with ThreadPoolExecutor(1) as meanwhile:
+            train = meanwhile.submit(load_train)
+            dataset, run = start(config, framework=framework, prog=prog)
+        train.result()(config, dataset, run)
     except FloatingPointError as error:
         sys.stderr.write(f"{prog}: stopped: {error}; {run.path if run else ''} holds the epochs before\n")
         raise SystemExit(1) from None

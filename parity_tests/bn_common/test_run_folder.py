@@ -129,7 +129,7 @@ def test_refused_before_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(command_line, "load", lambda *_: pytest.fail("the data were asked for"))
     (tmp_path / "config.json").write_text("")
     with pytest.raises(SystemExit):
-        command_line.start(["--out", str(tmp_path)], framework="jax", prog="", description="")
+        command_line.read_config(["--out", str(tmp_path)], prog="", description="")
 
 
 def test_progress_bar_on_a_terminal(tmp_path):
