@@ -12,7 +12,7 @@ line says so.
 
 A step is timed as a training loop does it: on a batch that is on the device, and waited for at the end of a block; a
 prediction is waited for each time. Everything runs on the CPU, each peer in a process of its own, some 0.5 GB each.
-A full run takes a quarter of an hour on two cores, --scaling as long again.
+A full run takes twenty minutes on two cores, --scaling a quarter of an hour more.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from benchmarks.harness import (
     to_json,
 )
 from benchmarks.step import report
+from benchmarks.step.close import measure_close
 from benchmarks.step.peers import PEERS, PREDICT, REFERENCE, TRAIN, available
 from benchmarks.step.rounds import Plan, Row, compare, measure, started
 from benchmarks.step.scaling import QUICK_SIZES, Sizes, measure_scaling
@@ -50,7 +51,7 @@ from bn_common.run_folder import write_whole
 
 PROG = "python -m benchmarks.train_step"
 FULL, QUICK = Plan(rounds=25, seconds=0.3), Plan(rounds=5, seconds=0.15)
-SCALING = Plan(rounds=9, seconds=0.3)
+SCALING, CLOSE = Plan(rounds=9, seconds=0.3), Plan(rounds=61, seconds=0.3)
 BATCH_SIZE = 256
 CELLS = (TRAIN, BATCH_SIZE), (PREDICT, BATCH_SIZE), (PREDICT, 1)
 QUICK_CELLS = CELLS[:1]
@@ -74,7 +75,7 @@ class Options:
     peers: tuple[str, ...] = ()
     """Measure only these, and torch_native, which the ratios are to. None given: all."""
     scaling: bool = False
-    """Also measure the step at other batch sizes, image sizes and threads, and what the input costs."""
+    """Also measure the step at other batch sizes, image sizes and threads."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -160,17 +161,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
                 title = report.title_of(measured.rows[0])
                 print_line(f"{title}: ms of {plan.rounds} rounds, ratio to {REFERENCE}", console)
                 console.print(report.table(report.COLUMNS, measured.rows))
+        all_threads = tuple(sorted({1, threads})) if options.scaling else (threads,)
+        if options.scaling or not (options.quick or options.peers):
+            comparisons += measure_close(
+                BATCH_SIZE, all_threads, QUICK if options.quick else CLOSE, calibration, console
+            )
         if comparisons:
             print_line("Bounds: medians of the ratios of each round", console)
             console.print(report.table(report.COMPARISONS, comparisons))
         if options.scaling:
             sizes, plan = (QUICK_SIZES, QUICK) if options.quick else (Sizes(), SCALING)
-            all_threads = tuple(sorted({1, threads}))
-            found["scaling"], found["input_share"] = measure_scaling(sizes, all_threads, plan, calibration, console)
+            found["scaling"] = measure_scaling(sizes, all_threads, plan, calibration, console)
             print_line(f"Training step at other sizes: ms of {plan.rounds} rounds, ratio to {REFERENCE}", console)
             console.print(report.table(report.SCALING, found["scaling"]))
-            for share in found["input_share"]:
-                print_line(report.input_share(**share), console)
     note_busy(machine, calibration, console)
     return found
 

@@ -83,7 +83,7 @@ PEERS = {
 }
 OURS = "jax_bn", "jax_bn scan", "torch_bn", "torch_bn compiled"
 WITH_INPUT = "jax_bn with its input"
-"""Measured against jax_bn alone, in the table of scaling."""
+"""Gathering a batch from 60,000 uint8 images on the device, and standardising it, too; measured beside jax_bn."""
 INPUT_PEER = _jax("jax_bn_peer:with_input", "jax_bn")
 
 

@@ -11,7 +11,7 @@ from benchmarks import train_step
 from benchmarks.step import peers, scaling
 from benchmarks.step.network import Affine, Norm, channels_last, draw_weights, load_data
 from benchmarks.step.report import plot
-from benchmarks.step.rounds import Measured, Plan, compare, measure, paired_ratio, started
+from benchmarks.step.rounds import Measured, Plan, compare, interval_of_median, measure, paired_ratio, started
 from benchmarks.step.worker import Setting
 
 QUICK_NAMES = {
@@ -28,7 +28,7 @@ def tiny(monkeypatch):
     """A run of seconds: two rounds of two steps, in all modes, at batch 8."""
     monkeypatch.setattr(train_step, "QUICK", Plan(rounds=2, seconds=0.0))
     monkeypatch.setattr(train_step, "QUICK_CELLS", (("train", 8), ("predict", 8)))
-    monkeypatch.setattr(train_step, "QUICK_SIZES", scaling.Sizes((4,), (), input_batch=4))
+    monkeypatch.setattr(train_step, "QUICK_SIZES", scaling.Sizes((4,), ()))
     monkeypatch.setattr(scaling, "NAMES", ("jax_bn", "torch_native"))
 
 
@@ -52,13 +52,14 @@ def test_a_quick_run(tiny, tmp_path, capsys):
         assert row["rounds"] == 2
         assert row["name"] != "torch_native" or row["ratio"] == 1
     assert [(row["name"], row["batch_size"]) for row in found["scaling"]] == [("jax_bn", 4), ("torch_native", 4)]
-    assert len(found["input_share"]) == 1
-    assert [row["what"] for row in found["comparisons"]] == ["time, torch_bn / torch_native"]
+    what = ["torch_bn / torch_native", "jax_bn scan / jax_bn", "jax_bn with its input / jax_bn"]
+    assert [row["what"] for row in found["comparisons"]] == [f"time, {pair}" for pair in what]
+    assert all(row["low"] <= row["value"] <= row["high"] for row in found["comparisons"])
     page = (tmp_path / "page.md").read_text()
     assert "--quick --scaling --threads 1 --peers torch_bn --write docs/page.md" in page
     assert str(tmp_path) not in page
     for text in (page, capsys.readouterr().out):
-        assert all(name in text for name in (*names, "Training step, batch 8, 1 thread", "jax_bn's input"))
+        assert all(name in text for name in (*names, "Training step, batch 8, 1 thread", what[2]))
     assert (tmp_path / "bars.svg").read_text().startswith("<?xml")
 
 
@@ -149,7 +150,6 @@ def test_comparisons():
         "time, jax_bn / torch_native": (0.6, True),
         "time, jax_bn / torch_native fused Adam": (0.75, False),
         "time, jax_bn / haiku": (0.375, True),
-        "time, jax_bn scan / jax_bn": (7 / 6, False),
         "seconds of the first step, jax_bn": (7.0, False),
     }
     (row,) = compare(Setting("predict", 1), measured, peers.PEERS)
@@ -166,6 +166,13 @@ def test_plot():
 def test_ratios_are_paired():
     """A slow round is slow for both sides."""
     assert paired_ratio([1.0, 20.0, 3.0], [2.0, 40.0, 6.0]) == 0.5
+
+
+@pytest.mark.parametrize(("n", "rank"), [(1, 1), (5, 1), (6, 1), (8, 1), (9, 2), (25, 8), (61, 23)])
+def test_interval_of_the_median(n, rank):
+    """The ranks of the tables of order statistics."""
+    values = np.random.default_rng(0).permutation(np.arange(1.0, n + 1))
+    assert interval_of_median(values.tolist()) == (rank, n + 1 - rank)
 
 
 def test_weights_and_batches():
