@@ -217,16 +217,18 @@ does not fit into a cache:
 | x to near its mean: read, write    |        |        2 |
 | the statistics: native reads twice |      2 |        2 |
 | y: read, write                     |      2 |        2 |
-| sum of dy                          |        |        1 |
+| sums of dy and dy x, in float64    |        |        2 |
 | dy centred: read, write            |        |        2 |
 | the kernel: dy and x twice, dx     |      5 |        5 |
-| in all                             |      9 |     14.5 |
+| in all                             |      9 |     15.5 |
 
 Without the shift, a large mean would be lost; without centring dy, a common offset in it would be, from gamma's
-gradient. That costs less than 14.5 / 9, as PyTorch's kernel adds its statistics one value at a time. Where a batch is
-as small as 256 x 120, the time is that of some 50 small operations, of 2 to 6 us each, against two of the native one's.
-From 2^18 values per channel on, the sums of the gradient are taken in float64, and the step takes longer (see
-`LONG_SUM` in `torch_bn/batch_norm.py`; in JAX they are from 2^9 on, and included above)."""
+gradient. The float64 sums are two conversions, a product and three sums, piece by piece in the cache: 0.6 ns a value on
+two cores, a third of the native step; in float32 dbeta would be off by up to some hundred eps where it cancels, and in
+the native kernel by thousands (channels last, or rank 2). Without them (`LONG_SUM` in `torch_bn/batch_norm.py`) images
+take 1.1 to 1.3 times the native time. In JAX the sums are in float64 from 2^9 values per channel on, included above.
+Where a batch is as small as 256 x 120, the time is that of some 60 small operations, of 2 to 6 us each, against two of
+the native one's."""
 
 
 def _text(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ functions; only the layer keeps state.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,27 @@ def batch_norm(
       TypeError: x, gamma, beta, a moving statistic or mask is no tensor.
       ValueError: see `bn_common.checks.check_batch_norm`.
     """
+    return batch_norm_with(
+        x,
+        gamma,
+        beta,
+        moving_mean,
+        moving_var,
+        train=train,
+        momentum=momentum,
+        eps=eps,
+        unbiased_moving_var=unbiased_moving_var,
+        axis=axis,
+        mask=mask,
+        num_batches_tracked=num_batches_tracked,
+    )
+
+
+def batch_norm_with(
+    x, gamma, beta, moving_mean, moving_var, *, train, momentum, eps, unbiased_moving_var, axis, mask,
+    num_batches_tracked, long_sum=None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`batch_norm` with another long_sum, in place of LONG_SUM."""
     named = {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_var": moving_var}
     for name, value in ("x", x), *named.items():
         check_tensor(name, value)
@@ -107,7 +129,7 @@ def batch_norm(
     if mask is not None:
         mask = (mask != 0).reshape((1,) * (x.ndim - mask.ndim) + mask.shape).movedim(axis, 1)
         wide_x = torch.where(mask | wide_x.isfinite(), wide_x, 0)
-    y, batch = _normalize_batch(wide_x, gamma, beta, eps, mask)
+    y, batch = _normalize_batch(wide_x, gamma, beta, eps, mask, (long_sum or LONG_SUM).get(x.device.type, math.inf))
     moved_mean, moved_var = _move(moving_mean, moving_var, batch, momentum, num_batches_tracked, unbiased_moving_var)
     return _to(y if axis == 1 else y.movedim(1, axis), x.dtype), moved_mean, moved_var
 
@@ -134,11 +156,12 @@ def _to(v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # From this many values per channel on, dbeta and dgamma are added in float64, by device: jax_bn/batch_norm.py says why.
-# There they are from 2^9 on. Here, where every operation is a loop of its own, float64 copies would make the step half
-# as long again; so it is for sums that float32 would get wrong by more than 16 times the bound.
-LONG_SUM = {"cpu": 2**18, "cuda": 2**18}
-# Float64 copies of a 64th still lie in a cache.
-PIECES = 64
+# On a CPU earlier than there: of 256 values one channel in a hundred would miss the bound, of 64 one in thousands, and
+# in a batch that small the copies are a tenth of the time. In large images they are a third.
+LONG_SUM = {"cpu": 2**6, "cuda": 2**18}
+# Every operation here is a loop of its own. Where it is taken piece by piece, by so many values, what one has written
+# the next finds in the cache: float64 copies cost half of what they would cost by way of memory.
+PIECE = 2**18
 
 
 class Statistics(NamedTuple):
@@ -200,9 +223,11 @@ def _sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _sums_in_float64(dy: Tensor, d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """sum(dy) and sum(dy * (d - mean(d))), added in float64: the mean of d is about 0, and may come off last."""
-    masks = [None] * PIECES if mask is None else mask.expand(d.shape).tensor_split(PIECES)
+    # Compiled, there are no copies: all is one piece.
+    pieces = 1 if torch.compiler.is_compiling() else max(1, min(len(d), d.numel() // PIECE))
+    masks = [None] * pieces if mask is None else mask.expand(d.shape).tensor_split(pieces)
     sums = torch.zeros(3, d.shape[1], dtype=torch.float64, device=d.device)
-    for dy_piece, d_piece, mask_piece in zip(dy.tensor_split(PIECES), d.tensor_split(PIECES), masks, strict=True):
+    for dy_piece, d_piece, mask_piece in zip(dy.tensor_split(pieces), d.tensor_split(pieces), masks, strict=True):
         dy_piece, d_piece = dy_piece.double(), d_piece.double()
         sums = sums + torch.stack([_sum(dy_piece), _sum(dy_piece * d_piece), _sum(d_piece, mask_piece)])
     dbeta, along, sum_d = sums
@@ -259,9 +284,9 @@ def batch_statistics(
 
 
 def _normalize_batch(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None, long_sum: float
 ) -> tuple[Tensor, Statistics]:
-    """x normalised with its own statistics, and these.
+    """x normalised with its own statistics, and these. long_sum: from so many values on sums are float64.
 
     All is computed from the differences to a value near the mean: exact where x is nearly constant, 0 where it is
     constant. Their own mean is small, so that PyTorch's kernels, which fold it into d * a + b, lose nothing.
@@ -269,7 +294,7 @@ def _normalize_batch(
     near = _near_the_mean(x.detach(), mask)
     d = x - _second(near, x)
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
-    y, offset, var = function.apply(d, gamma, beta, eps, mask)
+    y, offset, var = function.apply(d, gamma, beta, eps, mask, long_sum)
     return y, Statistics(_num_values(x, mask), near + offset, var)
 
 
@@ -286,13 +311,13 @@ def _kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
 
 
 class _NormalizeBatch(torch.autograd.Function):
-    """(d, gamma, beta, eps, mask) -> (y, mean, var): d normalised with its own statistics, and these."""
+    """(d, gamma, beta, eps, mask, long_sum) -> (y, mean, var): d normalised with its own statistics, and these."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        d: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None
+        d: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None, long_sum: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         if mask is None and d.device.type != "cpu":
             # One kernel for all. (A CPU's adds the statistics one value at a time, three times as slow as sums.)
@@ -306,7 +331,7 @@ class _NormalizeBatch(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        d, gamma, _, ctx.eps, mask = inputs
+        d, gamma, _, ctx.eps, mask, ctx.long_sum = inputs
         _, mean, var = output
         ctx.save_for_backward(d, gamma, mask, mean, var)
         ctx.save_for_forward(d, gamma, mask, mean, var)
@@ -327,8 +352,7 @@ class _NormalizeBatch(torch.autograd.Function):
         total = _total(d, mask)
         only_y = dy is not None and dmean is None and dvar is None
         dy = torch.zeros_like(d) if dy is None else dy
-        m = d.numel() // d.shape[1]
-        is_long = d.dtype == torch.float32 and m >= LONG_SUM.get(d.device.type, m + 1)
+        is_long = d.dtype == torch.float32 and d.numel() // d.shape[1] >= ctx.long_sum
         dbeta, along = _sums_in_float64(dy, d, mask) if is_long else (_sum(dy), None)
         centred = dy - _second(dbeta / total, d)
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
@@ -336,7 +360,7 @@ class _NormalizeBatch(torch.autograd.Function):
             dd, dgamma, _ = torch.ops.aten.native_batch_norm_backward(
                 centred, d, gamma, None, None, mean, r, True, ctx.eps, [True, True, False]
             )
-            return dd, dgamma if along is None else along * r, dbeta, None, None
+            return dd, dgamma if along is None else along * r, dbeta, None, None, None
         c = d - _second(mean, d)
         if along is None:
             along = _sum((centred if mask is None else torch.where(mask, centred, dy)) * c)
@@ -348,7 +372,7 @@ class _NormalizeBatch(torch.autograd.Function):
         b = b if dvar is None else b + 2 * dvar / total
         through = torch.addcmul(_second(a, d), c, _second(b, d))
         through = through if mask is None else torch.where(mask, through, 0)
-        return torch.addcmul(through, dy, _second(factor, d)), dgamma, dbeta, None, None
+        return torch.addcmul(through, dy, _second(factor, d)), dgamma, dbeta, None, None, None
 
 
 # `apply` asks for it at every call; found anew each time, it is a tenth of the time of a small batch.

@@ -11,6 +11,11 @@ from bn_common.checks import check_blenet, check_blenet_input
 from torch_bn.batch_norm import check_tensor, dtype_name
 from torch_bn.layers import BatchNorm
 
+# Float64 sums in the gradients of batch norm from here on, and not from 2^6 on as elsewhere (jax_bn/blenet_cpu.py has
+# the same): those of the images would make the step a twentieth longer, where the convolutions before and behind them
+# round no less than float32 sums.
+LONG_SUM = {"cpu": 2**18, "cuda": 2**18}
+
 
 class BLeNet(nn.Module):
     """LeNet-5 with batch norm: 62,158 parameters at the defaults.
@@ -46,7 +51,9 @@ class BLeNet(nn.Module):
         f = (fig_size // 2 - 4) // 2
 
         def norm(num_features: int, num_dims: int) -> BatchNorm:
-            return BatchNorm(num_features=num_features, num_dims=num_dims, momentum=momentum, eps=eps)
+            layer = BatchNorm(num_features=num_features, num_dims=num_dims, momentum=momentum, eps=eps)
+            layer.long_sum = LONG_SUM
+            return layer
 
         self.conv = nn.Sequential(
             nn.Conv2d(channels, 6, 5, padding=2),

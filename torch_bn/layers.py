@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from bn_common.checks import (
     require,
 )
 from bn_common.conventions import PYTORCH, Convention, complement, convert_moving_var
-from torch_bn.batch_norm import batch_norm, check_tensor, dtype_name, wide_dtype
+from torch_bn.batch_norm import batch_norm_with, check_tensor, dtype_name, wide_dtype
 
 NATIVE: dict[int | tuple[int, ...], type[_BatchNorm]] = {
     (2, 3): nn.BatchNorm1d,
@@ -63,6 +63,8 @@ class BatchNorm(nn.Module):
     moving_mean: Tensor
     moving_var: Tensor
     num_batches_tracked: Tensor | None
+    long_sum: Mapping[str, int] | None = None
+    """In place of `torch_bn.batch_norm`'s LONG_SUM."""
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class BatchNorm(nn.Module):
         allowed = " or ".join(map(str, ranks))
         require(x.ndim in ranks, "the rank of x", f"{x.ndim} (shape {tuple(x.shape)})", allowed)
         train = self.training and not self.frozen_statistics
-        y, moving_mean, moving_var = batch_norm(
+        y, moving_mean, moving_var = batch_norm_with(
             x,
             torch.ones_like(self.moving_mean) if self.gamma is None else self.gamma,
             torch.zeros_like(self.moving_mean) if self.beta is None else self.beta,
@@ -133,6 +135,7 @@ class BatchNorm(nn.Module):
             axis=self.axis,
             mask=mask,
             num_batches_tracked=self.num_batches_tracked,
+            long_sum=self.long_sum,
         )
         if train:
             with torch.no_grad():

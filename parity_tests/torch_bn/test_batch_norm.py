@@ -1,5 +1,7 @@
 """The function in PyTorch's own circumstances: memory formats, threads, transformations, export."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,17 @@ def test_expanded():
     torch.testing.assert_close(mean, same, atol=1e-6, rtol=0)
 
 
+@pytest.fixture(params=[False, True], ids=["float32 sums", "float64 sums"])
+def long_sums(request, monkeypatch):
+    """The sums of the gradient in float32; or in float64, as long ones are, and in several pieces."""
+    module = importlib.import_module("torch_bn.batch_norm")
+    if request.param:
+        monkeypatch.setattr(module, "LONG_SUM", {"cpu": 1})
+        monkeypatch.setattr(module, "PIECE", 16)
+    return request.param
+
+
+@pytest.mark.usefixtures("long_sums")
 @pytest.mark.parametrize("shape", [(8, 3), (4, 3, 6, 6)], ids=str)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's forward mode
 def test_functional_transformations(shape):
@@ -87,8 +100,14 @@ def test_functional_transformations(shape):
     (back,) = torch.func.vjp(lambda x: normalise(x, gammas[0])[0], xs[0])[1](dys[1])
     torch.testing.assert_close((y_dot * dys[1]).sum(), (back * dys[0]).sum(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.func.vmap(normalise)(xs, gammas)[0][0], y, atol=2e-6, rtol=0)
+    x = xs[0].requires_grad_()
+    y = normalise(x, gammas[0])[0]
+    (rows,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    for row, dy in zip(rows, dys, strict=True):
+        torch.testing.assert_close(row, torch.autograd.grad(y, x, dy, retain_graph=True)[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("long_sums")
 @pytest.mark.parametrize("shape", [(8, 3), (4, 3, 6, 6)], ids=str)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by PyTorch's own tracer
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
@@ -122,6 +141,7 @@ def test_compiled_with_numbers_that_vary():
             torch.testing.assert_close(compiled(x), layer(x), atol=2e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("long_sums")
 @pytest.mark.parametrize("masked", [False, True])
 def test_second_derivatives_of_images_in_float32(masked):
     """Where the first derivative is PyTorch's kernel, the second is the closed form's: against float64."""
