@@ -19,10 +19,11 @@ from bn_common.command_line import main
 def _load_train() -> Callable:
     # Only now: a mistake on the command line is answered before JAX is imported.
     from bn_common.memory import keep_memory
-    from jax_bn.settings import keep_compiled
+    from jax_bn.settings import compute_in_the_caller, keep_compiled
     from jax_bn.training import train
 
     keep_memory()
+    compute_in_the_caller()
     keep_compiled()
 
     return train

@@ -16,7 +16,7 @@ import jax_bn
 from benchmarks.step.jax_batches import place
 from benchmarks.step.network import EPSILON, LEARNING_RATE, MOMENTUM, Data, Network, Weights, linen_variables
 from bn_common.memory import keep_memory
-from jax_bn.settings import compiler_options
+from jax_bn.settings import compiler_options, compute_in_the_caller
 from jax_bn.training import DeviceData, Metrics, TrainState, train_step
 
 COPIES = 10
@@ -29,7 +29,9 @@ def _jit(function: Callable, **kwargs: Any) -> Any:
 
 
 def _start(weights: Weights, fig_size: int) -> tuple[jax_bn.BLeNet, Any, TrainState]:
-    keep_memory()  # in this peer's process, as train_jax.py does in its own
+    # In this peer's process, as train_jax.py does in its own.
+    keep_memory()
+    compute_in_the_caller()
     model = jax_bn.BLeNet(fig_size=fig_size, momentum=MOMENTUM, epsilon=EPSILON)
     optimizer = optax.adam(LEARNING_RATE)
     variables = jax.tree.map(jnp.array, linen_variables(weights))

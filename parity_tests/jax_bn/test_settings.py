@@ -1,5 +1,9 @@
 """What makes programs start and run faster changes nothing else, and takes no for an answer."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -47,3 +51,21 @@ def test_compiler_options_are_for_cpus(monkeypatch):
     assert jax.jit(lambda x: x + 1, compiler_options=settings.compiler_options())(1) == 2
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert settings.compiler_options() is None
+
+
+def test_steps_are_computed_in_the_caller():
+    """What train_jax.py starts with: as XLA's client for CPUs is made, its arrays are there when a call returns."""
+    code = (
+        "import jax, jax.numpy as jnp\n"
+        "from jax_bn.settings import compute_in_the_caller\n"
+        "compute_in_the_caller()\n"
+        "x = jnp.ones((1000, 1000))\n"
+        "step = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, x: x @ x / 1000, x)).lower(x).compile()\n"
+        "print(all(step(x).is_ready() for _ in range(5)))"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "True"
+    without = code.replace("compute_in_the_caller()\nx", "x")
+    said = subprocess.run([sys.executable, "-c", without], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False", "JAX does so by itself now, or has forgotten the option"
