@@ -64,7 +64,7 @@ def _convert(
     layer_map: Sequence[str],
 ) -> list[str]:
     given = files.load(source)
-    from parity.commands import module_of
+    from parity.named_objects import module_of
 
     torch_made, flax_made = module_of("--torch-module", torch_module), module_of("--flax-module", flax_module)
     options: dict[str, Any] = {"layer_map": _layer_map(layer_map)}

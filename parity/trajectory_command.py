@@ -90,7 +90,7 @@ class Train:
 
     def _modules(self) -> tuple[Any, Any]:
         if self.torch is not None and self.flax is not None:
-            from parity.commands import module_of
+            from parity.named_objects import module_of
 
             return module_of("torch", self.torch), module_of("flax", self.flax)
         import torch
