@@ -17,6 +17,8 @@ from parity.identify.finding import Finding
 
 Array = NDArray[Any]
 
+_REVERSED = " reversed"
+
 
 class _Reading(NamedTuple):
     """One side's reading of the input: scale * arranged input + shift, both a number or one per channel."""
@@ -46,8 +48,9 @@ def findings(
       tolerance: relative to the largest value.
 
     Returns:
-      "input-scale" (a factor, or a normalisation) and "input-layout", alone or both; what `glue.findings` says where
-      more than that happens before the first layer; else "unexplained"; [] if the numbers agree.
+      "input-scale" (a factor, or a normalisation) and "input-layout", alone or both; "unexplained" of an image turned
+      over or with its channels reversed (BGR for RGB), and says which; what `glue.findings` says where more than that
+      happens before the first layer; else "unexplained"; [] if the numbers agree.
     """
     arrays = (network_input, torch_first, flax_first, torch_input, flax_input)
     true, torch, flax, raw_torch, raw_flax = (np.asarray(array, np.float64) for array in arrays)
@@ -116,7 +119,8 @@ def _mirrored(true: Array) -> Iterator[tuple[str, Array]]:
     for axis in range(1, true.ndim):
         last = axis == true.ndim - 1
         if true.shape[axis] > 1:
-            yield ("channels reversed (BGR for RGB)" if last else f"{names[axis - 1]} reversed"), np.flip(true, axis)
+            what = f"channels{_REVERSED} (BGR for RGB)" if last else f"{names[axis - 1]}{_REVERSED}"
+            yield what, np.flip(true, axis)
 
 
 def _constant(x: Array, y: Array, tolerance: float) -> tuple[Array, Array] | None:
@@ -150,14 +154,18 @@ def _line(x: Array, y: Array, tolerance: float) -> tuple[Array, Array] | None:
 
 def _compare(torch: _Reading, flax: _Reading) -> list[Finding]:
     found = []
+    pairs = ((torch.scale, flax.scale), (torch.shift, flax.shift))
+    is_scaled = any(np.any(np.abs(a - b) > 1e-6 * np.maximum(np.abs(a), np.abs(b))) for a, b in pairs)
     if torch.layout != flax.layout:
         texts = [reading.layout or "as it is meant" for reading in (torch, flax)]
         evidence = f"PyTorch reads the input {texts[0]}, Flax {texts[1]}"
+        if any(_REVERSED in text for text in texts):
+            # No layout holds an image so: it was turned over, or its colours exchanged, on one side only.
+            return [Finding("unexplained", f"{evidence}; {_scale_sentence(torch, flax)}" if is_scaled else evidence)]
         flattened = all(text.startswith("flattened") for text in texts)
         code, role = ("flatten-order", "flatten") if flattened else ("input-layout", "")
         found.append(Finding(code, evidence.replace("reads the input axes", "reads the input with axes"), role))
-    pairs = ((torch.scale, flax.scale), (torch.shift, flax.shift))
-    if any(np.any(np.abs(a - b) > 1e-6 * np.maximum(np.abs(a), np.abs(b))) for a, b in pairs):
+    if is_scaled:
         found.append(Finding("input-scale", _scale_sentence(torch, flax)))
     return found
 

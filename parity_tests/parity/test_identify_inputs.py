@@ -62,8 +62,11 @@ LAYOUTS = {
     "reshaped": unswapped,
     "as it is": lambda x: np.moveaxis(x, -1, 1),
     "hw": lambda x: x.swapaxes(1, 2),
-    "bgr": lambda x: x[..., ::-1],
-    "upside down": lambda x: x[:, ::-1],
+}
+TURNED = {
+    "channels reversed (BGR for RGB)": lambda x: x[..., ::-1],
+    "H reversed": lambda x: x[:, ::-1],
+    "W reversed": lambda x: x[:, :, ::-1],
 }
 
 
@@ -75,6 +78,19 @@ def test_layout(layout, shape, swap):
     assert codes(named(image(shape), same, change, swap)) == ["input-layout"]
     both = named(image(shape), same, lambda x: 255 * change(x), swap)
     assert set(codes(both)) == {"input-layout", "input-scale"}
+
+
+@pytest.mark.parametrize("what", TURNED)
+@SWAP
+def test_turned_over(what, swap):
+    """No layout, and so no known mistake; but it is said what it is, with a scale beside it in the same breath."""
+    x, change = image((4, 6, 5, 3)), TURNED[what]
+    (found,) = named(x, same, change, swap)
+    (both,) = named(x, same, lambda x: 255 * change(x), swap)
+    assert found.code == both.code == "unexplained"
+    assert what in found.evidence
+    assert what in both.evidence
+    assert "255" in both.evidence
 
 
 @SWAP
