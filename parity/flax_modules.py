@@ -24,12 +24,19 @@ FLAGS = {
     "eval": True,
     "inference": True,
 }
+PATH = "path_in_parity"
 Variables = dict[str, Any]
 Intercept = Callable[[str, Callable[..., Any], tuple, dict], Any]
 
 
 class Side(Protocol):
-    """A Flax module as a function."""
+    """A Flax module as a function.
+
+    Attributes:
+      is_opened: it is run as if there were no jit and no checkpoint in it, see `_opened`.
+    """
+
+    is_opened: bool
 
     def apply(
         self, variables: Variables, inputs: Sequence[Array], *, train: bool, intercept: Intercept, seed: int
@@ -78,7 +85,7 @@ class LinenSide:
     """A linen module: its variables are given with every call."""
 
     def __init__(self, module: nn.Module, flax_call: Callable | None = None) -> None:
-        self.module, self.flax_call = module, flax_call
+        self.module, self.flax_call, self.is_opened = module, flax_call, False
 
     def _bound(self, train: bool) -> tuple[nn.Module, dict[str, Any]]:
         """The module and the keywords of its call. A flag that is set as an attribute is set there."""
@@ -98,7 +105,7 @@ class LinenSide:
         """See `Side`."""
         nested = unflatten_dict(variables, sep="/")
         mutable = sorted({"batch_stats", *nested} - {"params"})
-        with nn.intercept_methods(linen_interceptor(intercept)):
+        with _opened(self.is_opened), nn.intercept_methods(linen_interceptor(intercept)):
             if self.flax_call is not None:
                 out = _call_flax_call(self.flax_call, self.module, nested, inputs, train)
             else:
@@ -112,12 +119,13 @@ class LinenSide:
 
     def initial(self, inputs, *, train):
         """See `Side`."""
-        if self.flax_call is not None:
-            proxy: Any = _Initialising(self.module)
-            _call_flax_call(self.flax_call, proxy, {}, inputs, train)
-            return flat(proxy.variables)
-        module, flags = self._bound(train)
-        return flat(module.init(_rngs(0), *inputs, **flags))
+        with _opened(self.is_opened):
+            if self.flax_call is not None:
+                proxy: Any = _Initialising(self.module)
+                _call_flax_call(self.flax_call, proxy, {}, inputs, train)
+                return flat(proxy.variables)
+            module, flags = self._bound(train)
+            return flat(module.init(_rngs(0), *inputs, **flags))
 
 
 class _Initialising:
@@ -180,7 +188,7 @@ class NnxSide:
     """An NNX module: it holds its variables; every call is on a copy."""
 
     def __init__(self, module: nnx.Module, flax_call: Callable | None = None) -> None:
-        self.flax_call = flax_call
+        self.flax_call, self.is_opened = flax_call, False
         self.graph, state = nnx.split(module)
         self.state = dict(nnx.to_flat_state(state))
         self.names = {path: _nnx_name(path, variable) for path, variable in self.state.items()}
@@ -199,7 +207,7 @@ class NnxSide:
         module = self.module_with(variables)
         (module.train if train else module.eval)()
         flags = flag_of(type(module).__call__, train)  # before it is exchanged
-        with _patched(module, intercept):
+        with _opened(self.is_opened), _patched(module, intercept):
             if self.flax_call is not None:
                 nested = nnx.state(module)
                 out = _call_flax_call(self.flax_call, module, nested, inputs, train)
@@ -216,6 +224,34 @@ class NnxSide:
     def initial(self, inputs, *, train):
         """See `Side`."""
         return {self.names[path]: _value(v) for path, v in self.state.items() if not _is_random(v)}
+
+
+@contextlib.contextmanager
+def _opened(is_opened: bool = True) -> Iterator[None]:
+    """For a while jit and checkpoint (remat) do nothing, so that what is called inside them can be seen and replaced.
+
+    JAX and Flax have no public way to look into either. A scan stays what it is: there a layer is one call, with the
+    variables of all its turns.
+    """
+    if not is_opened:
+        yield
+        return
+    scan = jax.lax.scan
+
+    def closed_scan(*args: Any, **kwargs: Any) -> Any:
+        with jax.disable_jit(False):
+            return scan(*args, **kwargs)
+
+    def nothing(function: Any = None, **_: Any) -> Any:
+        return nothing if function is None else function
+
+    exchanged = (jax, "checkpoint", nothing), (jax, "remat", nothing), (jax.lax, "scan", closed_scan)
+    with contextlib.ExitStack() as stack:
+        for module, name, function in exchanged:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
+        stack.enter_context(jax.disable_jit())
+        yield
 
 
 def _value(variable: Any) -> Any:
@@ -242,8 +278,12 @@ def _is_random(variable: Any) -> bool:
 
 @contextlib.contextmanager
 def _patched(module: nnx.Module, intercept: Intercept) -> Iterator[None]:
-    """Calls of the layers in `module` go through `intercept`: the classes' `__call__` is exchanged for a while."""
-    paths = {id(child): "/".join(map(str, path)) for path, child in nnx.iter_modules(module)}
+    """Calls of the layers in `module` go through `intercept`: the classes' `__call__` is exchanged for a while.
+
+    Each has its path as an attribute: NNX's transformations call copies.
+    """
+    for path, child in nnx.iter_modules(module):
+        setattr(child, PATH, "/".join(map(str, path)))
     kept: dict[Any, Any] = {}
     inside: list[int] = []
 
@@ -251,12 +291,12 @@ def _patched(module: nnx.Module, intercept: Intercept) -> Iterator[None]:
         original = kind.__call__
 
         def patched(self, *args: Any, **kwargs: Any) -> Any:
-            if id(self) not in paths or id(self) in inside:
+            if not hasattr(self, PATH) or id(self) in inside:
                 return original(self, *args, **kwargs)
             inside.append(id(self))
             try:
                 call = _named_call(lambda *a, **k: original(self, *a, **k), self)
-                return intercept(paths[id(self)], call, args, kwargs)
+                return intercept(getattr(self, PATH), call, args, kwargs)
             finally:
                 inside.pop()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -127,31 +127,67 @@ def structure(side: Side, inputs: Sequence[NDArray], *, train: bool) -> tuple[di
     Raises:
       Exception: whatever the module raises on these inputs.
     """
+    found = _look(side, inputs, train=train)
+    if found.hides:
+        # Once more, as if there were no jit and no checkpoint: so their layers are seen. Not if it needs them.
+        side.is_opened = True
+        try:
+            found = _look(side, inputs, train=train)
+        except Exception:
+            side.is_opened = False
+    layers = layers_of(side, found.variables, found.called)
+    for path, layer in layers.items():
+        layer.feeder = found.feeders.get(path)
+    return layers, found.variables
+
+
+class _Seen(NamedTuple):
+    """The modules called, in order; what each was fed by; the variables; and whether some call was inside a jit."""
+
+    called: list[tuple[str, Any]]
+    feeders: dict[str, str]
+    variables: dict[str, Any]
+    hides: bool
+
+
+def _look(side: Side, inputs: Sequence[NDArray], *, train: bool) -> _Seen:
     called: list[tuple[str, Any]] = []
     made: dict[int, tuple[str, Any]] = {}  # what each array came out of; kept, so that no other gets its id
     feeders: dict[str, str] = {}
+    traces: list[Any] = []
 
     def intercept(path, call, args, kwargs):
         called.append((path, call.module))
+        traces.append(_trace())
         if args and id(args[0]) in made:
             feeders.setdefault(path, made[id(args[0])][0])
         output = call(*args, **kwargs)
         made.setdefault(id(output), (path, output))
         return output
 
+    def initial(*xs):
+        traces.append(_trace())
+        with nn.intercept_methods(linen_interceptor(intercept)):
+            return side.initial(xs, train=train)
+
+    def apply(*xs):
+        traces.append(_trace())
+        return side.apply(variables, xs, train=train, intercept=intercept, seed=0)[0]
+
     with environment(float64=False):
         shapes = [jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)) for a in inputs]
         if isinstance(side, LinenSide):
-            with nn.intercept_methods(linen_interceptor(intercept)):
-                variables = jax.eval_shape(lambda *xs: side.initial(xs, train=train), *shapes)
+            variables = jax.eval_shape(initial, *shapes)
         else:
             variables = side.initial(inputs, train=train)
-            jax.eval_shape(lambda *xs: side.apply(variables, xs, train=train, intercept=intercept, seed=0)[0], *shapes)
-        variables = {name: v for name, v in variables.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-    layers = layers_of(side, variables, called)
-    for path, layer in layers.items():
-        layer.feeder = feeders.get(path)
-    return layers, variables
+            jax.eval_shape(apply, *shapes)
+    variables = {name: v for name, v in variables.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    return _Seen(called, feeders, variables, any(trace != traces[0] for trace in traces))
+
+
+def _trace() -> Any:
+    """What is being traced: another inside a transformation of the module's own (jit, remat, scan) than outside."""
+    return get_opaque_trace_state(convention="flax")
 
 
 def record(
@@ -274,8 +310,8 @@ class _Run:
         self.keys = []
         seen: dict[str, Any] = {"inputs": [], "arrived": [], "outputs": [], "probes": []}
         self.seen = seen
-        # What is called inside a transformation of the user's own (jit, remat, scan) can't be seen from outside.
-        outside = get_opaque_trace_state(convention="flax")
+        # What is called inside a transformation of the module's own that was not opened can't be seen from outside.
+        outside = _trace()
         counts: dict[str, int] = {}
         active: list[str] = []
 
@@ -295,7 +331,7 @@ class _Run:
                 self.has_dropout = self.has_dropout or getattr(call.module, "rate", 0) > 0
                 return args[0]
             layer = self.layers.get(path)
-            hidden = get_opaque_trace_state(convention="flax") != outside
+            hidden = _trace() != outside
             if layer is None or not layer.is_called or active or hidden:
                 return call(*args, **kwargs)
             key = (path, counts.get(path, 0))

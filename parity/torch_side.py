@@ -109,7 +109,9 @@ def record(
     recording.tensors = _named(module, recording.layers)
     recording.dropout_off = train and has_dropout(module)
     watch = _Watch(module, recording)
-    with torch.random.fork_rng(devices=[]), without_dropout(module, train=train), watch:
+    # Hooks see nothing of a part that was compiled.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(devices=[]), without_dropout(module, train=train), eager, watch:
         torch.manual_seed(seed)
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
         output = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, module(*given))
@@ -120,6 +122,7 @@ def record(
                 leaf.retain_grad()
         total = loss_of(output, loss)
         recording.loss = total.item() if isinstance(total, Tensor) else float(total)
+        watch.is_over = True
         if isinstance(total, Tensor) and total.requires_grad:
             total.backward()
     recording.output_gradients = [_grad(v) for v in leaves]
@@ -212,18 +215,27 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 class _Watch(contextlib.ExitStack):
-    """While it is entered, every call goes into the recording."""
+    """While it is entered, every call goes into the recording.
+
+    `torch.utils.checkpoint` calls its layers once more in the backward pass. That is no call of the network's, but
+    where it is reentrant, the first call had no gradients, and those of the second are the call's.
+
+    Attributes:
+      is_over: the forward pass is done.
+    """
+
+    is_over = False
 
     def __init__(self, module: nn.Module, recording: Recording) -> None:
         super().__init__()
         self.recording = recording
-        self.kept: list[tuple[Call, list[Tensor], Tensor | None]] = []
+        self.kept: list[tuple[Call, list[Tensor], Tensor]] = []
         self.pending: list[list[Tensor]] = []
         self.counts: dict[str, int] = {}
         called = {path for path, layer in recording.layers.items() if layer.is_called}
         for path, child in module.named_modules():
             if path in called:
-                self._add(child.register_forward_pre_hook(self._before, with_kwargs=True))
+                self._add(child.register_forward_pre_hook(self._before(path), with_kwargs=True))
                 self._add(child.register_forward_hook(self._after(path), with_kwargs=True))
             elif not list(child.children()) and not isinstance(child, nn.Identity):
                 attention = any(path.startswith(f"{p}.") for p in called)
@@ -233,46 +245,69 @@ class _Watch(contextlib.ExitStack):
     def _add(self, handle: Any) -> None:
         self.callback(handle.remove)
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _is_repeated(self, path: str) -> bool:
+        """Whether a call of this layer has had no gradients."""
+        return any(call.path == path and not y.requires_grad for call, _, y in self.kept)
+
+    def _repeats(self, path: str, inputs: Sequence[NDArray]) -> int:
+        """Which of these calls it was, by what came in: the last part of a network is called again first."""
+        calls = [(i, call) for i, (call, _, y) in enumerate(self.kept) if call.path == path and not y.requires_grad]
+        same = (i for i, call in calls if all(np.array_equal(a, b) for a, b in zip(call.inputs, inputs, strict=False)))
+        return next(same, calls[0][0])
+
+    def _before(self, path: str) -> Callable:
         """Gives the layer copies of its own, so that their gradients are those through this layer only."""
-        mine: list[Tensor] = []
-        known: dict[int, Tensor] = {}  # one tensor given several times (attention) is one input
 
-        def own(v: Any) -> Any:
-            if not isinstance(v, Tensor) or v.dtype == torch.bool:
-                return v
-            if id(v) in known:
-                return known[id(v)]
-            if not v.is_floating_point():
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if self.is_over and not self._is_repeated(path):
+                return None
+            mine: list[Tensor] = []
+            known: dict[int, Tensor] = {}  # one tensor given several times (attention) is one input
+
+            def own(v: Any) -> Any:
+                if not isinstance(v, Tensor) or v.dtype == torch.bool:
+                    return v
+                if id(v) in known:
+                    return known[id(v)]
+                if not v.is_floating_point():
+                    mine.append(v)
+                    return v
+                given = v
+                v = v.clone() if v.requires_grad else v.detach().clone().requires_grad_(torch.is_grad_enabled())
+                if v.requires_grad:
+                    v.retain_grad()
                 mine.append(v)
+                known[id(given)] = v
                 return v
-            given = v
-            v = v.clone() if v.requires_grad else v.detach().clone().requires_grad_(torch.is_grad_enabled())
-            if v.requires_grad:
-                v.retain_grad()
-            mine.append(v)
-            known[id(given)] = v
-            return v
 
-        args, kwargs = tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}
-        self.pending.append([v.detach().clone() for v in mine])
-        self.pending.append(mine)
-        return args, kwargs
+            args, kwargs = tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}
+            self.pending.append([v.detach().clone() for v in mine])
+            self.pending.append(mine)
+            return args, kwargs
+
+        return hook
 
     def _after(self, path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if self.is_over and not self._is_repeated(path):
+                return output
             mine, values = self.pending.pop(), self.pending.pop()
+            inputs = [numpy(v) for v in values]
             y = output[0] if isinstance(output, tuple) else output
             index = self.counts.get(path, 0)
-            self.counts[path] = index + 1
-            inputs = [numpy(v) for v in values]
+            if not self.is_over:
+                self.counts[path] = index + 1
             if not isinstance(y, Tensor):
                 return output
             if y.requires_grad:
                 y.retain_grad()
-            call = Call(path, index, inputs, numpy(y), arrived=inputs)
-            self.recording.calls.append(call)
-            self.kept.append((call, mine, y))
+            if self.is_over:
+                i = self._repeats(path, inputs)
+                self.kept[i] = self.kept[i][0], mine, y
+            else:
+                call = Call(path, index, inputs, numpy(y), arrived=inputs)
+                self.recording.calls.append(call)
+                self.kept.append((call, mine, y))
             # A copy goes on: an activation in place must not reach back into y.
             return (y.clone(), *output[1:]) if isinstance(output, tuple) else y.clone()
 
@@ -280,6 +315,8 @@ class _Watch(contextlib.ExitStack):
 
     def _glue(self, path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if self.is_over:
+                return
             names = tuple(c.__name__ for c in type(module).__mro__)
             self.recording.glue.append(GlueCall(path, names, len(self.recording.calls)))
 
@@ -289,4 +326,4 @@ class _Watch(contextlib.ExitStack):
         """Fills in the gradients, once the backward pass has been."""
         for call, inputs, y in self.kept:
             call.input_gradients = [_grad(v) if v.is_floating_point() else None for v in inputs]
-            call.output_gradient = None if y is None else _grad(y)
+            call.output_gradient = _grad(y)
