@@ -240,9 +240,9 @@ def _text(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 float32, x and dy N(0, 1). A cell is the median time of a call in milliseconds and, in brackets, the median of the
 ratios to the reference, taken round by round: in JAX the fastest library other than ours (\\*), in PyTorch the native
 batch norm. Shapes are written channels last, as JAX takes them; PyTorch has the channels on axis 1,
-contiguous. The processes keep what memory they have freed (`bn_common.memory`), all peers alike: called by itself, a
-layer would pay for page faults that it does not have in a network. How it is measured stands in
-`benchmarks/batch_norm.py`.
+contiguous. The processes keep what memory they have freed (`bn_common.memory`, `compute_in_the_caller`), all peers
+alike: called by itself, a layer would pay for page faults that it does not have in a network. How it is measured stands
+in `benchmarks/batch_norm.py`.
 """
     shapes = dict.fromkeys(tuple(row["shape"]) for row in rows)
     tables = [_markdown(shape, [row for row in rows if tuple(row["shape"]) == shape]) for shape in shapes]

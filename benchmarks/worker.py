@@ -27,7 +27,10 @@ def serve(connection: Connection, framework: str) -> None:
     That a peer computes something else is an answer too: an ArithmeticError. Any other error ends the process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; this process ends with it.
-    keep_memory()  # as in a training loop, which asks for the same memory each time: see there
+    # As in a training loop, which asks for the same memory each time: see there. For all peers alike.
+    keep_memory()
+    if framework == "jax":
+        importlib.import_module("jax_bn.settings").compute_in_the_caller()
     module = importlib.import_module(f"benchmarks.{framework}_peers")
     peers, missing = installed(module.PEERS)
     connection.send((module.about(), missing))
