@@ -109,9 +109,7 @@ def record(
     recording.tensors = _named(module, recording.layers)
     recording.dropout_off = train and has_dropout(module)
     watch = _Watch(module, recording)
-    # Hooks see nothing of a part that was compiled.
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(devices=[]), without_dropout(module, train=train), eager, watch:
+    with torch.random.fork_rng(devices=[]), without_dropout(module, train=train), _not_compiled(module), watch:
         torch.manual_seed(seed)
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
         output = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, module(*given))
@@ -140,6 +138,13 @@ def record(
         for name in layer.statistics
     }
     return recording
+
+
+def _not_compiled(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Where a part of it went through `torch.compile`, that is run as it is: hooks would see nothing of it."""
+    is_compiled = any(hasattr(child, "_orig_mod") for child in module.modules())
+    # Only then: it imports the compiler, for a second.
+    return torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
 
 
 def _floating(output: Any) -> list[Tensor]:
