@@ -224,9 +224,10 @@ does not fit into a cache:
 
 Without the shift, a large mean would be lost; without centring dy, a common offset in it would be, from gamma's
 gradient. The float64 sums are two conversions, a product and three sums, piece by piece in the cache: 0.6 ns a value on
-two cores, a third of the native step; in float32 dbeta would be off by up to some hundred eps where it cancels, and in
-the native kernel by thousands (channels last, or rank 2). Without them (`LONG_SUM` in `torch_bn/batch_norm.py`) images
-take 1.1 to 1.3 times the native time. In JAX the sums are in float64 from 2^9 values per channel on, included above.
+two cores, half the native step or a little more; in float32 dbeta would be off by up to some hundred eps where it
+cancels, and in the native kernel by thousands (channels last, or rank 2). Without them (`LONG_SUM` in
+`torch_bn/batch_norm.py`) images take 1.1 to 1.3 times the native time. In JAX the sums are in float64 from 2^9 values
+per channel on, included above.
 Where a batch is as small as 256 x 120, the time is that of some 60 small operations, of 2 to 6 us each, against two of
 the native one's."""
 
