@@ -162,6 +162,10 @@ class Comparison:
         """Each side on its own; if they differ, layer by layer, and what is behind it."""
         free = self._flax_run_whole()
         self.dropout_off = self.torch.dropout_off or free.dropout_off
+        called = {call.path for call in free.calls}
+        unseen = [path for path, layer in self.flax_layers.items() if layer.is_called and path not in called]
+        if unseen and free.failure is None:
+            self.notes.append(f"inside a jit, remat or scan, which can't be looked into: {', '.join(unseen)}")
         self.free = differences(self.translation, free, train=self.train_mode)
         if isinstance(self.side, flax_side.NnxSide):  # it holds its shapes, and would run with others unasked
             self.free += [

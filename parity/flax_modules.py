@@ -227,7 +227,7 @@ class NnxSide:
 
 
 @contextlib.contextmanager
-def _opened(is_opened: bool = True) -> Iterator[None]:
+def _opened(is_opened: bool) -> Iterator[None]:
     """For a while jit and checkpoint (remat) do nothing, so that what is called inside them can be seen and replaced.
 
     JAX and Flax have no public way to look into either. A scan stays what it is: there a layer is one call, with the

@@ -14,6 +14,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from parity import flax_side, kinds
+from parity.flax_modules import environment, linen_interceptor
 from parity.flax_side import LinenSide, NnxSide, Side
 from parity.kinds import Shape
 from parity.recording import Layer
@@ -41,10 +42,10 @@ def of_module(side: Side, guess: Guess) -> Structure:
         outputs.append((path, y))
         return y
 
-    with flax_side.environment(float64=False):
+    with environment(float64=False):
         shapes = [jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in guess.flax]
         if isinstance(side, LinenSide):
-            with nn.intercept_methods(flax_side.linen_interceptor(intercept)):
+            with nn.intercept_methods(linen_interceptor(intercept)):
                 variables = jax.eval_shape(lambda *xs: side.initial(xs, train=False), *shapes)
         else:
             variables = side.initial(guess.flax, train=False)
@@ -187,7 +188,7 @@ def flattened(side: Side, structure: Structure, guess: Guess) -> dict[str, Flatt
         for i, a in enumerate(guess.flax)
     ]
     try:
-        with flax_side.environment(float64=False):
+        with environment(float64=False):
             shapes = jax.eval_shape(lambda *xs: side.initial(xs, train=False), *inputs)
             ones = {name: jnp.ones(v.shape, v.dtype) for name, v in shapes.items()}
             # Compiled: what the marks replace is never computed.

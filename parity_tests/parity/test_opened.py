@@ -114,6 +114,7 @@ def test_layers_inside_are_compared(made, train):
     kind, transform = made
     right, planted = (parity.check(TorchNet(), kind(transform, e), X, train=train) for e in (1e-5, 1e-2))
     assert not [d for d in right.diagnoses if d.code != "unbiased-variance"], str(right)
+    assert not right.notes
     assert len(seen(right)) == 9
     assert planted.diagnoses[0].code == "epsilon", str(planted)
     assert planted.first_divergence.torch_layer == "two.1"
@@ -121,19 +122,22 @@ def test_layers_inside_are_compared(made, train):
 
 
 def test_as_it_was_where_it_can_not_be_opened():
-    """A part that asks whether it is being compiled: its layers are seen at its ends, as one can."""
+    """A part that asks whether it is compiled: it is compared at its ends, as before."""
 
     class Compiled(linen.Module):
         @linen.compact
         def __call__(self, x):
             def inside(self, x):
-                assert isinstance(jnp.zeros(3) + 0, jax.core.Tracer)
+                assert not jax.config.jax_disable_jit
                 return linen.Dense(6)(x)
 
             return linen.Dense(3)(linen.jit(inside)(self, x))
 
     module = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3))
-    assert parity.check(module, Compiled(), X, train=False).ok
+    report = parity.check(module, Compiled(), X, train=False)
+    assert report.ok, str(report)
+    assert len(seen(report)) == 1
+    assert any("which can't be looked into: Dense_1" in note for note in report.notes), report.notes
 
 
 def test_nothing_stays_exchanged():
