@@ -64,8 +64,13 @@ def scan(weights: Weights, fig_size: int) -> Network:
     model, optimizer, state = _start(weights, fig_size)
 
     def epoch(state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
+        # Over the batches' numbers: of the batches themselves, scan would make a copy for each turn.
+        def step(state: TrainState, i: jax.Array) -> tuple[TrainState, Metrics]:
+            batch = (lax.dynamic_index_in_dim(v, i, keepdims=False) for v in (x, labels))
+            return train_step(model, optimizer, state, *batch)
+
         # Five steps a turn: a turn of XLA's loop costs 0.1 ms, and a step takes 10. It is compiled for twice as long.
-        return lax.scan(lambda state, batch: train_step(model, optimizer, state, *batch), state, (x, labels), unroll=5)
+        return lax.scan(step, state, jnp.arange(len(x)), unroll=5)
 
     def place_epoch(data: Data) -> list[tuple[jax.Array, ...]]:
         return [tuple(map(jnp.stack, zip(*place(data), strict=True)))]
