@@ -20,13 +20,13 @@ from jax.typing import DTypeLike
 from bn_common.checks import FLOAT_DTYPES, channel_axes, check_batch_norm
 from jax_bn.channels import Channels
 
-# From this many values per channel on, dbeta and dgamma are added in float64, by device; elsewhere never. A tree of
-# float32 additions of m terms of random sign and size s rounds m / 2^l partial sums of size sqrt(2^l) s at each of its
-# log2(m) levels, each by eps / sqrt(12): by sqrt(m log2(m) / 12) eps s in all. The bound for dbeta, 8 eps of
-# max(|dbeta|, max|dy|), is 24 eps s where the sum cancels, with a largest dy of 3 s: as much at m = 512, a tenth at 8.
-# On a CPU the step takes a third longer for it, and less than that where it waits for memory. Float64 is not slow on a
-# GPU for data centres, but 32 to 64 times as slow as float32 on others: there only where the sum would be far off.
-LONG_SUM = {"cpu": 2**9, "gpu": 2**18}
+# From this many values per channel on, float32's dbeta and dgamma are added in float64, by device; elsewhere never. A
+# tree of float32 additions of m terms of random sign and size s rounds m / 2^l partial sums of size sqrt(2^l) s at each
+# of its log2(m) levels, each by eps / sqrt(12): by sqrt(m log2(m) / 12) eps s in all, where the sum is some sqrt(m) s,
+# but may be anything down to 0. On a CPU the step takes up to a third longer for it, of batches below 512 half as long
+# again. Float64 is not slow on a GPU for data centres, but 32 to 64 times as slow as float32 on others: there only
+# where the sum would be far off.
+LONG_SUM = {"cpu": 1, "gpu": 2**18}
 
 
 class BatchStats(NamedTuple):
@@ -249,8 +249,9 @@ def _product(a: Array, b: Array) -> Array:
 def _statistics(x: Array, mask: Array | None, channels: Channels) -> Statistics:
     """Two passes over x: the mean, from the differences to one of x's own values, and the variance around it.
 
-    These differences are exact where x is nearly constant, and 0 where it is constant. Of the mean, one + offset, the
-    rounding is known: rest. It comes off the variance again, which is taken around shift.
+    These differences are exact where x is nearly constant, and 0 where it is constant; where x is around 0 they are x
+    itself. Of the mean, one + offset, the rounding is known: rest. It comes off the variance again, which is taken
+    around shift.
 
     x - shift is wanted in two sums and twice beside them. Were it written the same way everywhere, XLA would compute it
     once, and on a CPU write it out to memory, for the sums to read it from there; so each sum has it in words of its
@@ -360,10 +361,23 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
         a, b = lax.pcast(both, tuple(_varying(x) - _varying(both)), to="varying")
     if x.dtype == np.float32 and x.size // r.size >= channels.long_sum:
         return x_dot * spread(factor) + _along_in_float64(x, a, b, mask, batch, channels), mean_dot, 2 * along
-    along_b = (x + spread(minus_shift)) * spread(b)
+    if x.dtype == np.float64:
+        spread = functools.partial(_spread_in_parts, x=x, channels=channels)
+    along_b = (x + channels.spread(minus_shift, x)) * spread(b)
     if channels.axis_name is None:
         along_b = along_b - spread(channels.sum(along_b, mask) / total)
-    return x_dot * spread(factor) + spread(a) + along_b, mean_dot, 2 * along
+    return x_dot * channels.spread(factor, x) + spread(a) + along_b, mean_dot, 2 * along
+
+
+def _spread_in_parts(v: Array, x: Array, channels: Channels) -> Array:
+    """v spread over x, float64, in words whose transpose adds the first 26 bits of every value, and apart the others.
+
+    The sum of the first hardly ever rounds, up to millions of values; the others are 2^-26 as large, and so is what
+    their sum rounds.
+    """
+    first = functools.partial(lax.reduce_precision, exponent_bits=11, mantissa_bits=25)
+    one, other = channels.spread(v, x), channels.spread(v, x)
+    return first(one) + (other - first(other))
 
 
 def _along_in_float64(x, a, b, mask, batch: Statistics, channels: Channels):
@@ -373,13 +387,13 @@ def _along_in_float64(x, a, b, mask, batch: Statistics, channels: Channels):
     """
     with jax.enable_x64(True):
         wide, a, b, total, minus_shift = (v.astype(np.float64) for v in (x, a, b, batch.num_values, batch.minus_shift))
-        along_b = (wide + channels.spread(minus_shift, wide)) * channels.spread(b, wide)
+        along_b = (wide + channels.spread(minus_shift, wide)) * channels.spread_to_add(b, wide)
         if channels.axis_name is None:
             # At once: of the product that ends the stages JAX makes no float64 transpose.
             a = a - channels.sum(along_b, mask, in_stages=False) / jnp.maximum(total, 1)
         # Converted apart, and in different words: of a conversion that the gradient's two sums share, XLA would write
         # out all of dy in float64 for them.
-        return along_b.astype(np.float32) - channels.spread(-a, wide).astype(np.float32)
+        return along_b.astype(np.float32) - channels.spread_to_add(-a, wide).astype(np.float32)
 
 
 def _varying(x: Array) -> frozenset[str]:

@@ -155,13 +155,14 @@ def _to(v: Tensor, dtype: torch.dtype) -> Tensor:
     return v if v.dtype == dtype else v.to(dtype)
 
 
-# From this many values per channel on, dbeta and dgamma are added in float64, by device: jax_bn/batch_norm.py says why.
-# On a CPU earlier than there: of 256 values one channel in a hundred would miss the bound, of 64 one in thousands, and
-# in a batch that small the copies are a tenth of the time. In large images they are a third.
-LONG_SUM = {"cpu": 2**6, "cuda": 2**18}
+# From this many values per channel on, float32's dbeta and dgamma are added in float64, by device: jax_bn/batch_norm.py
+# says why. On a CPU the copies are a third of the time of large images.
+LONG_SUM = {"cpu": 1, "cuda": 2**18}
 # Every operation here is a loop of its own. Where it is taken piece by piece, by so many values, what one has written
 # the next finds in the cache: float64 copies cost half of what they would cost by way of memory.
 PIECE = 2**18
+# Values of a channel from which its size is guessed.
+SAMPLE = 64
 
 
 class Statistics(NamedTuple):
@@ -225,13 +226,28 @@ def _sums_in_float64(dy: Tensor, d: Tensor, mask: Tensor | None) -> tuple[Tensor
     """sum(dy) and sum(dy * (d - mean(d))), added in float64: the mean of d is about 0, and may come off last."""
     # Compiled, there are no copies: all is one piece.
     pieces = 1 if torch.compiler.is_compiling() else max(1, min(len(d), d.numel() // PIECE))
-    masks = [None] * pieces if mask is None else mask.expand(d.shape).tensor_split(pieces)
-    sums = torch.zeros(3, d.shape[1], dtype=torch.float64, device=d.device)
-    for dy_piece, d_piece, mask_piece in zip(dy.tensor_split(pieces), d.tensor_split(pieces), masks, strict=True):
-        dy_piece, d_piece = dy_piece.double(), d_piece.double()
-        sums = sums + torch.stack([_sum(dy_piece), _sum(dy_piece * d_piece), _sum(d_piece, mask_piece)])
-    dbeta, along, sum_d = sums
+    if pieces == 1:
+        dbeta, along, sum_d = _three_sums(dy, d, mask)
+    else:
+        masks = [None] * pieces if mask is None else mask.expand(d.shape).tensor_split(pieces)
+        sums = torch.zeros(3, d.shape[1], dtype=torch.float64, device=d.device)
+        for piece in zip(dy.tensor_split(pieces), d.tensor_split(pieces), masks, strict=True):
+            sums = sums + torch.stack(_three_sums(*piece))
+        dbeta, along, sum_d = sums
     return dbeta.to(d.dtype), (along - dbeta * (sum_d / _total(d, mask))).to(d.dtype)
+
+
+def _three_sums(dy: Tensor, d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """sum(dy), sum(dy * d) and sum(d), the last of the positions in mask only, in float64."""
+    dy, d = dy.double(), d.double()
+    return _sum(dy), _sum(dy * d), _sum(d, mask)
+
+
+def _sum_in_parts(v: Tensor) -> Tensor:
+    """Sum per channel of float64: of the values rounded to float32, hardly ever rounding, and of what that left."""
+    largest = torch.finfo(torch.float32).max
+    leading = v.clamp(-largest, largest).float().double()
+    return _sum(leading) + _sum(v - leading)
 
 
 def _num_values(x: Tensor, mask: Tensor | None) -> int | Tensor:
@@ -253,6 +269,12 @@ def _one_of(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(largest.isneginf(), 0, largest)
 
 
+def _largest_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The largest |x| of each channel: of a sample, SAMPLE of its values, or of all that the mask counts."""
+    some = torch.where(mask, x, 0) if mask is not None else x[: max(1, SAMPLE * x.shape[1] // x[0].numel())]
+    return some.abs().amax([0, *range(2, x.ndim)])
+
+
 def _near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """A value near the mean of each channel, which of a constant channel is its value exactly.
 
@@ -261,7 +283,11 @@ def _near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """
     one = _one_of(x, mask)
     some = x if mask is not None else x[: (len(x) + 3) // 4]
-    return one + _sum(some - _second(one, x), mask) / _total(some, mask)
+    near = one + _sum(some - _second(one, x), mask) / _total(some, mask)
+    # Rounded to the grid of the largest values: these, and most that are smaller, less near are then exact. Else all
+    # of a size would round the same way, and their mean be off by as much: more than it is, in a long batch around 0.
+    largest = _largest_of(x, mask).copysign(near)
+    return (near - largest) + largest
 
 
 def _mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -301,13 +327,13 @@ def _normalize_batch(
 def _kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
     """Whether PyTorch's own kernel of the gradient sums well enough here: then it is taken, being the fastest.
 
-    On a CPU it adds float32 images, a channel in a plane, plane by plane, and the planes in float64; what is laid out
-    otherwise it adds one by one, and float64 too. On other devices it adds in a tree.
+    On a CPU it adds images, a channel in a plane, plane by plane, and the planes in float64; what is laid out otherwise
+    it adds one by one. On other devices it adds in a tree. Of float64 that is not enough.
     """
-    if mask is not None:
+    if mask is not None or d.dtype != torch.float32:
         return False
     planes = d.ndim > 2 and d.shape[1] > 1 and d[0, 0].numel() > 1 and d.is_contiguous()
-    return d.device.type != "cpu" or (d.dtype == torch.float32 and planes)
+    return d.device.type != "cpu" or planes
 
 
 class _NormalizeBatch(torch.autograd.Function):
@@ -352,18 +378,22 @@ class _NormalizeBatch(torch.autograd.Function):
         total = _total(d, mask)
         only_y = dy is not None and dmean is None and dvar is None
         dy = torch.zeros_like(d) if dy is None else dy
-        is_long = d.dtype == torch.float32 and d.numel() // d.shape[1] >= ctx.long_sum
-        dbeta, along = _sums_in_float64(dy, d, mask) if is_long else (_sum(dy), None)
-        centred = dy - _second(dbeta / total, d)
+        add, along = _sum_in_parts if d.dtype == torch.float64 else _sum, None
+        if d.dtype == torch.float64 or d.numel() // d.shape[1] < ctx.long_sum:
+            dbeta = add(dy)
+        else:
+            dbeta, along = _sums_in_float64(dy, d, mask)
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
         if only_y and not torch.is_grad_enabled() and _kernel_adds_well(d, mask):
+            centred = dy - _second(dbeta / total, d)
             dd, dgamma, _ = torch.ops.aten.native_batch_norm_backward(
                 centred, d, gamma, None, None, mean, r, True, ctx.eps, [True, True, False]
             )
             return dd, dgamma if along is None else along * r, dbeta, None, None, None
         c = d - _second(mean, d)
         if along is None:
-            along = _sum((centred if mask is None else torch.where(mask, centred, dy)) * c)
+            centred = dy - _second(dbeta / total, d)
+            along = add((centred if mask is None else torch.where(mask, centred, dy)) * c)
         dgamma = along * r
         factor = gamma * r
         share = factor / -total

@@ -357,15 +357,16 @@ def test_sharded_under_jit(shape, kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), spread, whole)
 
 
-def test_long_sums_under_transformations(monkeypatch):
-    """The float64 of long sums, where JAX has none: under vmap, scan, checkpoint, shard_map, in either mode."""
-    monkeypatch.setattr(importlib.import_module("jax_bn.batch_norm"), "LONG_SUM", {"cpu": 1})
+@pytest.mark.parametrize("long_sum", [{"cpu": 1}, {}], ids=["float64 sums", "float32 sums"])
+def test_both_kinds_of_sums_under_transformations(long_sum, monkeypatch):
+    """Float64 where JAX has none, and float32 as on other devices: under vmap, scan, checkpoint, shard_map."""
+    monkeypatch.setattr(importlib.import_module("jax_bn.batch_norm"), "LONG_SUM", long_sum)
     x, stats = x_like((8, 3)), jax_bn.BatchStats(jnp.zeros(3), jnp.zeros(3))
 
     def total(x):
         return (jax_bn.batch_norm(x, jnp.ones(3), jnp.zeros(3), stats, train=True)[0] ** 3).sum()
 
-    assert "f64" in str(jax.make_jaxpr(jax.grad(total))(x))
+    assert ("f64" in str(jax.make_jaxpr(jax.grad(total))(x))) == bool(long_sum)
     forward, reverse = (jax.jit(jacobian(jax.grad(total)))(x) for jacobian in (jax.jacfwd, jax.jacrev))
     np.testing.assert_allclose(forward, reverse, rtol=1e-4, atol=1e-4)
     for test in (test_transformations, test_one_sum_over_the_devices_each_way):
