@@ -162,7 +162,7 @@ LONG_SUM = {"cpu": 1, "cuda": 2**18}
 # the next finds in the cache: float64 copies cost half of what they would cost by way of memory.
 PIECE = 2**18
 # Values of a channel from which its size is guessed.
-SAMPLE = 64
+SAMPLE = 16
 
 
 class Statistics(NamedTuple):
