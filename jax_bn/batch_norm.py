@@ -247,7 +247,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _statistics(x: Array, mask: Array | None, channels: Channels) -> Statistics:
-    """Two passes over x: the mean, from the differences to one of x's own values, and the variance around it.
+    """Two passes over x: the mean, from the differences to one value of x or to 0, and the variance around it.
 
     These differences are exact where x is nearly constant, and 0 where it is constant; where x is around 0 they are x
     itself. Of the mean, one + offset, the rounding is known: rest. It comes off the variance again, which is taken

@@ -42,7 +42,7 @@ def batch_norm(
 
     In prediction: y = gamma * (x - moving_mean) / sqrt(moving_var + eps) + beta.
 
-    Pure: nothing is changed in place. The difference to one of the channel's own values is taken before anything is
+    Pure: nothing is changed in place. The difference to a value near the channel's mean is taken before anything is
     multiplied, so that a large mean costs no accuracy; a constant channel becomes exactly beta. The derivative is the
     closed form (paper, section 3): in reverse mode of any order, in forward mode of the first, and one over the other.
     (Of forward over forward mode PyTorch makes a wrong number without a word, as of every `autograd.Function`.)
