@@ -51,7 +51,8 @@ from bn_common.run_folder import write_whole
 
 PROG = "python -m benchmarks.train_step"
 FULL, QUICK = Plan(rounds=25, seconds=0.3), Plan(rounds=5, seconds=0.15)
-SCALING, CLOSE = Plan(rounds=9, seconds=0.3), Plan(rounds=61, seconds=0.3)
+SCALING, CLOSE = Plan(rounds=9, seconds=0.3), Plan(rounds=21, seconds=0.3)
+CLOSE_PROCESSES = 3
 BATCH_SIZE = 256
 CELLS = (TRAIN, BATCH_SIZE), (PREDICT, BATCH_SIZE), (PREDICT, 1)
 QUICK_CELLS = CELLS[:1]
@@ -163,9 +164,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
                 console.print(report.table(report.COLUMNS, measured.rows))
         all_threads = tuple(sorted({1, threads})) if options.scaling else (threads,)
         if options.scaling or not (options.quick or options.peers):
-            comparisons += measure_close(
-                BATCH_SIZE, all_threads, QUICK if options.quick else CLOSE, calibration, console
-            )
+            plan, processes = (QUICK, 1) if options.quick else (CLOSE, CLOSE_PROCESSES)
+            comparisons += measure_close(BATCH_SIZE, all_threads, plan, processes, calibration, console)
         if comparisons:
             print_line("Bounds: medians of the ratios of each round", console)
             console.print(report.table(report.COMPARISONS, comparisons))

@@ -54,7 +54,7 @@ process's until then. How it is measured stands in `benchmarks/train_step.py`, a
 BOUNDS = """\
 Medians of the ratios of each round, with a confidence interval of 95 % for the median. jax_bn scan, a step as one of
 ten in a `lax.scan`, and jax_bn with its input, which gathers the batch from 60,000 uint8 images on the device and
-standardises it, are measured beside jax_bn alone, in more rounds."""
+standardises it, are measured beside jax_bn alone, in more rounds, with several processes of each."""
 Report = Mapping[str, Any]
 """{"machine": ..., "rows": ..., "comparisons": ..., "scaling": ...}, the last if measured."""
 
