@@ -12,7 +12,7 @@ from jax import Array, lax
 # XLA's CPU reductions run over the last axis in vector registers; with 6 channels most of a register is idle.
 # (256, 28, 28, 6) as (256, 56, 84) takes half the time; beyond 128 nothing is gained.
 CPU_LANES = 128
-# Values of a channel from which its size is guessed.
+# Values of a channel that show whether it has both signs.
 SAMPLE = 16
 # Of so few values per channel the sum takes less time in float64 as a product.
 FEW_ROWS = 2**9

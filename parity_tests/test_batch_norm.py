@@ -110,7 +110,7 @@ def test_long_sums_that_cancel(wing, shape, masked):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("shape", [(64, 50), (320, 20), (10, 2, 16, 16)], ids=str)
 def test_sums_that_cancel(wing, shape, masked, dtype):
-    """Fewer of them: float32 in parts, or added in float64; and float64, for which there is no wider type."""
+    """Fewer of them; and of float64, for which there is no wider type."""
     arrays, mask = cancelling(shape, dtype, masked)
     truth_of = exact.long_batch_norm if dtype == "float32" else exact.batch_norm
     check(wing, arrays, dtype, train=True, mask=mask, truth_of=truth_of)
