@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from bn_common.checks import check_blenet, require
 from bn_common.config import NUM_CLASS, Config
+from bn_common.memory import imports
 from bn_common.run_folder import RunFolder, refuse_used
 from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample
 
@@ -121,7 +122,7 @@ def main(load_train: Callable[[], Callable], *, framework: str, prog: str, descr
     run = None
     try:
         config = read_config(None, prog=prog, description=description)
-        with ThreadPoolExecutor(1) as meanwhile:
+        with imports(), ThreadPoolExecutor(1) as meanwhile:
             train = meanwhile.submit(load_train)
             dataset, run = start(config, framework=framework, prog=prog)
         train.result()(config, dataset, run)

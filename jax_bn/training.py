@@ -202,7 +202,11 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     train_data, test_data = to_device(dataset)
     num_train, steps = len(dataset.train_labels), steps_per_epoch(len(dataset.train_labels), config.batch_size)
     model = BLeNet(
-        fig_size=dataset.train_images.shape[1], num_class=NUM_CLASS, momentum=config.bn_momentum, epsilon=config.bn_eps
+        fig_size=dataset.train_images.shape[1],
+        num_class=NUM_CLASS,
+        momentum=config.bn_momentum,
+        epsilon=config.bn_eps,
+        platform=next(iter(train_data.images.devices())).platform,
     )
     optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
     state = init_state(model, optimizer, config.seed)

@@ -255,3 +255,8 @@ def test_blenet_options(bad):
         torch_bn.BLeNet(**bad)
     with pytest.raises(ValueError, match="allowed"):
         jax_bn.BLeNet(**{{"eps": "epsilon"}.get(name, name): value for name, value in bad.items()})
+
+
+def test_blenet_platform():
+    with pytest.raises(ValueError, match="platform is 3; allowed: None, or a name"):
+        jax_bn.BLeNet(platform=3)

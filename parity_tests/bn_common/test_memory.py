@@ -1,5 +1,7 @@
 """A process that keeps its memory: where the C library can be told so."""
 
+import contextlib
+import gc
 import subprocess
 import sys
 
@@ -34,3 +36,16 @@ def test_freed_memory_is_kept():
 def test_where_there_is_no_glibc(monkeypatch):
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
     assert memory.keep_memory() is False
+
+
+def test_nothing_is_collected_among_imports():
+    """Nor afterwards among what they have made; all else is again."""
+    before = gc.get_freeze_count()
+    try:
+        with contextlib.suppress(ModuleNotFoundError), memory.imports():
+            assert not gc.isenabled()
+            import no_such_module  # noqa: F401
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()

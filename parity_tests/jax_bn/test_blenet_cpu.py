@@ -119,20 +119,33 @@ def test_convolve(shape, x64, quickly_compiled):
             assert compare.relative_error(b, a) <= compare.FLOAT64
 
 
-def _lowered(platform, batch=16, fig_size=12, train=True):
-    model, x = jax_bn.BLeNet(fig_size=fig_size), jax.ShapeDtypeStruct((batch, fig_size, fig_size, 1), "float32")
+def _traced(batch=16, fig_size=12, train=True, **options):
+    model = jax_bn.BLeNet(fig_size=fig_size, **options)
+    x = jax.ShapeDtypeStruct((batch, fig_size, fig_size, 1), "float32")
     variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
 
     def forward(variables, x):
         return model.apply(variables, x, train=train, mutable=["batch_stats"])
 
-    return jax.jit(forward).trace(variables, x).lower(lowering_platforms=(platform,)).as_text()
+    return jax.jit(forward).trace(variables, x)
+
+
+def _lowered(platform, **options):
+    return _traced(**options).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
 def test_accelerators_run_the_layers(platform):
     assert _lowered(platform).count("stablehlo.convolution") == 2
     assert "stablehlo.convolution" not in _lowered("cpu")
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_platform_that_is_known(train):
+    """The other form is not even traced; where it is not known, both are, one beside the other."""
+    both, cpu, layers = (str(_traced(train=train, platform=name).jaxpr) for name in (None, "cpu", "gpu"))
+    assert [form.count("conv_general_dilated[") for form in (both, cpu, layers)] == [2, 0, 2]
+    assert ["platform_index" in form for form in (both, cpu, layers)] == [True, False, False]
 
 
 def test_few_examples_run_the_layers():
