@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -209,7 +210,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
         platform=next(iter(train_data.images.devices())).platform,
     )
     optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
-    state = init_state(model, optimizer, config.seed)
+    initial_state = jax.jit(partial(init_state, model, optimizer, config.seed)).trace()
     run.say(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, data: {dataset.name}")
 
     def train_batch(state: TrainState, data: DeviceData, indices: Array) -> tuple[TrainState, Metrics]:
@@ -222,7 +223,11 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     # Compiled before the clock starts, so that the first epoch's images/s mean the same as the others'.
     indices = next(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=0))
     jit = partial(jax.jit, compiler_options=compiler_options())
-    compiled_step = jit(train_batch, donate_argnums=0).lower(state, train_data, indices).compile()
+    lowered_step = jit(train_batch, donate_argnums=0).lower(initial_state.out_info, train_data, indices)
+    with ThreadPoolExecutor(1) as beside:  # beside the initial weights, a program that takes nearly as long to compile
+        compiling = beside.submit(lowered_step.compile)
+        state = initial_state.lower().compile()()
+        compiled_step = compiling.result()
     jitted_eval = jit(eval_batch)
 
     for epoch in range(config.epochs):
