@@ -19,14 +19,7 @@ from jax.typing import DTypeLike
 
 from bn_common.checks import FLOAT_DTYPES, channel_axes, check_batch_norm
 from jax_bn.channels import Channels
-
-# From this many values per channel on, float32's dbeta and dgamma are added in float64, by device; elsewhere never. A
-# tree of float32 additions of m terms of random sign and size s rounds m / 2^l partial sums of size sqrt(2^l) s at each
-# of its log2(m) levels, each by eps / sqrt(12): by sqrt(m log2(m) / 12) eps s in all, where the sum is some sqrt(m) s,
-# but may be anything down to 0. On a CPU the step takes up to a third longer for it, of batches below 512 half as long
-# again. Float64 is not slow on a GPU for data centres, but 32 to 64 times as slow as float32 on others: there only
-# where the sum would be far off.
-LONG_SUM = {"cpu": 1, "gpu": 2**18}
+from jax_bn.sums import LONG_SUM, in_float64, in_parts
 
 
 class BatchStats(NamedTuple):
@@ -352,48 +345,23 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
     sum_along = channels.sum(_product(x - spread(shift), x_dot), mask)
     sum_x_dot, sum_along = channels.psum(sum_x_dot, sum_along.astype(sum_x_dot.dtype))
     mean_dot = sum_x_dot / total
-    along = sum_along.real / total - _product(rest, mean_dot)
-    b = r * (gamma_dot - factor * (r * along))  # in this order: r^3 underflows where x is 1e13
+    half_var_dot = sum_along.real / total - _product(rest, mean_dot)
+    b = r * (gamma_dot - factor * (r * half_var_dot))  # in this order: r^3 underflows where x is 1e13
     a = beta_dot - factor * mean_dot
     if channels.axis_name is not None:
         # Sent to the devices of `jax.shard_map` together: so the transpose of this is one sum over them.
         both = jnp.stack([a - rest * b, b.astype(a.dtype)])
         a, b = lax.pcast(both, tuple(_varying(x) - _varying(both)), to="varying")
-    if x.dtype == np.float32 and x.size // r.size >= channels.long_sum:
-        return x_dot * spread(factor) + _along_in_float64(x, a, b, mask, batch, channels), mean_dot, 2 * along
     if x.dtype == np.float64:
-        spread = functools.partial(_spread_in_parts, x=x, channels=channels)
-    along_b = (x + channels.spread(minus_shift, x)) * spread(b)
-    if channels.axis_name is None:
-        along_b = along_b - spread(channels.sum(along_b, mask) / total)
-    return x_dot * channels.spread(factor, x) + spread(a) + along_b, mean_dot, 2 * along
-
-
-def _spread_in_parts(v: Array, x: Array, channels: Channels) -> Array:
-    """v spread over x, float64, in words whose transpose adds the first 26 bits of every value, and apart the others.
-
-    The sum of the first hardly ever rounds, up to millions of values; the others are 2^-26 as large, and so is what
-    their sum rounds.
-    """
-    first = functools.partial(lax.reduce_precision, exponent_bits=11, mantissa_bits=25)
-    one, other = channels.spread(v, x), channels.spread(v, x)
-    return first(one) + (other - first(other))
-
-
-def _along_in_float64(x, a, b, mask, batch: Statistics, channels: Channels):
-    """a + (x - mu) * b, the latter centred, in float64, also where JAX has none (x64 off): so its transpose adds in it.
-
-    All conversions are linear, and transposed too: float32 comes in and goes out in either direction.
-    """
-    with jax.enable_x64(True):
-        wide, a, b, total, minus_shift = (v.astype(np.float64) for v in (x, a, b, batch.num_values, batch.minus_shift))
-        along_b = (wide + channels.spread(minus_shift, wide)) * channels.spread_to_add(b, wide)
+        along = in_parts(x, a, b, mask, minus_shift, total, channels)
+    elif x.dtype == np.float32 and x.size // r.size >= channels.long_sum:
+        along = in_float64(x, a, b, mask, minus_shift, total, channels)
+    else:
+        along_b = (x + channels.spread(minus_shift, x)) * spread(b)
         if channels.axis_name is None:
-            # At once: of the product that ends the stages JAX makes no float64 transpose.
-            a = a - channels.sum(along_b, mask, in_stages=False) / jnp.maximum(total, 1)
-        # Converted apart, and in different words: of a conversion that the gradient's two sums share, XLA would write
-        # out all of dy in float64 for them.
-        return along_b.astype(np.float32) - channels.spread_to_add(-a, wide).astype(np.float32)
+            along_b = along_b - spread(channels.sum(along_b, mask) / total)
+        along = spread(a) + along_b
+    return x_dot * spread(factor) + along, mean_dot, 2 * half_var_dot
 
 
 def _varying(x: Array) -> frozenset[str]:

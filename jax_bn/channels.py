@@ -26,7 +26,7 @@ class Channels(NamedTuple):
       folds: the last axis of x holds so many pixels beside each other, each with all its channels.
       axis_name: a mapped axis over whose devices the batch is spread.
       axis_index_groups: which devices of it belong together (None: all).
-      long_sum: from so many values on the sums of a gradient are taken in float64.
+      long_sum: from so many values on float32's sums in a gradient are float64.
     """
 
     axes: tuple[int, ...]

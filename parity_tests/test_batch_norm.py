@@ -100,10 +100,16 @@ def test_sorted_batch(wing, mean, dtype):
 @pytest.mark.parametrize("wing", WINGS)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("shape", [(640, 64), (10, 64, 8, 8), (2**18, 2), (2**12, 2, 8, 8)], ids=str)
-def test_long_sums_that_cancel(wing, shape, masked):
+def test_long_sums_that_cancel(wing, shape, masked, dtype):
     """Nothing is left of the sums of dy and dy (x - mu): of 2^18 terms float32 would be off by hundreds of eps."""
     arrays, mask = cancelling(shape, "float32", masked)
-    check(wing, arrays, "float32", train=True, mask=mask, truth_of=exact.long_batch_norm)
+    arrays = tuple(v.astype(dtype) for v in arrays)
+    check(wing, arrays, dtype, train=True, mask=mask, truth_of=truth_of_float32)
+
+
+def truth_of_float32(*arrays, **options):
+    """`exact.long_batch_norm` of arrays that hold float32 values, in whatever dtype."""
+    return exact.long_batch_norm(*(v.astype(np.float32) for v in arrays), **options)
 
 
 @pytest.mark.parametrize("wing", WINGS)
@@ -150,11 +156,11 @@ FINITE = [name for name in HARD_INPUTS if name not in ("NaN in one channel", *CO
 
 @pytest.mark.parametrize("wing", WINGS)
 @pytest.mark.parametrize("name", FINITE)
-def test_hard_inputs(wing, name):
+def test_hard_inputs(wing, name, dtype):
     """The rows of docs/batch_norm_exactness.md, up to a million rows; sums in integers are the truth."""
-    x, gamma, beta, dy = HARD_INPUTS[name](1)
-    zero = np.zeros(len(gamma), np.float32)
-    check(wing, (x, gamma, beta, zero, zero, dy), "float32", train=True, momentum=0.0, truth_of=exact.long_batch_norm)
+    x, gamma, beta, dy = (v.astype(dtype) for v in HARD_INPUTS[name](1))
+    zero = np.zeros(len(gamma), dtype)
+    check(wing, (x, gamma, beta, zero, zero, dy), dtype, train=True, momentum=0.0, truth_of=truth_of_float32)
 
 
 @pytest.mark.parametrize("wing", WINGS)
@@ -214,11 +220,11 @@ def test_constant_channel(wing, value, dtype):
 @pytest.mark.parametrize("wing", WINGS)
 @pytest.mark.parametrize("value", [1.0, 0.1, -1e4])
 @pytest.mark.parametrize("shape", [(4096, 3), (64, 3, 16, 16)], ids=str)
-def test_constant_gradient(wing, shape, value):
+def test_constant_gradient(wing, shape, value, dtype):
     """A common offset in dy, as the gradient of a mean is, changes beta's gradient alone; 16,384 terms cancel."""
-    x, gamma, beta, mean, var, dy = draw(shape, "float32", mean=1.0)
+    x, gamma, beta, mean, var, dy = draw(shape, dtype, mean=1.0)
     given = WINGS[wing](x, gamma, beta, mean, var, np.full_like(dy, value), train=True)
-    eps, m = np.finfo("float32").eps, x.size // 3
+    eps, m = np.finfo(dtype).eps, x.size // 3
     assert np.abs(given.dx).max() <= 32 * eps * abs(value) * gamma.max()
     assert np.abs(given.dgamma).max() <= 32 * eps * abs(value)
     np.testing.assert_allclose(given.dbeta, value * m, rtol=8 * eps)

@@ -64,7 +64,7 @@ def run_torch(x, gamma, beta, moving_mean, moving_var, dy, *, mask=None, **optio
     x, gamma, beta = (torch.tensor(v, requires_grad=True) for v in (x, gamma, beta))
     y, *stats = torch_bn.batch_norm(x, gamma, beta, torch.tensor(moving_mean), torch.tensor(moving_var), **options)
     gradients = torch.autograd.grad((y * torch.tensor(dy)).sum(), (x, gamma, beta))
-    return Result(*(v.detach().numpy() for v in (y, *stats, *gradients)))
+    return Result(*(v.detach().cpu().numpy() for v in (y, *stats, *gradients)))
 
 
 WINGS = {"jax": run_jax, "torch": run_torch}

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bn_common.checks import check_batch_norm
+from torch_bn.channels import largest_of, num_values, one_of, spread, sum_by_channel, total_of
+from torch_bn.sums import LONG_SUM, difference, sums_in_float64, sums_in_parts
 
 
 def batch_norm(
@@ -155,16 +157,6 @@ def _to(v: Tensor, dtype: torch.dtype) -> Tensor:
     return v if v.dtype == dtype else v.to(dtype)
 
 
-# From this many values per channel on, float32's dbeta and dgamma are added in float64, by device: jax_bn/batch_norm.py
-# says why. On a CPU the copies are a third of the time of large images.
-LONG_SUM = {"cpu": 1, "cuda": 2**18}
-# Every operation here is a loop of its own. Where it is taken piece by piece, by so many values, what one has written
-# the next finds in the cache: float64 copies cost half of what they would cost by way of memory.
-PIECE = 2**18
-# Values of a channel from which its size is guessed.
-SAMPLE = 16
-
-
 class Statistics(NamedTuple):
     """Statistics of a batch, a value per channel: the biased variance, the mean, and m (a number, or by channel)."""
 
@@ -199,80 +191,13 @@ def _move(
     return moved
 
 
-def _second(v: Tensor, x: Tensor) -> Tensor:
-    """v [C] as [1, C, 1, ...], to stand beside x."""
-    return v if x.ndim == 2 else v.reshape((1, -1) + (1,) * (x.ndim - 2))
-
-
 def _normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """gamma * (x - mean) / sqrt(var + eps) + beta. Subtract first: folded into x * a + b, a large mean cancels."""
     if not torch.is_grad_enabled():  # PyTorch's kernel, whose derivative by gamma would not be as exact
         return functional.batch_norm(
-            x - _second(mean, x), torch.zeros_like(mean), var, gamma, beta, training=False, eps=eps
+            x - spread(mean, x), torch.zeros_like(mean), var, gamma, beta, training=False, eps=eps
         )
-    return torch.addcmul(_second(beta, x), x - _second(mean, x), _second(gamma * torch.rsqrt(var + eps), x))
-
-
-def _sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Sum per channel: of every example, then over the examples; of the positions in mask only.
-
-    Over both at once PyTorch adds the examples one by one: at 256x28x28 values around 1e6 that is off by 2, not 3e-4.
-    """
-    x = x if mask is None else torch.where(mask, x, 0)
-    return (x if x.ndim == 2 else x.sum(tuple(range(2, x.ndim)))).sum(0)
-
-
-def _sums_in_float64(dy: Tensor, d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * (d - mean(d))), added in float64: the mean of d is about 0, and may come off last."""
-    # Compiled, there are no copies: all is one piece.
-    pieces = 1 if torch.compiler.is_compiling() else max(1, min(len(d), d.numel() // PIECE))
-    if pieces == 1:
-        dbeta, along, sum_d = _three_sums(dy, d, mask)
-    else:
-        masks = [None] * pieces if mask is None else mask.expand(d.shape).tensor_split(pieces)
-        sums = torch.zeros(3, d.shape[1], dtype=torch.float64, device=d.device)
-        for piece in zip(dy.tensor_split(pieces), d.tensor_split(pieces), masks, strict=True):
-            sums = sums + torch.stack(_three_sums(*piece))
-        dbeta, along, sum_d = sums
-    return dbeta.to(d.dtype), (along - dbeta * (sum_d / _total(d, mask))).to(d.dtype)
-
-
-def _three_sums(dy: Tensor, d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(dy), sum(dy * d) and sum(d), the last of the positions in mask only, in float64."""
-    dy, d = dy.double(), d.double()
-    return _sum(dy), _sum(dy * d), _sum(d, mask)
-
-
-def _sum_in_parts(v: Tensor) -> Tensor:
-    """Sum per channel of float64: of the values rounded to float32, hardly ever rounding, and of what that left."""
-    largest = torch.finfo(torch.float32).max
-    leading = v.clamp(-largest, largest).float().double()
-    return _sum(leading) + _sum(v - leading)
-
-
-def _num_values(x: Tensor, mask: Tensor | None) -> int | Tensor:
-    """Number of values per channel."""
-    return x.numel() // x.shape[1] if mask is None else _sum(mask.expand(x.shape).to(x.dtype))
-
-
-def _total(x: Tensor, mask: Tensor | None) -> int | Tensor:
-    """What sums over a channel are divided by: m, and 1 where no value counts."""
-    m = _num_values(x, mask)
-    return m.clamp(min=1) if isinstance(m, Tensor) else m
-
-
-def _one_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """One value of each channel, the first; with a mask the largest that counts, and 0 where none does."""
-    if mask is None:
-        return x[0] if x.ndim == 2 else x[(0, slice(None)) + (0,) * (x.ndim - 2)]
-    largest = torch.where(mask, x, -torch.inf).amax([0, *range(2, x.ndim)])
-    return torch.where(largest.isneginf(), 0, largest)
-
-
-def _largest_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The largest |x| of each channel: of a sample, SAMPLE of its values, or of all that the mask counts."""
-    some = torch.where(mask, x, 0) if mask is not None else x[: max(1, SAMPLE * x.shape[1] // x[0].numel())]
-    return some.abs().amax([0, *range(2, x.ndim)])
+    return torch.addcmul(spread(beta, x), x - spread(mean, x), spread(gamma * torch.rsqrt(var + eps), x))
 
 
 def _near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -281,20 +206,20 @@ def _near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     It is the mean of a quarter of the examples, from the differences to one of the channel's values: whatever the
     others hold, the mean of all is at most sqrt(3) standard deviations away.
     """
-    one = _one_of(x, mask)
+    one = one_of(x, mask)
     some = x if mask is not None else x[: (len(x) + 3) // 4]
-    near = one + _sum(some - _second(one, x), mask) / _total(some, mask)
+    near = one + sum_by_channel(some - spread(one, x), mask) / total_of(some, mask)
     # Rounded to the grid of the largest values: these, and most that are smaller, less near are then exact. Else all
     # of a size would round the same way, and their mean be off by as much: more than it is, in a long batch around 0.
-    largest = _largest_of(x, mask).copysign(near)
+    largest = largest_of(x, mask).copysign(near)
     return (near - largest) + largest
 
 
 def _mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of d, whose mean is at most a few standard deviations."""
-    total = _total(d, mask)
-    mean = _sum(d, mask) / total
-    return mean, (_sum(d * d, mask) / total - mean * mean).clamp(min=0)
+    total = total_of(d, mask)
+    mean = sum_by_channel(d, mask) / total
+    return mean, (sum_by_channel(d * d, mask) / total - mean * mean).clamp(min=0)
 
 
 def batch_statistics(
@@ -306,7 +231,7 @@ def batch_statistics(
     if mask is not None:
         mask = (mask != 0).reshape((1,) * (x.ndim - mask.ndim) + mask.shape).movedim(axis, 1)
     near = _near_the_mean(x, mask)
-    return _num_values(x, mask), near, *_mean_and_var(x - _second(near, x), mask)
+    return num_values(x, mask), near, *_mean_and_var(x - spread(near, x), mask)
 
 
 def _normalize_batch(
@@ -318,10 +243,10 @@ def _normalize_batch(
     constant. Their own mean is small, so that PyTorch's kernels, which fold it into d * a + b, lose nothing.
     """
     near = _near_the_mean(x.detach(), mask)
-    d = x - _second(near, x)
+    d, rest = difference(x, spread(near, x)) if x.dtype == torch.float64 else (x - spread(near, x), None)
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
-    y, offset, var = function.apply(d, gamma, beta, eps, mask, long_sum)
-    return y, Statistics(_num_values(x, mask), near + offset, var)
+    y, offset, var = function.apply(d, gamma, beta, eps, mask, long_sum, rest)
+    return y, Statistics(num_values(x, mask), near + offset, var)
 
 
 def _kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
@@ -337,17 +262,20 @@ def _kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
 
 
 class _NormalizeBatch(torch.autograd.Function):
-    """(d, gamma, beta, eps, mask, long_sum) -> (y, mean, var): d normalised with its own statistics, and these."""
+    """(d, gamma, beta, eps, mask, long_sum, rest) -> (y, mean, var): d normalised with its own statistics, and these.
+
+    rest is what d, of float64, has rounded off.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        d: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None, long_sum: float
+        d: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None, long_sum: float, rest: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if mask is None and d.device.type != "cpu":
             # One kernel for all. (A CPU's adds the statistics one value at a time, three times as slow as sums.)
-            m, mean, unbiased = _num_values(d, mask), d.new_zeros(d.shape[1]), d.new_zeros(d.shape[1])
+            m, mean, unbiased = num_values(d, mask), d.new_zeros(d.shape[1]), d.new_zeros(d.shape[1])
             # momentum 1: the running statistics become the batch's; of the variance nothing else is given.
             y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, unbiased, True, 1.0, eps)
             return y, mean, unbiased * ((m - 1) / m)
@@ -357,10 +285,10 @@ class _NormalizeBatch(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        d, gamma, _, ctx.eps, mask, ctx.long_sum = inputs
+        d, gamma, _, ctx.eps, mask, ctx.long_sum, rest = inputs
         _, mean, var = output
-        ctx.save_for_backward(d, gamma, mask, mean, var)
-        ctx.save_for_forward(d, gamma, mask, mean, var)
+        ctx.save_for_backward(d, gamma, mask, mean, var, rest)
+        ctx.save_for_forward(d, gamma, mask, mean, var, rest)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -373,36 +301,37 @@ class _NormalizeBatch(torch.autograd.Function):
         dy is centred before it meets d - mean: with a common offset in dy, mean's rounding would be added up m times.
         The returned statistics add dmean / m and dvar * 2 (d - mean) / m.
         """
-        d, gamma, mask, mean, var = ctx.saved_tensors
+        d, gamma, mask, mean, var, rest = ctx.saved_tensors
         r = torch.rsqrt(var + ctx.eps)
-        total = _total(d, mask)
+        total = total_of(d, mask)
         only_y = dy is not None and dmean is None and dvar is None
         dy = torch.zeros_like(d) if dy is None else dy
-        add, along = _sum_in_parts if d.dtype == torch.float64 else _sum, None
-        if d.dtype == torch.float64 or d.numel() // d.shape[1] < ctx.long_sum:
-            dbeta = add(dy)
+        if rest is not None:
+            dbeta, along = sums_in_parts(dy, d, rest, mean, mask)
+        elif d.numel() // d.shape[1] >= ctx.long_sum:
+            dbeta, along = sums_in_float64(dy, d, mask)
         else:
-            dbeta, along = _sums_in_float64(dy, d, mask)
+            dbeta, along = sum_by_channel(dy), None
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
         if only_y and not torch.is_grad_enabled() and _kernel_adds_well(d, mask):
-            centred = dy - _second(dbeta / total, d)
+            centred = dy - spread(dbeta / total, d)
             dd, dgamma, _ = torch.ops.aten.native_batch_norm_backward(
                 centred, d, gamma, None, None, mean, r, True, ctx.eps, [True, True, False]
             )
-            return dd, dgamma if along is None else along * r, dbeta, None, None, None
-        c = d - _second(mean, d)
+            return dd, dgamma if along is None else along * r, dbeta, None, None, None, None
+        c = d - spread(mean, d)
         if along is None:
-            centred = dy - _second(dbeta / total, d)
-            along = add((centred if mask is None else torch.where(mask, centred, dy)) * c)
+            centred = dy - spread(dbeta / total, d)
+            along = sum_by_channel((centred if mask is None else torch.where(mask, centred, dy)) * c)
         dgamma = along * r
         factor = gamma * r
         share = factor / -total
         a, b = share * dbeta, share * r * dgamma
         a = a if dmean is None else a + dmean / total
         b = b if dvar is None else b + 2 * dvar / total
-        through = torch.addcmul(_second(a, d), c, _second(b, d))
+        through = torch.addcmul(spread(a, d), c, spread(b, d))
         through = through if mask is None else torch.where(mask, through, 0)
-        return torch.addcmul(through, dy, _second(factor, d)), dgamma, dbeta, None, None, None
+        return torch.addcmul(through, dy, spread(factor, d)), dgamma, dbeta, None, None, None, None
 
 
 # `apply` asks for it at every call; found anew each time, it is a tenth of the time of a small batch.
@@ -415,16 +344,16 @@ class _NormalizeBatchForward(_NormalizeBatch):
     @staticmethod
     def jvp(ctx, d_dot: Tensor | None, gamma_dot: Tensor | None, beta_dot: Tensor | None, *_):
         """The tangent map, of which `backward` is the transpose."""
-        d, gamma, mask, mean, var = ctx.saved_tensors
+        d, gamma, mask, mean, var, _ = ctx.saved_tensors
         d_dot, gamma_dot, beta_dot = (
             torch.zeros_like(like) if given is None else given
             for given, like in ((d_dot, d), (gamma_dot, gamma), (beta_dot, gamma))
         )
-        total = _total(d, mask)
+        total = total_of(d, mask)
         r = torch.rsqrt(var + ctx.eps)
         factor = gamma * r
-        c = d - _second(mean, d)
-        mean_dot, along = _sum(d_dot, mask) / total, _sum(c * d_dot, mask) / total
+        c = d - spread(mean, d)
+        mean_dot, along = sum_by_channel(d_dot, mask) / total, sum_by_channel(c * d_dot, mask) / total
         b = r * gamma_dot - factor * (r * r) * along
         a = beta_dot - factor * mean_dot
-        return d_dot * _second(factor, d) + _second(a, d) + c * _second(b, d), mean_dot, 2 * along
+        return d_dot * spread(factor, d) + spread(a, d) + c * spread(b, d), mean_dot, 2 * along

@@ -65,11 +65,10 @@ def test_expanded():
 @pytest.fixture(params=[False, True], ids=["float32 sums", "float64 sums"])
 def long_sums(request, monkeypatch):
     """The sums of the gradient in float32, as on devices other than a CPU; or in float64, in several pieces."""
-    module = importlib.import_module("torch_bn.batch_norm")
     if request.param:
-        monkeypatch.setattr(module, "PIECE", 16)
+        monkeypatch.setattr(torch_bn.sums, "PIECE", 16)
     else:
-        monkeypatch.setattr(module, "LONG_SUM", {})
+        monkeypatch.setattr(importlib.import_module("torch_bn.batch_norm"), "LONG_SUM", {})
 
 
 @pytest.mark.usefixtures("long_sums")
