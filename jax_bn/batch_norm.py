@@ -18,8 +18,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from bn_common.checks import FLOAT_DTYPES, channel_axes, check_batch_norm
+from jax_bn import sums
 from jax_bn.channels import Channels
-from jax_bn.sums import LONG_SUM, in_float64, in_parts
+from jax_bn.sums import LONG_SUM
 
 
 class BatchStats(NamedTuple):
@@ -253,13 +254,14 @@ def _statistics(x: Array, mask: Array | None, channels: Channels) -> Statistics:
     num_values = channels.num_values(x, mask)
     total = jnp.maximum(num_values, 1) if mask is not None else num_values
     one = channels.one_of(x, mask)
-    offset = channels.sum(x - channels.spread(one, x), mask) / total
+    offset = sums.sum_values(x - channels.spread(one, x), mask, channels) / total
     shift = one + offset
     rest = (one - shift) + offset
     d = x + channels.spread(-shift, x)
     if channels.axis_name is not None:
-        rest = channels.sum(d, mask) / total  # with offset's own rounding, for the gradient's sake: see `_tangent`
-    var = jnp.maximum(channels.sum(_product(d, d), mask) / total - _product(rest, rest), 0)
+        # With offset's own rounding, for the gradient's sake: see `_tangent`.
+        rest = sums.sum_values(d, mask, channels) / total
+    var = jnp.maximum(sums.sum_values(_product(d, d), mask, channels) / total - _product(rest, rest), 0)
     if channels.axis_name is None:
         return Statistics(num_values, shift, rest, var, -one - offset)
     return merge(jnp.broadcast_to(num_values, var.shape), shift, rest, var, channels)
@@ -353,9 +355,9 @@ def _tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsi
         both = jnp.stack([a - rest * b, b.astype(a.dtype)])
         a, b = lax.pcast(both, tuple(_varying(x) - _varying(both)), to="varying")
     if x.dtype == np.float64:
-        along = in_parts(x, a, b, mask, minus_shift, total, channels)
+        along = sums.in_parts(x, a, b, mask, minus_shift, total, channels)
     elif x.dtype == np.float32 and x.size // r.size >= channels.long_sum:
-        along = in_float64(x, a, b, mask, minus_shift, total, channels)
+        along = sums.in_float64(x, a, b, mask, minus_shift, total, channels)
     else:
         along_b = (x + channels.spread(minus_shift, x)) * spread(b)
         if channels.axis_name is None:

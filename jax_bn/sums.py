@@ -19,13 +19,21 @@ from jax import Array, lax
 
 from jax_bn.channels import Channels
 
-# From this many values per channel on float32's sums are float64, by platform; elsewhere never. On a CPU the step takes
-# up to a third longer for it, of batches below 512 half as long again. Float64 is not slow on a GPU for data centres,
-# but 32 to 64 times as slow as float32 on others: there only where the sum would be far off.
-LONG_SUM = {"cpu": 1, "gpu": 2**18}
+# From this many values per channel on float32's sums are float64, by platform; elsewhere (TPU) never. On a CPU the step
+# takes up to a third longer for it, of batches below 512 half as long again; on a GPU, which waits for memory, a tenth
+# where it is made for data centres. Others, 32 to 64 times as slow in float64 as in float32, have eight such operations
+# a value to do beside 24 bytes to move.
+LONG_SUM = {"cpu": 1, "gpu": 1}
 # Of the 53 that float64 has: sums of millions of values of so many bits hardly ever round, though XLA adds rows one by
 # one on a CPU; and the product of two never does.
 FIRST_BITS = 16
+
+
+def sum_values(x: Array, mask: Array | None, channels: Channels) -> Array:
+    """Sum per channel of what is not differentiated, of float64 in two parts: a GPU adds some hundred one by one."""
+    if x.dtype != np.float64:
+        return channels.sum(x, mask)
+    return channels.sum(_first(x), mask) + channels.sum(x - _first(x), mask)
 
 
 def in_float64(
@@ -59,19 +67,23 @@ def in_parts(
     p is exact, and d - d1 has what d rounds off. The last sum of each line is 2^-16 as large as the one before, and so
     is its rounding.
     """
-    first = functools.partial(lax.reduce_precision, exponent_bits=11, mantissa_bits=FIRST_BITS - 1)
     shift, spread = channels.spread(minus_shift, x), functools.partial(channels.spread, x=x)
     d = x + shift
     moved = d - x
     rounded_off = (x - (d - moved)) + (shift - moved)  # exactly (Knuth, The Art of Computer Programming 2, 4.2.2)
     # Constants of the derivative, which would be rounded as they are.
-    high = d + lax.stop_gradient(first(d) - d)
-    low = lax.stop_gradient((d - first(d)) + rounded_off)
+    high = d + lax.stop_gradient(_first(d) - d)
+    low = lax.stop_gradient((d - _first(d)) + rounded_off)
     if channels.axis_name is None:
         a = a - b * ((channels.sum(high, mask) + channels.sum(low, mask)) / total)
     # What comes off again has a spread of its own, and is multiplied once: of one that is shared JAX would transpose a
     # sum by element, and round what comes off by all else before.
     a1, a2, b1, b2, b3 = spread(a), spread(a), spread(b), spread(b), spread(b)
     high_b = high * b3
-    along_b = first(high * (first(b1) + (b2 - first(b2)))) + ((high_b - first(high_b)) + low * b3)
-    return first(a1) + ((a2 - first(a2)) + along_b)
+    along_b = _first(high * (_first(b1) + (b2 - _first(b2)))) + ((high_b - _first(high_b)) + low * b3)
+    return _first(a1) + ((a2 - _first(a2)) + along_b)
+
+
+def _first(v: Array) -> Array:
+    """`v` rounded to its first bits: linear but for what that rounds off."""
+    return lax.reduce_precision(v, exponent_bits=11, mantissa_bits=FIRST_BITS - 1)

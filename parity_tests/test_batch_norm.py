@@ -317,6 +317,43 @@ def test_derivatives_of_both_orders_and_modes(x64):
     check_grads(jax_fn, tuple(map(jnp.asarray, (x, gamma, beta))), order=2, modes=["fwd", "rev"])
 
 
+@pytest.mark.parametrize("shape", [(64, 3), (8, 3, 5, 5)], ids=str)
+def test_second_derivatives_in_float64(shape, x64):
+    """All digits of them, whatever the first ones' sums are taken from: as PyTorch has them of the formula."""
+    x, gamma, beta, mean, var, weights = draw(shape, "float64", mean=3)
+    along = draw(shape, "float64", seed=1)[-1]
+
+    def formula(x, gamma, beta):
+        axes, wide = (0, *range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
+        d = x - x.mean(axes, keepdim=True)
+        d_hat = d / torch.sqrt((d * d).mean(axes, keepdim=True) + 1e-5)
+        return gamma.reshape(wide) * d_hat + beta.reshape(wide)
+
+    def torch_second(function):
+        leaves = [torch.tensor(v, requires_grad=True) for v in (x, gamma, beta)]
+        loss = (torch.sin(function(*leaves)) * torch.tensor(weights)).sum()
+        dx, dgamma, dbeta = torch.autograd.grad(loss, leaves, create_graph=True)
+        of_first = (dx * torch.tensor(along)).sum() + (dgamma**2).sum() + (dbeta**2).sum()
+        return [v.numpy() for v in torch.autograd.grad(of_first, leaves)]
+
+    def jax_loss(x, gamma, beta):
+        stats = jax_bn.BatchStats(jnp.asarray(mean), jnp.asarray(var))
+        y, _ = jax_bn.batch_norm(x, gamma, beta, stats, train=True)
+        return (jnp.sin(y) * jnp.asarray(channels_last(weights))).sum()
+
+    def jax_first(*leaves):
+        dx, dgamma, dbeta = jax.grad(jax_loss, (0, 1, 2))(*leaves)
+        return (dx * jnp.asarray(channels_last(along))).sum() + (dgamma**2).sum() + (dbeta**2).sum()
+
+    truth = torch_second(formula)
+    stats = torch.tensor(mean), torch.tensor(var)
+    ours = torch_second(lambda *leaves: torch_bn.batch_norm(*leaves, *stats, train=True)[0])
+    dx, *others = jax.jit(jax.grad(jax_first, (0, 1, 2)))(*map(jnp.asarray, (channels_last(x), gamma, beta)))
+    for found in ours, [channels_second(dx), *others]:
+        for a, b in zip(found, truth, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=64 * np.finfo(float).eps * np.abs(b).max())
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("rank", [2, 4])
 def test_native_torch(rank, train, x64):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bn_common.checks import check_batch_norm
-from torch_bn.channels import largest_of, num_values, one_of, spread, sum_by_channel, total_of
+from torch_bn.channels import largest_of, num_values, one_of, spread, sum_by_channel, sum_in_float64, total_of
 from torch_bn.sums import LONG_SUM, difference, sums_in_float64, sums_in_parts
 
 
@@ -311,7 +311,7 @@ class _NormalizeBatch(torch.autograd.Function):
         elif d.numel() // d.shape[1] >= ctx.long_sum:
             dbeta, along = sums_in_float64(dy, d, mask)
         else:
-            dbeta, along = sum_by_channel(dy), None
+            dbeta, along = sum_in_float64(dy), None
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
         if only_y and not torch.is_grad_enabled() and _kernel_adds_well(d, mask):
             centred = dy - spread(dbeta / total, d)
