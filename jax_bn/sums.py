@@ -71,9 +71,8 @@ def in_parts(
     d = x + shift
     moved = d - x
     rounded_off = (x - (d - moved)) + (shift - moved)  # exactly (Knuth, The Art of Computer Programming 2, 4.2.2)
-    # Constants of the derivative, which would be rounded as they are.
-    high = d + lax.stop_gradient(_first(d) - d)
-    low = lax.stop_gradient((d - _first(d)) + rounded_off)
+    high = lax.stop_gradient(_first(d))  # the derivative, which it would round, is low's
+    low = (d - high) + rounded_off
     if channels.axis_name is None:
         a = a - b * ((channels.sum(high, mask) + channels.sum(low, mask)) / total)
     # What comes off again has a spread of its own, and is multiplied once: of one that is shared JAX would transpose a

@@ -1,12 +1,13 @@
 """Batch norm without rounding error worth naming: the truth that both wings and their peers are held against.
 
 Written from the definition, and sharing nothing with either wing. `batch_norm` does all of it in mpmath, 60 digits, one
-element at a time; `long_batch_norm` is for millions of float32 elements: the sums in integers, without any rounding,
-and only the elementwise y and dx in numpy's longdouble.
+element at a time; `long_batch_norm` is for millions of elements: the sums in integers, without any rounding, and only
+the elementwise y and dx in numpy's longdouble.
 """
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -65,10 +66,11 @@ def batch_norm(
 def long_batch_norm(
     x, gamma, beta, moving_mean, moving_var, dy, *, train, momentum=0.9, eps=1e-5, unbiased_moving_var=False, mask=None
 ) -> Exact:
-    """The same for long float32 inputs (x and dy finite, at most 2^26 values in a channel).
+    """The same for long inputs (x and dy float32 or float64 and finite, at most 2^26 values in a channel).
 
     Everything per channel comes from sums without rounding, combined in fractions where they cancel, and is mpf. y and
-    dx are taken in longdouble, whose rounding u is 2^-64 (2^-53 where longdouble is double). With eps32 = 2^-23:
+    dx are taken in longdouble, whose rounding u is 2^-64 (2^-53 where longdouble is double, which is enough for float32
+    only). With eps32 = 2^-23, and float32 values:
 
     - The mean is carried in two doubles, a + b. Either x - a is exact in longdouble, or it is so much larger than b
       that nothing cancels: the difference d has a relative error of 2 u, and an absolute one of 2^-106 |mean| for what
@@ -81,15 +83,18 @@ def long_batch_norm(
       |x_hat| <= sqrt(m) and mean(x_hat^2) <= 1, so the error is below 8 u (2 + sqrt(m)) |gamma r| max |dy|:
       6e-5 eps32 of |gamma r| max |dy| at m = 2^26, were longdouble only double. (With a mask: as much more as
       x_hat and dy are larger at the positions that don't count.)
+
+    Of float64 values with eps = 2^-52, where the largest |d| is 2^-40 |mean| or more: below 2^-7 eps for y, and for dx
+    2^-9 (2 + sqrt(m)) eps, which is 2 eps at m = 2^20.
     """
-    assert x.dtype == dy.dtype == np.float32, (x.dtype, dy.dtype)
+    assert x.dtype == dy.dtype, (x.dtype, dy.dtype)
     counts, m = _counted(x, mask)
     rows = [(_row(x, c), _row(dy, c), _row(counts, c)) for c in range(x.shape[1])]
     sum_dy = _fractions(_exact_sum(dys) for _, dys, _ in rows)
-    sum_dy_x = _fractions(_exact_sum(dys * xs) for xs, dys, _ in rows)
+    sum_dy_x = _fractions(_exact_dot(dys, xs) for xs, dys, _ in rows)
     if train:
         sum_x = _fractions(_exact_sum(xs[some]) for xs, _, some in rows)
-        sum_x2 = _fractions(_exact_sum(xs[some] ** 2) for xs, _, some in rows)
+        sum_x2 = _fractions(_exact_dot(xs[some], xs[some]) for xs, _, some in rows)
         exact_mean, var = sum_x / m, _fraction_to_mp((m * sum_x2 - sum_x**2) / m**2)
     else:
         exact_mean, var = _fractions(Fraction(float(v)) for v in moving_mean), _to_mp(moving_var)
@@ -151,7 +156,7 @@ def _counted(x, mask) -> tuple[NDArray, NDArray]:
 
 
 def _row(x, c: int) -> NDArray:
-    """Channel c as a vector; float64, in which the product of two float32 is exact, unless bool."""
+    """Channel c as a vector; float64 unless bool."""
     row = x[:, c].reshape(-1)
     return row if row.dtype == bool else row.astype(np.float64)
 
@@ -174,6 +179,21 @@ def _exact_sum(values: NDArray) -> Fraction:
     high, low = (np.bincount(exponent - lowest, weights=half) for half in (integer >> 27, integer & (2**27 - 1)))
     total = sum(((int(h) << 27) + int(n)) << power for power, (h, n) in enumerate(zip(high, low, strict=True)))
     return total * Fraction(2) ** (int(lowest) - 53)
+
+
+def _exact_dot(a: NDArray, b: NDArray) -> Fraction:
+    """The sum of a * b without rounding: of the products of their thirds, of 24 bits at most."""
+    pairs = itertools.product(_thirds(a), _thirds(b))
+    return sum((_exact_sum(p * q) for p, q in pairs if p.any() and q.any()), start=Fraction(0))
+
+
+def _thirds(v: NDArray) -> list[NDArray]:
+    thirds = []
+    for _ in range(3):
+        thirds.append(v.astype(np.float32).astype(np.float64))
+        v = v - thirds[-1]
+    assert not v.any(), "beyond the exponents of float32"
+    return thirds
 
 
 def _longdouble(v, x) -> NDArray:

@@ -70,7 +70,7 @@ def difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first(v: Tensor) -> Tensor:
-    """v rounded to its first 16 bits (Veltkamp's splitting); the derivative is v's own."""
-    value = v.detach()
-    large = value * (2.0**37 + 1)
-    return v + ((large - (large - value)) - value)
+    """v rounded to its first 16 bits (Veltkamp's splitting), as a constant: the derivative is that of what is left."""
+    v = v.detach()
+    large = v * (2.0**37 + 1)
+    return large - (large - v)

@@ -1,5 +1,6 @@
 """The truth for long inputs against the one in mpmath, and its sums against integers."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -81,6 +82,23 @@ def test_masked_gradients_are_derivatives():
         step = np.zeros(x.shape)
         step[i] = 2.0**-20
         assert float((loss(wide + step) - loss(wide - step)) * 2**19 - dx[i]) == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1e4, 1.0)], ids=str)
+def test_long_is_the_same_in_float64(mean, std):
+    """Whose products have more bits than float64: per channel to 50 digits, y and dx within the bounds it gives."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(mean, std, (40, 3, 4, 2)), rng.normal(size=(40, 3, 4, 2))
+    arrays = (x, *rng.uniform(0.5, 2, (4, 3)), dy)
+    truth, given = (f(*arrays, train=True) for f in (exact.batch_norm, exact.long_batch_norm))
+    for name in ("moving_mean", "moving_var", "mean", "var", "dgamma", "dbeta"):
+        pairs = zip(getattr(given, name), getattr(truth, name), strict=True)
+        assert all(abs(p - q) <= 1e-50 * max(abs(q), mean**2, 1) for p, q in pairs), name
+    if np.finfo(np.longdouble).nmant >= 63:
+        for a, b, bound in ((given.y, truth.y, 2**-7), (given.dx, truth.dx, 2**-9 * (2 + math.sqrt(320)))):
+            first = a.astype(np.float64)
+            error = exact._to_mp(first) + exact._to_mp((a - first).astype(np.float64)) - b
+            assert np.abs(error).max() <= bound * 2**-52 * np.abs(b).max()
 
 
 def test_long_error_is_the_same():
