@@ -109,7 +109,7 @@ def test_long_sums_that_cancel(wing, shape, masked, dtype):
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_a_million_rows_that_cancel_in_float64(wing):
-    """What x - mu rounds off would count, 30 eps of max |dy|; but it is added up, and only the last rounding is left."""
+    """What x - mu rounds off would count, 30 eps of max |dy|; but it is added up, and one last rounding is all."""
     with jax.enable_x64(True):
         arrays, _ = cancelling((2**20, 4), "float64", False, mean=0.1)
         truth = exact.long_batch_norm(*arrays, train=True)
