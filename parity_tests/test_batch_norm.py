@@ -195,6 +195,17 @@ def test_very_large_values(wing, std, shape):
 
 
 @pytest.mark.parametrize("wing", WINGS)
+def test_very_large_gradients(wing, x64):
+    """Up to the end of float64: the gradients are those of dy, times a power of two."""
+    *arrays, dy = draw((64, 3), "float64")
+    given, larger = (WINGS[wing](*arrays, scale * dy, train=True) for scale in (1.0, 2.0**1010))
+    for name in "dx", "dgamma", "dbeta":
+        expected = getattr(given, name)
+        bound = 32 * np.finfo(float).eps * np.abs(expected).max()
+        np.testing.assert_allclose(getattr(larger, name) / 2.0**1010, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("wing", WINGS)
 def test_nan_stays_in_its_channel(wing, dtype):
     """Bit for bit: the others come out as if it were not there, images and rank 2."""
     for shape in (16, 3, 4, 4), (64, 3):

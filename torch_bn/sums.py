@@ -73,4 +73,5 @@ def _first(v: Tensor) -> Tensor:
     """v rounded to its first 16 bits (Veltkamp's splitting), as a constant: the derivative is that of what is left."""
     v = v.detach()
     large = v * (2.0**37 + 1)
-    return large - (large - v)
+    first = large - (large - v)
+    return torch.where(first.isfinite(), first, 0)  # from 1e297 on, all of it is left
