@@ -47,6 +47,20 @@ def compiled_once(tmp_path_factory):
         os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_products():
+    """On an accelerator too, where JAX multiplies float32 in TF32 or bfloat16 unless told otherwise."""
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def two_devices():
+    """The test needs two: a CPU has them (above), a machine with one accelerator has not."""
+    if jax.device_count() < 2:
+        pytest.skip("one device")
+
+
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     """Name of the dtype to test in; JAX knows float64 while the test runs if that is it."""

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 import jax_bn
 import torch_bn
 
+# JAX computes on an accelerator where it finds one; so does PyTorch here.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Result(NamedTuple):
     """y and dx are [N, C, ...], the others [C]."""
@@ -60,11 +63,15 @@ def _jax_step(x, gamma, beta, moving_mean, moving_var, dy, mask, options):
 def run_torch(x, gamma, beta, moving_mean, moving_var, dy, *, mask=None, **options) -> Result:
     """torch_bn.batch_norm, and the gradients of sum(y * dy)."""
     if mask is not None:
-        options["mask"] = torch.tensor(mask)
-    x, gamma, beta = (torch.tensor(v, requires_grad=True) for v in (x, gamma, beta))
-    y, *stats = torch_bn.batch_norm(x, gamma, beta, torch.tensor(moving_mean), torch.tensor(moving_var), **options)
-    gradients = torch.autograd.grad((y * torch.tensor(dy)).sum(), (x, gamma, beta))
+        options["mask"] = _tensor(mask)
+    x, gamma, beta = (_tensor(v).requires_grad_() for v in (x, gamma, beta))
+    y, *stats = torch_bn.batch_norm(x, gamma, beta, _tensor(moving_mean), _tensor(moving_var), **options)
+    gradients = torch.autograd.grad((y * _tensor(dy)).sum(), (x, gamma, beta))
     return Result(*(v.detach().cpu().numpy() for v in (y, *stats, *gradients)))
+
+
+def _tensor(v) -> torch.Tensor:
+    return torch.tensor(v, device=DEVICE)
 
 
 WINGS = {"jax": run_jax, "torch": run_torch}

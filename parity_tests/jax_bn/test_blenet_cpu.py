@@ -72,7 +72,7 @@ def test_float64(channels, fig_size, batch, train, x64):
         gauge = train and path[0].idx == 2 and path[1].key in GAUGES and path[2].key == "bias"
         error = compare.relative_error(found, wanted, largest) if gauge else compare.relative_error(found, wanted)
         assert error <= compare.FLOAT64, name
-        if gauge:
+        if gauge and jax.default_backend() == "cpu":
             assert not found.any(), f"{name}: the gradient of a bias before a batch norm is exactly 0"
 
 
