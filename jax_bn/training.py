@@ -222,13 +222,13 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
 
     # Compiled before the clock starts, so that the first epoch's images/s mean the same as the others'.
     indices = next(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=0))
-    jit = partial(jax.jit, compiler_options=compiler_options())
-    lowered_step = jit(train_batch, donate_argnums=0).lower(initial_state.out_info, train_data, indices)
+    jitted_step = jax.jit(train_batch, donate_argnums=0, compiler_options=compiler_options(train=True))
+    lowered_step = jitted_step.lower(initial_state.out_info, train_data, indices)
     with ThreadPoolExecutor(1) as beside:  # beside the initial weights, a program that takes nearly as long to compile
         compiling = beside.submit(lowered_step.compile)
         state = initial_state.lower().compile()()
         compiled_step = compiling.result()
-    jitted_eval = jit(eval_batch)
+    jitted_eval = jax.jit(eval_batch, compiler_options=compiler_options())
 
     for epoch in range(config.epochs):
         start_time, started, found = time.time(), time.perf_counter(), []

@@ -23,16 +23,16 @@ COPIES = 10
 """Of the sample, which make it as large as the whole of Fashion-MNIST: 47 MB are in no cache."""
 
 
-def _jit(function: Callable, **kwargs: Any) -> Any:
-    """The one place that says how this project compiles, see `jax_bn.training.train`."""
-    return jax.jit(function, compiler_options=compiler_options(), **kwargs)
+def _jit_step(step: Callable) -> Any:
+    """The one place that says how this project compiles a training step, see `jax_bn.training.train`."""
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(train=True))
 
 
 def _start(weights: Weights, fig_size: int) -> tuple[jax_bn.BLeNet, Any, TrainState]:
     # In this peer's process, as train_jax.py does in its own.
     keep_memory()
     compute_in_the_caller()
-    model = jax_bn.BLeNet(fig_size=fig_size, momentum=MOMENTUM, epsilon=EPSILON)
+    model = jax_bn.BLeNet(fig_size=fig_size, momentum=MOMENTUM, epsilon=EPSILON, platform=jax.default_backend())
     optimizer = optax.adam(LEARNING_RATE)
     variables = jax.tree.map(jnp.array, linen_variables(weights))
     state = TrainState(variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
@@ -54,8 +54,8 @@ def _network(step: Callable, state: TrainState, place: Callable, predict: Callab
 def loop(weights: Weights, fig_size: int) -> Network:
     """A step a call."""
     model, optimizer, state = _start(weights, fig_size)
-    step = _jit(partial(train_step, model, optimizer), donate_argnums=0)
-    predict = _jit(lambda variables, x: model.apply(variables, x, train=False))
+    step = _jit_step(partial(train_step, model, optimizer))
+    predict = jax.jit(partial(model.apply, train=False), compiler_options=compiler_options())
     return _network(step, state, place, lambda batch: predict(state.variables, batch[0]))
 
 
@@ -75,7 +75,7 @@ def scan(weights: Weights, fig_size: int) -> Network:
     def place_epoch(data: Data) -> list[tuple[jax.Array, ...]]:
         return [tuple(map(jnp.stack, zip(*place(data), strict=True)))]
 
-    return _network(_jit(epoch, donate_argnums=0), state, place_epoch)
+    return _network(_jit_step(epoch), state, place_epoch)
 
 
 def with_input(weights: Weights, fig_size: int) -> Network:
@@ -91,4 +91,4 @@ def with_input(weights: Weights, fig_size: int) -> Network:
         which = np.random.default_rng(2).integers(0, COPIES, data.indices.shape, np.int32)
         return [(device_data, indices) for indices in data.indices + which * np.int32(len(data.images))]
 
-    return _network(_jit(train_batch, donate_argnums=0), state, place_indices)
+    return _network(_jit_step(train_batch), state, place_indices)

@@ -48,9 +48,11 @@ def test_the_callers_folder_stays(no_cache, tmp_path):
 
 
 def test_compiler_options_are_for_cpus(monkeypatch):
-    assert jax.jit(lambda x: x + 1, compiler_options=settings.compiler_options())(1) == 2
+    for train in (False, True):
+        assert jax.jit(lambda x: x + 1, compiler_options=settings.compiler_options(train=train))(1) == 2
+    assert settings.compiler_options(train=True) != settings.compiler_options()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert settings.compiler_options() is None
+    assert settings.compiler_options(train=True) is None
 
 
 def test_steps_are_computed_in_the_caller():
