@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from parity import flax_side
 from parity.comparison import Comparison
 from parity.report import Report
+from parity.trace import check_inputs
 
 
 def check(
@@ -57,7 +58,8 @@ def check(
 
     Raises:
       TypeError: an argument of another kind.
-      ValueError: no input, an unknown layer in layer_map, steps without optimizers, an input of another number.
+      ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, another number of
+        flax_inputs.
       Exception: what either module raises on these inputs.
     """
     _check_arguments(
@@ -84,6 +86,7 @@ def _check_arguments(
     require(isinstance(torch_module, torch.nn.Module), "torch_module", type(torch_module).__name__, "a torch.nn.Module")
     flax_side.side_of(flax_module)
     require(len(inputs) > 0, "inputs", "none", "one numpy array or more", ValueError)
+    check_inputs(inputs)
     for name, arrays in (("inputs", inputs), ("flax_inputs", () if flax_inputs is None else flax_inputs)):
         require(not isinstance(arrays, np.ndarray), name, "one array", "a sequence of arrays")
         for a in arrays:

@@ -56,6 +56,7 @@ class Comparison:
             ]
             self.flax_inputs = [b if s else a for a, b, s in zip(given, self.flax_inputs, same, strict=False)] or given
         self.notes: list[str] = []
+        self.not_run: list[str] = []
         self.located: list[Located] = []
         self.programs: dict = {}
         self.side = flax_side.side_of(flax_module, flax_call)
@@ -176,14 +177,19 @@ class Comparison:
         if not free.gradients and self.torch.gradients and free.failure is None:
             self.free.append(Difference("backward", NETWORK, "", "gradient", float("inf")))
         self.free += self._loss_difference(free)
-        self._run_float32(free)
+        first = self._first()
+        if first is not None and np.isnan(first.error):
+            return  # there was nothing to compare there, and what is behind it shows no mistake
+        if free.failure is None:
+            self._run_float32(free)
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
         left = left or any(x.kind in NORMS for x in (*self.pairing.torch_alone, *self.pairing.flax_alone))
         if not self._failing(self.free) and not self.located and not left:
             return
         try:
             forced = self._flax_run(force=Forcing(self.translation))
-        except Exception:
+        except Exception as error:
+            self._could_not_run("layer by layer, Flax", error)
             return
         self.local = differences(self.translation, forced, train=self.train_mode)
         # Larger ones no rounding explains, and where nothing local differs, rounding is what is carried along.
@@ -228,7 +234,8 @@ class Comparison:
         """The same in the dtype that the modules have: for the report, and for products in lower precision."""
         try:
             torch32, flax32 = self._torch_run(float64=False), self._flax_run(float64=False)
-        except Exception:
+        except Exception as error:
+            self._could_not_run("in their own dtype, the modules", error)
             return
         mine = Translation(torch32, self.pairing)
         mine.chosen = self.translation.chosen
@@ -237,8 +244,6 @@ class Comparison:
             which(d): (d.error, sum(side.get((d.phase, d.key), 0.0) for side in sides))
             for d in differences(mine, flax32, train=self.train_mode)
         }
-        if free.failure is not None:  # then Flax's products in float64, the truth here, cannot be had
-            return
         exact = self._flax_run(force=OwnInputs(flax32), gradients=False)
         self.located += precision_findings(
             self.translation, self.torch_module, torch32, flax32, exact, train=self.train_mode
@@ -253,6 +258,16 @@ class Comparison:
             return bound
         measured = 30 * self.noise.of(d)
         return max(bound, min(measured, MOST_NOISE if local else MOST_CARRIED))
+
+    def _could_not_run(self, what: str, error: Exception) -> None:
+        """What could not be compared is said, and is not ok."""
+        text = str(error).strip().splitlines() or [""]
+        self.not_run.append(f"{what} could not run: {type(error).__name__}: {text[0]}")
+
+    def _first(self) -> Difference | None:
+        """The first difference that no rounding explains."""
+        order = {phase: i for i, phase in enumerate(PHASE_ORDER)}
+        return min(self._failing(self.free), key=lambda d: order[d.phase], default=None)
 
     def _failing(self, found: Iterable[Difference]) -> list[Difference]:
         return [d for d in found if not d.error <= self.bound(d)]
@@ -285,9 +300,7 @@ class Comparison:
         if self.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
         located = in_order(self.located)
-        failing = self._failing(self.free)
-        order = {phase: i for i, phase in enumerate(PHASE_ORDER)}
-        first = min(failing, key=lambda d: order[d.phase], default=None)
+        failing, first = self._failing(self.free), self._first()
         local_ok = self.local and not located and not any(d.error > self.bound(d, local=True) for d in self.local)
         if local_ok and all(np.isfinite(d.error) and d.error < 1e-3 for d in failing):
             first, failing = None, []  # every layer agrees to rounding: what is left is rounding carried along
@@ -298,7 +311,14 @@ class Comparison:
             first = max(forward[:2], key=lambda d: d.error)
         rows = layer_rows(self.pairing, self.free, self.local, self.bound, self.rows32)
         return verdict.report(
-            first, located, rows, self.notes, torch=self.torch, bound=self.bound, details=self._details()
+            first,
+            located,
+            rows,
+            self.notes,
+            not_run=self.not_run,
+            torch=self.torch,
+            bound=self.bound,
+            details=self._details(),
         )
 
     def _details(self) -> dict[str, Any]:

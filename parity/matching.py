@@ -271,14 +271,8 @@ def _pair(t: Layer, f: Layer, torch: Structure, flax: Structure) -> LayerPair:
     return LayerPair(t, f, list(found.pairs), list(found.torch_left), list(found.flax_left))
 
 
-def _like(t: Layer, f: Layer) -> bool:
-    if t.kind == f.kind or "other" in (t.kind, f.kind):
-        return True
-    return any({t.kind, f.kind} <= like for like in pairing.LIKE)
-
-
 def _fits(t: Layer, f: Layer, torch: Structure, flax: Structure) -> bool:
-    if not _like(t, f):
+    if not pairing.like(t.kind, f.kind):
         return False
     pair = _pair(t, f, torch, flax)
     complete = not pair.torch_left and not pair.flax_left
@@ -299,7 +293,7 @@ def _complete(found: Pairing, torch: Structure, flax: Structure) -> None:
 
 
 def _in_one_place(t: Layer, f: Layer, found: Pairing, torch: Structure, flax: Structure) -> bool:
-    if not _like(t, f) or _ranks(t, torch) != _ranks(f, flax):
+    if not pairing.like(t.kind, f.kind) or _ranks(t, torch) != _ranks(f, flax):
         return False
     partner = {pair.torch.path: pair.flax.path for pair in found.layers}
     before = [partner[x.path] for x in torch.layers[: torch.layers.index(t)] if x.path in partner]

@@ -52,6 +52,8 @@ class Noise:
                 # A gradient that is 0 by cancellation is nothing but rounding.
                 size = max(float(np.abs(a).max(initial=0)), 1e-6 * sizes[which[0]])
                 noise = float(np.abs((plus + minus) / 2 - a).max(initial=0) / size) if size else 0.0
+                if not np.isfinite(noise):
+                    continue
                 key = (which[0], (names.get(which[1], which[1]), which[2]))
                 self.measured[key] = max(self.measured.get(key, 0.0), noise)
 

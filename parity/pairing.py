@@ -66,12 +66,13 @@ class Pairing:
 
     def to_flax(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """PyTorch's tensors, gradients or moments by Flax's full names, in Flax's layout."""
-        return {f: np.ascontiguousarray(pair.to_flax(tensors[t])) for t, f, pair in self.tensors() if t in tensors}
+        # Not by np.ascontiguousarray, which makes an array of one number of a number.
+        return {f: np.array(pair.to_flax(tensors[t]), order="C") for t, f, pair in self.tensors() if t in tensors}
 
     def to_torch(self, variables: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Flax's arrays by PyTorch's full names, in PyTorch's layout; a tensor that lacks a part is left out."""
         renamed = [pair._replace(torch_name=t, flax_name=f) for t, f, pair in self.tensors()]
-        return {n: np.ascontiguousarray(a) for n, a in rules.to_torch_arrays(renamed, variables).items()}
+        return {n: np.array(a, order="C") for n, a in rules.to_torch_arrays(renamed, variables).items()}
 
     def left(self) -> tuple[list[str], list[str]]:
         """Full names of the tensors without a partner, on either side."""
@@ -188,7 +189,7 @@ def _pair(torch: Layer, flax: Layer, shapes) -> LayerPair:
 def _worth(torch: Layer, flax: Layer, shapes, *, misfits: bool) -> tuple[float, LayerPair | None]:
     if torch.kind == flax.kind:
         worth = SAME_KIND
-    elif any({torch.kind, flax.kind} <= like for like in LIKE) or "other" in (torch.kind, flax.kind):
+    elif like(torch.kind, flax.kind):
         worth = LIKE_KIND
     else:
         return FORBIDDEN, None
@@ -223,15 +224,36 @@ def _align(torch: Sequence[Layer], flax: Sequence[Layer], shapes, *, misfits: bo
     return pairs[::-1]
 
 
+def like(first: str, second: str) -> bool:
+    """Whether layers of these kinds may be the same layer; what is of no known kind may be anything."""
+    return first == second or "other" in (first, second) or any({first, second} <= both for both in LIKE)
+
+
+def _owners(layers: Sequence[Layer]) -> dict[str, Layer]:
+    return {full: layer for layer in layers for full in layer.tensors.values()}
+
+
+def _may_be_same(t: str, f: str, torch_owner: Mapping[str, Layer], flax_owner: Mapping[str, Layer]) -> bool:
+    """Whether two tensors of layers that are no pair may be the same: of like kinds, and not a scale and a shift."""
+    names = t.rpartition(".")[2], f.rpartition("/")[2]
+    is_shift = [kinds.SHIFT.fullmatch(name) is not None for name in names]
+    is_scale = [kinds.SCALE.fullmatch(name) or kinds.WEIGHT.fullmatch(name) for name in names]
+    crossed = (is_shift[0] and is_scale[1]) or (is_scale[0] and is_shift[1])
+    return not crossed and like(torch_owner[t].kind, flax_owner[f].kind)
+
+
 def _pair_loose(pairing: Pairing, shapes) -> None:
     torch, flax = pairing.left()
-    for like in (False, True):
+    torch_owner = _owners([*(p.torch for p in pairing.layers), *pairing.torch_alone])
+    flax_owner = _owners([*(p.flax for p in pairing.layers), *pairing.flax_alone])
+    for by_shape in (False, True):
         for t in list(torch):
-            names = [f for f in flax if f.startswith("params/") or not like]
+            names = [f for f in flax if f.startswith("params/") or not by_shape]
+            names = [f for f in names if _may_be_same(t, f, torch_owner, flax_owner)]
             found = rules.pair_tensors(
                 "other",
                 {t.rpartition(".")[2]: shapes[0][t]},
-                {f: shapes[1][f] for f in names if like or f.rpartition("/")[2] == t.rpartition(".")[2]},
+                {f: shapes[1][f] for f in names if by_shape or f.rpartition("/")[2] == t.rpartition(".")[2]},
             )
             fitting = [pair for pair in found.pairs if pair.fits]
             if fitting:

@@ -66,7 +66,7 @@ def precision_findings(
         key = (pair.flax.path, call.index) if pair else NETWORK
         if pair is None or pair.kind not in kinds.PRODUCTS or key not in exact_calls or key not in flax_calls:
             continue
-        with torch.no_grad():
+        with torch.no_grad(), torch_side.default_dtype(torch.float64):
             truth: Any = lifted.get_submodule(call.path)(*[torch.tensor(a).double() for a in call.inputs])
         errors = {
             "PyTorch": _error(call.output, truth.numpy()),

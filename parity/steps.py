@@ -65,7 +65,7 @@ def torch_steps(
     optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
     given = [torch.tensor(a).double() if np.asarray(a).dtype.kind == "f" else torch.tensor(a) for a in inputs]
     states = [_snapshot(module)]
-    with torch_side.without_dropout(module, train=train):
+    with torch_side.default_dtype(torch.float64), torch_side.without_dropout(module, train=train):
         for _ in range(steps):
             optimizer.zero_grad()
             output = module(*given)

@@ -27,6 +27,23 @@ def lifted(module: nn.Module, *, float64: bool) -> nn.Module:
     return module.cpu().double() if float64 else module
 
 
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's parameters, by the first; the default one where it has none."""
+    floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(floating, torch.get_default_dtype())
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """For a while what a module makes inside its forward (a state of zeros, a mask) is of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def layers_of(module: nn.Module) -> dict[str, Layer]:
     """The modules with tensors of their own. Attention counts as one layer, its projections with it."""
     layers: dict[str, Layer] = {}
@@ -100,16 +117,26 @@ def record(
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
             if nudge:
-                parameter.data *= 1 + nudge * (torch.arange(parameter.numel()).reshape(parameter.shape) % 2 * 2 - 1)
+                signs = torch.arange(parameter.numel()).reshape(parameter.shape) % 2 * 2 - 1
+                # In the parameter's dtype: a float times integers is float32, whose rounding would be measured then.
+                parameter.data *= 1 + nudge * signs.to(parameter)
     device = next((v.device for v in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     given = [torch.tensor(a, device=device) for a in inputs]
-    given = [v.double() if float64 and v.is_floating_point() else v for v in given]
+    own = torch.float64 if float64 else own_dtype(module)
+    # Numpy makes float64 of what is not told otherwise, which a module of float32 would refuse.
+    given = [v.to(own) if v.is_floating_point() and (float64 or v.dtype == torch.float64) else v for v in given]
     given = [v.requires_grad_(v.is_floating_point()) for v in given]
     recording = Recording("torch", layers_of(module), inputs=[numpy(v) for v in given])
     recording.tensors = _named(module, recording.layers)
     recording.dropout_off = train and has_dropout(module)
     watch = _Watch(module, recording)
-    with torch.random.fork_rng(devices=[]), without_dropout(module, train=train), _not_compiled(module), watch:
+    with (
+        torch.random.fork_rng(devices=[]),
+        default_dtype(own),
+        without_dropout(module, train=train),
+        _not_compiled(module),
+        watch,
+    ):
         torch.manual_seed(seed)
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
         output = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, module(*given))

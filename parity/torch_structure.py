@@ -196,7 +196,7 @@ class Runner:
             if path in layers
         ]
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), torch_side.default_dtype(torch.float32):
                 module(*(_tensor(a, device, coded=coded, index=i) for i, a in enumerate(guess.torch)))
         finally:
             for handle in handles:
@@ -220,7 +220,7 @@ def _marked(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
 def _tensor(a: NDArray, device: str, *, coded: bool, index: int) -> Tensor:
     if coded and a.ndim >= 3 and a.dtype.kind == "f":
         a = np.broadcast_to(code(f"input {index}", a.shape[1]).reshape(-1, *(1,) * (a.ndim - 2)), a.shape)
-    tensor = torch.tensor(np.ascontiguousarray(a))
+    tensor = torch.tensor(np.array(a, order="C"))
     return (tensor.float() if tensor.is_floating_point() else tensor.long()).to(device)
 
 

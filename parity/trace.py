@@ -38,7 +38,10 @@ def apply_layout(layout: Layout, a: NDArray) -> NDArray:
 
 
 def error_of(given: NDArray, truth: NDArray, floor: float = 0.0) -> float:
-    """max|given - truth| / max(max|truth|, floor); infinity where shapes or NaNs differ."""
+    """max|given - truth| / max(max|truth|, floor); infinity where shapes, NaNs or infinities differ.
+
+    NaN where there was nothing to compare: both are empty, hold NaN in the same places, or nothing finite.
+    """
     a, b = np.asarray(given, np.float64), np.asarray(truth, np.float64)
     if a.shape != b.shape:
         return float("inf")
@@ -47,7 +50,11 @@ def error_of(given: NDArray, truth: NDArray, floor: float = 0.0) -> float:
         same = np.array_equal(a[~finite], b[~finite], equal_nan=True)
         if not same:
             return float("inf")
+        if np.isnan(b).any():
+            return float("nan")
         a, b = a[finite], b[finite]
+    if not a.size:
+        return float("nan")
     worst = float(np.abs(a - b).max(initial=0.0))
     if worst == 0:
         return 0.0
@@ -224,7 +231,7 @@ class Difference(NamedTuple):
       key: PyTorch's call (layer, index); `NETWORK` is the network itself.
       flax_layer: Flax's path.
       quantity: "input" | "output" | "output gradient" | "input gradient" | a parameter's or statistic's local name.
-      error: see `error_of`.
+      error: see `error_of`; NaN: it could not be compared.
     """
 
     phase: str
@@ -245,6 +252,7 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
     def add(phase, key, layer, quantity, error):
         found.append(Difference(phase, key, layer, quantity, error))
 
+    found += _not_finite(translation)
     stopped = False
     for call, flax_key in keys:
         mine = calls.get(flax_key)
@@ -277,6 +285,18 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
                     given = flax.new_statistics[pair.flax.tensors[t.flax_name]]
                     add("statistics", (pair.torch.path, 0), pair.flax.path, t.torch_name, error_of(given, truth))
     return found
+
+
+def _not_finite(translation: Translation) -> Iterator[Difference]:
+    """PyTorch's weights that hold NaN or infinity: what they are multiplied with cannot be compared."""
+    flax_path = {pair.torch.path: pair.flax.path for pair in translation.pairing.layers}
+    for name, _, _ in translation.pairing.tensors():
+        a = translation.torch.tensors.get(name, np.zeros(()))
+        # A buffer may hold an infinity on purpose, as a mask does.
+        is_parameter = name in translation.torch.gradients
+        if not (np.isfinite(a) if is_parameter else ~np.isnan(a)).all():
+            path, _, local = name.rpartition(".")
+            yield Difference("forward", (path, 0), flax_path.get(path, ""), local, float("nan"))
 
 
 def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Difference]:
@@ -334,6 +354,16 @@ def _parameters(translation, flax, pair: LayerPair, call: Call, dy: NDArray, lar
         error = error_of(flax.gradients[flax_name], truth, max(largest, summed))
         found.append(Difference("backward", call.key, pair.flax.path, f"{t.torch_name} gradient", error))
     return found
+
+
+def check_inputs(inputs: Sequence[NDArray], name: str = "inputs") -> None:
+    """ValueError where there is no number in any of the inputs."""
+    shapes = [np.shape(a) for a in inputs]
+    if shapes and not any(np.prod(shape) for shape in shapes):
+        raise ValueError(
+            f"{name} are empty, of shape {', '.join(map(str, shapes))}: nothing would be compared; allowed: an example "
+            "or more"
+        )
 
 
 def flat_layout_inputs(inputs: Sequence[NDArray], torch: Recording | None = None) -> list[NDArray]:

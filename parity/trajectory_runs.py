@@ -69,7 +69,7 @@ class TorchRun:
             inputs = [nudged(a, self.nudge) for a in inputs]
         given = [torch.tensor(a) for a in inputs]
         self.optimizer.zero_grad()
-        with torch_side.without_dropout(self.module, train=True):
+        with torch_side.default_dtype(self.dtype), torch_side.without_dropout(self.module, train=True):
             loss = self.loss(self.module(*given), torch.tensor(target))
         loss.backward()
         self.optimizer.step()

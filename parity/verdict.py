@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ def report(
     rows: list[LayerRow],
     notes: Sequence[str],
     *,
+    not_run: Sequence[str] = (),
     torch: Recording,
     bound: Callable[[Difference], float],
     details: dict[str, Any],
@@ -30,6 +32,7 @@ def report(
       located: the findings, in order; known mistakes are named, others only where there is no known one.
       rows: of the table, see `layer_rows`.
       notes: what else is to be said.
+      not_run: what of the comparison could not be run.
       torch: PyTorch's run.
       bound: what rounding explains of a difference.
       details: see `Report`.
@@ -44,8 +47,20 @@ def report(
     if divergence is not None and not chosen:
         text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
         chosen = [Diagnosis("unexplained", divergence.torch_layer, text, divergence.flax_layer)]
+    if divergence is not None and math.isnan(divergence.error):
+        where = divergence.torch_layer or "the network"
+        text = f"not finite at {where}: its {divergence.quantity} is NaN or infinite, so nothing was compared there"
+        chosen = [Diagnosis("not-compared", divergence.torch_layer, text, divergence.flax_layer)]
+    chosen += [Diagnosis("could-not-run", "", text) for text in not_run]
     besides = [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others]
-    return Report(divergence, list(dict.fromkeys(chosen)), rows, [*notes, *besides], details)
+    return Report(divergence, list(dict.fromkeys(chosen)), rows, [*notes, *besides, *_not_compared(rows)], details)
+
+
+def _not_compared(rows: Sequence[LayerRow]) -> list[str]:
+    """A note of what holds NaN or nothing finite on both sides."""
+    places = [f"{row.torch_layer or 'the network'} ({row.quantity})" for row in rows if math.isnan(row.error)]
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return [f"not compared, as it is not finite: {', '.join(places[:3])}{more}"] if places else []
 
 
 def _divergence(

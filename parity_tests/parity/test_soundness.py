@@ -1,0 +1,215 @@
+"""Never ok in silence: what hides a mistake, what cannot be compared, weights that have no place."""
+
+import flax.linen as linen
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+import parity
+from parity import offline, torch_side, weights
+
+X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+
+
+def gelu_net(approximate="none"):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.GELU(approximate), nn.Linear(5, 3))
+
+
+class TanhGelu(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(3)(linen.gelu(linen.Dense(5)(x)))
+
+
+def test_the_nudge_that_measures_rounding_is_no_rounding_itself():
+    """A nudge in float32 would make the bound of every float64 comparison that of float32."""
+    module = gelu_net()
+    h = 1e-6
+    runs = [torch_side.record(module, [X], train=False, nudge=step) for step in (0.0, h, -h)]
+    for name, a in runs[0].tensors.items():
+        signs = np.arange(a.size).reshape(a.shape) % 2 * 2 - 1
+        for sign, run in ((1, runs[1]), (-1, runs[2])):
+            np.testing.assert_allclose(run.tensors[name], a * (1 + sign * h * signs), rtol=1e-15, atol=0)
+
+
+class Norm(linen.Module):
+    """A norm with another epsilon behind a layer whose outputs are large."""
+
+    kind: str
+    epsilon: float
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Dense(8)(x)
+        norm = (
+            linen.LayerNorm if self.kind == "layer" else lambda epsilon: linen.GroupNorm(num_groups=2, epsilon=epsilon)
+        )
+        return linen.Dense(4)(norm(epsilon=self.epsilon)(x))
+
+
+@pytest.mark.parametrize("kind", ["layer", "group"])
+def test_a_norms_epsilon_behind_large_activations(kind):
+    """1e-5 for 1e-6 where the activations are of size 16: 1e-7 of the output, which float64 shows."""
+    torch.manual_seed(0)
+    made = nn.LayerNorm(8, eps=1e-5) if kind == "layer" else nn.GroupNorm(2, 8, eps=1e-5)
+    module = nn.Sequential(nn.Linear(4, 8), made, nn.Linear(8, 4))
+    with torch.no_grad():
+        module[0].weight *= 16
+    report = parity.check(module, Norm(kind, 1e-6), X, train=False)
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("epsilon", "1")]
+    assert parity.check(module, Norm(kind, 1e-5), X, train=False).ok
+
+
+def test_empty_inputs_are_refused(tmp_path):
+    for call in (
+        lambda: parity.check(gelu_net(), TanhGelu(), X[:0], train=False),
+        lambda: offline.trace(gelu_net(), TanhGelu(), X[:0], train=False),
+        lambda: offline.dump(gelu_net(), [X[:0]], tmp_path / "dump"),
+    ):
+        with pytest.raises(ValueError, match=r"inputs are empty, of shape \(0, 4\).*allowed: an example or more"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["input", "one infinity a row", "weight"])
+@pytest.mark.parametrize("way", ["check", "trace"])
+def test_what_is_not_finite_is_not_compared(where, way):
+    """The two differ (exact GELU for tanh's), and nothing that they are given can show it: then they are not ok."""
+    module, x = gelu_net(), X.copy()
+    if where == "weight":
+        with torch.no_grad():
+            module[2].weight[0, 0] = torch.nan
+    else:
+        x[:, 0] = np.nan if where == "input" else np.inf
+    function = parity.check if way == "check" else offline.trace
+    report = function(module, TanhGelu(), x, train=False)
+    assert not report.ok
+    assert report.diagnoses[0].code == "not-compared"
+    assert report.diagnoses[0].layer == ("2" if where == "weight" else "0")
+    assert "not finite at" in str(report)
+
+
+def test_a_mask_of_infinities_is_compared():
+    """An infinity among finite values, the same on both sides, is one more value that agrees."""
+    x = X.copy()
+    x[0, 0] = -np.inf
+    masked = torch.nn.Softmax(1)
+    report = parity.check(nn.Sequential(masked, nn.Linear(4, 3)), Softmaxed(), x, train=False)
+    assert report.ok, report
+
+
+class Softmaxed(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(3)(linen.softmax(x))
+
+
+class FailsIn(linen.Module):
+    """Raises in one of the runs that `parity.check` makes."""
+
+    dtype: str
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Dense(5)(x)
+        if x.dtype == self.dtype and not self.is_initializing():
+            raise RuntimeError("not in this dtype")
+        return x
+
+
+def test_a_run_that_fails_is_said_and_not_ok():
+    report = parity.check(nn.Linear(4, 5), FailsIn("float32"), X, train=False)
+    assert not report.ok
+    assert [d.code for d in report.diagnoses] == ["could-not-run"]
+    assert "RuntimeError: not in this dtype" in str(report)
+
+
+def test_tensors_do_not_cross_kinds():
+    """A norm that the other side forgot: its scale is no convolution's bias."""
+
+    class Forgotten(nnx.Module):
+        def __init__(self, rngs):
+            self.c1, self.c2 = nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.Conv(8, 8, (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            return self.c2(self.c1(x))
+
+    module = nn.Sequential()
+    for name, layer in (
+        ("c1", nn.Conv2d(3, 8, 3, bias=False)),
+        ("n1", nn.GroupNorm(2, 8)),
+        ("c2", nn.Conv2d(8, 8, 3, bias=False)),
+    ):
+        module.add_module(name, layer)
+    with pytest.raises(ValueError, match="problem") as error:
+        weights.to_flax(module, Forgotten(nnx.Rngs(0)))
+    for line in (
+        "n1.weight is left over", "n1.bias is left over", "c1.bias is missing (for params/c1/bias)",
+        "c2.bias is missing (for params/c2/bias)",
+    ):  # fmt: skip
+        assert line in str(error.value)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.logit_scale = nn.Linear(4, 3), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.a(x) * self.logit_scale.exp()
+
+
+class FlaxScaled(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(3)(x) * jnp.exp(self.param("logit_scale", linen.initializers.ones, ()))
+
+
+def test_a_scalar_parameter_stays_a_scalar():
+    variables = weights.to_flax(Scaled(), FlaxScaled(), inputs=[X])
+    assert variables["params"]["logit_scale"].shape == ()
+    FlaxScaled().apply(variables, X)
+    state = weights.to_torch(variables, Scaled(), flax_module=FlaxScaled(), inputs=[X])
+    assert state["logit_scale"].shape == ()
+    Scaled().load_state_dict(state)
+    assert parity.check(Scaled(), FlaxScaled(), X, train=False).ok
+
+
+class MakesState(nn.Module):
+    """Makes tensors of the default dtype in its forward: a state, and a mask of the smallest number of y's dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.a(x) + self.b(torch.zeros(len(x), 8))
+        return torch.softmax(y[:, None, :] + torch.full((8, 8), torch.finfo(y.dtype).min).triu(1), -1)
+
+
+class FlaxMakesState(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        y = linen.Dense(8)(x) + linen.Dense(8)(jnp.zeros((len(x), 8), x.dtype))
+        return linen.softmax(y[:, None, :] + jnp.triu(jnp.full((8, 8), jnp.finfo(y.dtype).min, y.dtype), 1), -1)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+def test_tensors_of_the_default_dtype(default):
+    """In the float64 run they are float64, and the caller's default dtype is what it was."""
+    before = torch.get_default_dtype()
+    module = MakesState()
+    torch.set_default_dtype(default)
+    try:
+        options = {"steps": 1, "optimizers": (lambda p: torch.optim.SGD(p, 0.1), optax.sgd(0.1))}
+        report = parity.check(module, FlaxMakesState(), X, train=True, **options)
+        after = torch.get_default_dtype()
+    finally:
+        torch.set_default_dtype(before)
+    assert report.ok, report
+    assert after == default
