@@ -3,7 +3,7 @@
     python -m benchmarks.exactness
     python -m benchmarks.exactness --write docs/batch_norm_exactness.md
 
-The inputs are those of `hard_inputs.py`; the truth is `parity_tests/exact.py`. Prints Markdown.
+The inputs are those of `truth/hard_inputs.py`; the truth is `truth/batch_norm.py`. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.hard_inputs import CHANNELS, CONSTANT, HARD_INPUTS, SHAPE, HardInput
 from benchmarks.harness import check_can_be_written, installed, is_installed
 from benchmarks.peers import EPSILON, Result, Start
 from bn_common.command_line import parse, refuse
 from bn_common.run_folder import write_whole
+from truth.hard_inputs import CHANNELS, CONSTANT, HARD_INPUTS, SHAPE, HardInput
 
 PROG = "python -m benchmarks.exactness"
 COLUMNS = ("jax_bn", "torch_bn", "torch native", "flax.linen", "flax.nnx", "keras", "equinox", "haiku")
@@ -110,7 +110,7 @@ def _modules(console: Console) -> dict[str, ModuleType]:
 
 def measure(name: str, given: HardInput, modules: Mapping[str, ModuleType]) -> dict[str, dict[str, float]]:
     """Table -> peer -> error at one input. Channels that hold a NaN are left out: the others are looked at."""
-    from parity_tests import exact
+    from truth import batch_norm as exact
 
     clean = np.isfinite(given.x).all(_axes(given.x))
     x, gamma, beta, dy = given.x[:, clean], given.gamma[clean], given.beta[clean], given.dy[:, clean]
@@ -206,13 +206,13 @@ def _text(seed: int, versions: Mapping[str, str], tables: Mapping[str, str]) -> 
 
 Every figure is the largest error over the channels, in float32 eps (2^-23) of a size that each table names; two digits;
 0 is exact; NaN is a value that is not finite. 0.5 is what rounding the truth to float32 can cost. The truth is computed
-by `parity_tests/exact.py`: sums and statistics per channel without rounding, in integers and fractions, y and dx from
+by `truth/batch_norm.py`: sums and statistics per channel without rounding, in integers and fractions, y and dx from
 these in numpy's longdouble, whose rounding is below 1e-3 of an eps. Epsilon is 1e-5 everywhere, the other options are
 each library's own, except that Equinox is in its mode "batch" (its default normalises with the moving statistics in
 training too). The JAX libraries are jitted and take channels last (Equinox: one example under vmap, channels first),
 PyTorch channels on axis 1, contiguous.
 
-The inputs are defined in `benchmarks/hard_inputs.py`: {CHANNELS} channels, {SHAPE[0]} x {SHAPE[2]} x {SHAPE[3]} values
+The inputs are defined in `truth/hard_inputs.py`: {CHANNELS} channels, {SHAPE[0]} x {SHAPE[2]} x {SHAPE[3]} values
 each where nothing else is said. In the rows "constant" and "zero" the figure for y is |y - beta| in eps of |beta|. The
 row "NaN in one channel" is about the other channels.
 """

@@ -1,23 +1,65 @@
-"""The bridge between the two wings, and the only package that imports both frameworks.
+"""The bridge between the two wings: what a user asks it for.
 
-Each name is imported when it is asked for: `python -m parity dump` needs one framework, `compare` none.
+`import parity` needs neither framework: the functions here import them when they are called, and what is a framework's
+through and through (`weights`, `to_flax`, `to_torch`, `lockstep`) is imported when it is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-# Name -> the module that it lives in.
-_NAMES = {"check": "checking", "assert_parity": "testing", "Report": "report"}
-_MODULES = ("compare", "convert", "files", "kinds", "offline", "report", "rules", "trajectory", "weights")
+from parity import offline, report, testing
+from parity.check import check, trace
+from parity.cli import convert
+from parity.offline import compare, dump
+from parity.pairing import rules
+from parity.pairing.rules import register
+from parity.records import kinds
+from parity.records import weight_files as files
+from parity.report import Report
+from parity.testing import assert_parity
 
-__all__ = ["Report", "assert_parity", "check", "weights"]
+if TYPE_CHECKING:
+    from parity import trajectory, weights
+    from parity.trajectory import lockstep
+    from parity.weights import to_flax, to_torch
 
+__all__ = [
+    "Report",
+    "assert_parity",
+    "check",
+    "compare",
+    "convert",
+    "dump",
+    "files",
+    "kinds",
+    "lockstep",
+    "offline",
+    "register",
+    "report",
+    "rules",
+    "testing",
+    "to_flax",
+    "to_torch",
+    "trace",
+    "trajectory",
+    "weights",
+]
 
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"parity.{_NAMES[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"parity.{name}")
-    raise AttributeError(f"module 'parity' has no attribute {name!r}")
+# Modules by the names that they had before they lived in folders: `import parity.rules` finds them, too.
+for _name, _module in {"convert": convert, "files": files, "kinds": kinds, "rules": rules}.items():
+    sys.modules[f"parity.{_name}"] = _module
+
+# Name -> the module that it lives in, of what needs both frameworks.
+_LATE = {"to_flax": "weights", "to_torch": "weights", "lockstep": "trajectory"}
+
+if not TYPE_CHECKING:  # which would let any name pass
+
+    def __getattr__(name: str) -> Any:
+        if name in _LATE.values():
+            return importlib.import_module(f"parity.{name}")
+        if name in _LATE:
+            return getattr(importlib.import_module(f"parity.{_LATE[name]}"), name)
+        raise AttributeError(f"module 'parity' has no attribute {name!r}")

@@ -43,9 +43,9 @@ def main(args: Sequence[str] | None = None) -> int:
         refuse("python -m parity", f"command is {command!r}; allowed: {', '.join(COMMANDS)}, or --help")
     try:
         if command == "train":
-            return int(importlib.import_module("parity.trajectory").main(rest) or 0)
+            return int(importlib.import_module("parity.cli.train").main(rest) or 0)
         if command == "check" and not any(":" in part or part in ("-h", "--help") for part in rest):
-            return int(importlib.import_module("parity.matrix").main(rest) or 0)
+            return int(importlib.import_module("parity.wings.matrix").main(rest) or 0)
         return _run(command, rest, prog)
     except (ValueError, TypeError) as error:
         if "allowed:" not in str(error):
@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, rest: Sequence[str], prog: str) -> int:
-    from parity import commands
+    from parity.cli import commands
 
     kind: Any = getattr(commands, command.capitalize())
     with _absent("torch"):

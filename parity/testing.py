@@ -26,7 +26,7 @@ def assert_parity(torch_module: Any, flax_module: Any, inputs: Any, *more_inputs
       TypeError, ValueError: bad arguments, see `parity.check`.
     """
     __tracebackhide__ = True
-    from parity.checking import check
+    from parity.check import check
 
     first = tuple(inputs) if isinstance(inputs, Sequence) else (inputs,)
     report = check(torch_module, flax_module, *first, *more_inputs, **options)

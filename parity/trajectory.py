@@ -20,15 +20,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parity import flax_side, torch_side, torch_structure
-from parity.pairing import Pairing
-from parity.settling import settle
-from parity.trajectory_gauges import Fixed, find
-from parity.trajectory_optimizers import OPTIMIZERS, PairedOptimizer, paired
-from parity.trajectory_result import Trajectory, Verdict, distances
-from parity.trajectory_runs import FlaxRun, TorchRun, flax_cross_entropy, flax_step, torch_cross_entropy
+from parity.pairing.by_running import settle
+from parity.pairing.layers import Pairing
+from parity.sides import jax as flax_side
+from parity.sides import torch as torch_side
+from parity.sides.jax.train import FlaxRun, flax_cross_entropy, flax_step
+from parity.sides.optimizers import OPTIMIZERS, PairedOptimizer, paired
+from parity.sides.torch import layers as torch_layers
+from parity.sides.torch.train import TorchRun, torch_cross_entropy
+from parity.training.gauges import Fixed, find
+from parity.training.trajectory import Trajectory, Verdict, distances
 
-__all__ = ["OPTIMIZERS", "PairedOptimizer", "Trajectory", "lockstep", "main"]
+__all__ = ["OPTIMIZERS", "PairedOptimizer", "Trajectory", "lockstep"]
+
 
 Batch = tuple[Any, NDArray]
 """(input or tuple of inputs, target), numpy, in PyTorch's layout."""
@@ -126,8 +130,8 @@ def _cast(batch: tuple[Sequence[NDArray], NDArray], dtype: str) -> tuple[list[ND
 
 
 def _pair(torch_module: torch.nn.Module, flax_module: Any, inputs, layer_map) -> Pairing:
-    module = torch_structure.unwrapped(torch_module)[0]
-    found, _ = settle(module, torch_structure.of_module(module), flax_module, list(inputs), None, layer_map)
+    module = torch_layers.unwrapped(torch_module)[0]
+    found, _ = settle(module, torch_layers.of_module(module), flax_module, list(inputs), None, layer_map)
     left = [name for side in found.left() for name in side]
     if left:
         raise ValueError(f"{', '.join(left)} has no counterpart; allowed: modules with the same parameters")
@@ -138,7 +142,7 @@ class _Runs:
     """Makes the runs of both sides, all from the same weights."""
 
     def __init__(self, torch_module, flax_module, pairing: Pairing, rule: PairedOptimizer, lr, losses, dtype) -> None:
-        self.module, self.pairing, self.rule, self.lr = torch_structure.unwrapped(torch_module)[0], pairing, rule, lr
+        self.module, self.pairing, self.rule, self.lr = torch_layers.unwrapped(torch_module)[0], pairing, rule, lr
         self.losses, self.dtype = losses, dtype
         self.side, self.transform = flax_side.side_of(flax_module), rule.optax(lr)
         self.flax_take_step = flax_step(self.side, self.transform, losses[1])
@@ -171,11 +175,3 @@ class _Runs:
                 made[f"{name}{end}"] = make(dtype)
                 made[f"{name}{end}'"] = make(dtype, np.random.default_rng(7))
         return made
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """`python -m parity train`; gives the exit status."""
-    from bn_common.command_line import parse
-    from parity.trajectory_command import Train
-
-    return parse(Train, args, prog="python -m parity train", description=Train.__doc__ or "").run()

@@ -1,6 +1,7 @@
 """Carries weights between PyTorch and Flax, both ways, strictly and bit for bit.
 
-Which layer is which is found by `matching.py`, which tensor of a layer is which by the table in `rules.py`.
+Which layer is which is found by `pairing/matching.py`, which tensor of it is which by the table in
+`pairing/rules.py`.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from numpy.typing import NDArray
 
-from parity import flax_structure, misfits, torch_structure
-from parity.flax_side import NnxSide
-from parity.layer_conventions import conventions, notes
-from parity.pairing import Pairing
-from parity.rules import OIHW, OUT_IN, SAME, Layout, behind_flatten, register
-from parity.settling import settle, settle_torch
-from parity.structure import Structure
+from parity.conventions import conventions, notes
+from parity.pairing import problems as misfits
+from parity.pairing.by_running import settle, settle_torch
+from parity.pairing.layers import Pairing
+from parity.pairing.layouts import OIHW, OUT_IN, SAME, Layout, behind_flatten
+from parity.pairing.rules import register
+from parity.records.structure import Structure
+from parity.sides.jax import NnxSide
+from parity.sides.jax import layers as flax_layers
+from parity.sides.torch import layers as torch_layers
 
 __all__ = [
-    "BLENET_GAUGES",
     "OIHW",
     "OUT_IN",
     "SAME",
@@ -43,22 +46,13 @@ __all__ = [
     "to_torch",
 ]
 
+
 Variables = dict[str, Any]
 """{"params": ..., "batch_stats": ...}, nested as Flax has it; the leaves are arrays."""
 
 
 class ParityWarning(UserWarning):
     """Weights are carried as they are, but the reader should know something about them."""
-
-
-# A bias before a batch norm is a gauge: it shifts the batch's mean and nothing else. Its true gradient is 0, and what
-# the network does depends on bias - moving_mean only. PyTorch's name of the bias -> of the moving mean.
-BLENET_GAUGES = {
-    "conv.0.bias": "conv.1.moving_mean",
-    "conv.4.bias": "conv.5.moving_mean",
-    "fc.0.bias": "fc.1.moving_mean",
-    "fc.3.bias": "fc.4.moving_mean",
-}
 
 
 def to_flax(
@@ -106,7 +100,7 @@ def to_flax(
     arrays = {name: _to_numpy(v) for name, v in state.items()}
     whose = source if isinstance(source, torch.nn.Module) else torch_module
     given = _torch_structure(whose, {name: a.shape for name, a in arrays.items()})
-    module = torch_structure.unwrapped(whose)[0] if isinstance(whose, torch.nn.Module) else None
+    module = torch_layers.unwrapped(whose)[0] if isinstance(whose, torch.nn.Module) else None
     found, flax = settle(module, given, flax_module, inputs, flax_inputs, layer_map)
     if module is not None:
         _check_single_layers(found, given, flax, module, flax_module)
@@ -184,12 +178,12 @@ def to_torch(
         raise TypeError(f"flax_module is {type(flax_module).__name__}; allowed: a flax.linen.Module or nnx.Module")
     arrays = {
         name: np.asarray(a)
-        for name, a in flax_structure.flat_in_order(variables).items()
-        if name.split("/")[0] in flax_structure.CARRIED
+        for name, a in flax_layers.flat_in_order(variables).items()
+        if name.split("/")[0] in flax_layers.CARRIED
     }
-    module, prefix = torch_structure.unwrapped(torch_module)
-    target = torch_structure.of_module(module)
-    given = flax_structure.of_variables({name: a.shape for name, a in arrays.items()})
+    module, prefix = torch_layers.unwrapped(torch_module)
+    target = torch_layers.of_module(module)
+    given = flax_layers.of_variables({name: a.shape for name, a in arrays.items()})
     if flax_module is None:
         found = settle_torch(module, target, given, inputs, flax_inputs, layer_map)
     else:
@@ -245,23 +239,23 @@ def _warn_unless_finite(arrays: Mapping[str, NDArray]) -> None:
 def _state_of(source: Any) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors by clean names, and the prefix that was taken off."""
     if isinstance(source, torch.nn.Module):
-        module, prefix = torch_structure.unwrapped(source)
-        torch_structure.check_lazy(module)
+        module, prefix = torch_layers.unwrapped(source)
+        torch_layers.check_lazy(module)
         return {name: v for name, v in module.state_dict().items() if isinstance(v, torch.Tensor)}, prefix
     if not isinstance(source, Mapping) or not all(isinstance(v, torch.Tensor) for v in source.values()):
         raise TypeError(f"the source is {type(source).__name__}; allowed: a torch module or its state_dict")
-    return torch_structure.clean_names(source)
+    return torch_layers.clean_names(source)
 
 
 def _torch_structure(source: Any, shapes: Mapping[str, tuple[int, ...]]) -> Structure:
     if isinstance(source, torch.nn.Module):
-        return torch_structure.of_module(torch_structure.unwrapped(source)[0])
-    return torch_structure.of_state(shapes)
+        return torch_layers.of_module(torch_layers.unwrapped(source)[0])
+    return torch_layers.of_state(shapes)
 
 
 def named(variables: Any) -> dict[str, NDArray]:
     """Flax's variables by full name."""
-    return {name: np.asarray(v) for name, v in flax_structure.flat_in_order(variables).items()}
+    return {name: np.asarray(v) for name, v in flax_layers.flat_in_order(variables).items()}
 
 
 def as_tensor(array: NDArray) -> torch.Tensor:

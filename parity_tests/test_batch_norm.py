@@ -12,9 +12,9 @@ from jax.test_util import check_grads
 
 import jax_bn
 import torch_bn
-from benchmarks.hard_inputs import CONSTANT, HARD_INPUTS
-from parity_tests import exact
 from parity_tests.wings import DEVICE, WINGS, channels_last, channels_second
+from truth import batch_norm as exact
+from truth.hard_inputs import CONSTANT, HARD_INPUTS
 
 SHAPES = {"rank 2": (16, 5), "rank 3": (6, 3, 7), "rank 4": (4, 3, 5, 6), "rank 5": (2, 2, 3, 2, 4), "m = 2": (2, 3)}
 # Eps of the channel's largest true value: DESIGN.md, Numerics. The gradients with respect to x and gamma pass through

@@ -1,4 +1,4 @@
-"""BLeNet with shared weights: both wings against float64, and against each other, at the bounds of parity.compare."""
+"""BLeNet with shared weights: both wings against float64, and against each other, at `comparison.bounds`."""
 
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 import image_data
 import jax_bn
 import torch_bn
-from parity import compare, weights
+from parity import weights
+from parity.comparison import bounds
+from parity.records import distance
+from parity.wings.blenet import BLENET_GAUGES
 from parity_tests.wings import channels_second
 
 BATCH_SIZE = 32
@@ -38,7 +41,7 @@ class Outcome(NamedTuple):
 def outcome(logits, input_gradient, named_gradients, statistics) -> Outcome:
     by_kind: tuple[dict, dict] = ({}, {})
     for name, value in named_gradients.items():
-        by_kind[name in weights.BLENET_GAUGES][name] = np.asarray(value)
+        by_kind[name in BLENET_GAUGES][name] = np.asarray(value)
     return Outcome(
         np.asarray(logits), np.asarray(input_gradient), *by_kind, {k: np.asarray(v) for k, v in statistics.items()}
     )
@@ -102,19 +105,19 @@ def test_float64(channels, fig_size, train, x64):
     """Tensor by tensor: this is where a mistake in the mathematics shows."""
     model, x, labels = make(channels, fig_size, "float64")
     a, b = torch_outcome(model.state_dict(), x, labels, train), jax_outcome(model, x, labels, train)
-    assert compare.relative_error(a.logits, b.logits) <= compare.FLOAT64
-    assert compare.relative_error(a.input_gradient, b.input_gradient) <= compare.FLOAT64
+    assert distance.relative_error(a.logits, b.logits) <= bounds.FLOAT64
+    assert distance.relative_error(a.input_gradient, b.input_gradient) <= bounds.FLOAT64
     for kind in ("gradients", "statistics"):
         for name, value in getattr(a, kind).items():
-            assert compare.relative_error(value, getattr(b, kind)[name]) <= compare.FLOAT64, name
+            assert distance.relative_error(value, getattr(b, kind)[name]) <= bounds.FLOAT64, name
     if train:
         for wing in (a, b):
             largest = np.abs(as_vector(wing.gradients)).max()
             for name, value in wing.gauges.items():
-                assert compare.relative_error(value, np.zeros_like(value), largest) <= compare.FLOAT64, name
+                assert distance.relative_error(value, np.zeros_like(value), largest) <= bounds.FLOAT64, name
     else:
         for name, value in a.gauges.items():
-            assert compare.relative_error(value, b.gauges[name]) <= compare.FLOAT64, name
+            assert distance.relative_error(value, b.gauges[name]) <= bounds.FLOAT64, name
 
 
 @pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["train", "eval"])
@@ -125,13 +128,13 @@ def test_float32(channels, fig_size, train, x64):
     truth = torch_outcome(model.state_dict(), x.astype(np.float64), labels, train)
     for wing in (torch_outcome(model.state_dict(), x, labels, train), jax_outcome(model, x, labels, train)):
         assert wing.logits.dtype == np.float32
-        assert compare.relative_error(wing.logits, truth.logits) <= compare.FLOAT32_LOGITS
-        error = compare.relative_norm_error(as_vector(wing.gradients), as_vector(truth.gradients))
-        assert error <= compare.FLOAT32_GRADIENTS
-        error = compare.relative_norm_error(wing.input_gradient, truth.input_gradient)
-        assert error <= compare.FLOAT32_GRADIENTS
+        assert distance.relative_error(wing.logits, truth.logits) <= bounds.FLOAT32_LOGITS
+        error = distance.relative_norm_error(as_vector(wing.gradients), as_vector(truth.gradients))
+        assert error <= bounds.FLOAT32_GRADIENTS
+        error = distance.relative_norm_error(wing.input_gradient, truth.input_gradient)
+        assert error <= bounds.FLOAT32_GRADIENTS
         for name, value in truth.statistics.items():
-            assert compare.relative_error(wing.statistics[name], value) <= compare.FLOAT32_LOGITS, name
+            assert distance.relative_error(wing.statistics[name], value) <= bounds.FLOAT32_LOGITS, name
 
 
 def test_parameter_count():
@@ -182,12 +185,12 @@ def test_options(train, x64):
     logits, new = flax_model.apply(variables, jnp.asarray(np.moveaxis(x, 1, -1)), train=train, mutable=["batch_stats"])
     default = torch_outcome(source.state_dict(), x, labels, train)
     ours = model(torch.tensor(x)).detach()
-    assert compare.relative_error(logits, ours) <= compare.FLOAT64
-    assert compare.relative_error(ours, default.logits) > 0.01
+    assert distance.relative_error(logits, ours) <= bounds.FLOAT64
+    assert distance.relative_error(ours, default.logits) > 0.01
     for name, value in weights.to_torch(variables | new, model).items():
-        assert compare.relative_error(value, model.state_dict()[name]) <= compare.FLOAT64, name
+        assert distance.relative_error(value, model.state_dict()[name]) <= bounds.FLOAT64, name
         if "moving" in name and train:
-            assert compare.relative_error(value, default.statistics[name]) > 0.01, name
+            assert distance.relative_error(value, default.statistics[name]) > 0.01, name
 
 
 @pytest.mark.usefixtures("quickly_compiled")
@@ -197,4 +200,4 @@ def test_largest_differences_of_a_wrong_network_are_seen(x64):
     a = torch_outcome(model.state_dict(), x, labels, True)
     model.conv[1].gamma.data[0] *= 1 + 1e-9
     b = jax_outcome(model, x, labels, True)
-    assert compare.relative_error(a.logits, b.logits) > compare.FLOAT64
+    assert distance.relative_error(a.logits, b.logits) > bounds.FLOAT64

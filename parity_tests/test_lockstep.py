@@ -14,7 +14,9 @@ import jax_bn.training
 import torch_bn
 import torch_bn.training
 from bn_common.config import Config
-from parity import compare, weights
+from parity import weights
+from parity.comparison import bounds
+from parity.wings.blenet import BLENET_GAUGES
 from parity_tests.wings import promoting
 
 STEPS, BATCH_SIZE, SEED = 50, 64, 3
@@ -74,7 +76,7 @@ def distances(a, b):
     """
     parameters, statistics = {}, {}
     first, second = ({name: v.numpy().astype(np.float64) for name, v in run[1].items()} for run in (a, b))
-    for bias, mean in weights.BLENET_GAUGES.items():
+    for bias, mean in BLENET_GAUGES.items():
         for state in (first, second):
             state[mean] = state[mean] - state.pop(bias)
     for name in first:
@@ -107,10 +109,10 @@ def config(optimizer, lr, schedule="constant", weight_decay=0.0):
 def test_float64(config, x64):
     """Losses of every step and weights after the last; all optimisers, schedules and kinds of weight decay."""
     a, b = run_torch(config, "float64"), run_jax(config, "float64")
-    np.testing.assert_allclose(a[0], b[0], rtol=compare.FLOAT64_LOSSES_200_STEPS)
+    np.testing.assert_allclose(a[0], b[0], rtol=bounds.FLOAT64_LOSSES_200_STEPS)
     parameters, statistics, logits = distances(a, b)
-    assert max(parameters, statistics) <= compare.FLOAT64_PARAMETERS_200_STEPS
-    assert logits <= compare.FLOAT64_LOGITS_200_STEPS
+    assert max(parameters, statistics) <= bounds.FLOAT64_PARAMETERS_200_STEPS
+    assert logits <= bounds.FLOAT64_LOGITS_200_STEPS
 
 
 def test_float32(x64):
@@ -118,10 +120,10 @@ def test_float32(x64):
     a, b = run_torch(config("sgd", 0.1), "float32"), run_jax(config("sgd", 0.1), "float32")
     referee = run_torch(config("sgd", 0.1), "float64")
     parameters, statistics, logits = distances(a, b)
-    assert parameters <= compare.FLOAT32_PARAMETERS_200_SGD_STEPS
+    assert parameters <= bounds.FLOAT32_PARAMETERS_200_SGD_STEPS
     # A moving statistic is one of a layer's output, like the logits, and sums as many products.
-    assert max(statistics, logits) <= compare.FLOAT32_LOGITS_200_SGD_STEPS
+    assert max(statistics, logits) <= bounds.FLOAT32_LOGITS_200_SGD_STEPS
     assert (a[2].argmax(1) == b[2].argmax(1)).all()
     first, second = distances(a, referee), distances(b, referee)
     for mine, other in ((first[0], second[0]), (max(first[1:]), max(second[1:]))):
-        assert max(mine, other) <= compare.FARTHEST_FROM_REFEREE * min(mine, other)
+        assert max(mine, other) <= bounds.FARTHEST_FROM_REFEREE * min(mine, other)

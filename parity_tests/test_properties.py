@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import jax_bn
 import torch_bn
-from parity_tests import exact
 from parity_tests.test_batch_norm import check
 from parity_tests.wings import WINGS, channels_last, channels_second
+from truth import batch_norm as exact
 
 # JAX takes its shapes from a list, as XLA compiles each anew: few channels with some, prime and no pixels; channels
 # beside a single pixel; m = 2; ranks 2 to 5. PyTorch takes any.

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks import batch_norm, exactness, torch_peers
-from benchmarks.hard_inputs import CONSTANT, HARD_INPUTS
 from benchmarks.harness import installed
 from benchmarks.peers import MODES, Peer, Result, check, definition
 from benchmarks.worker import draw
+from truth.hard_inputs import CONSTANT, HARD_INPUTS
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,8 @@ from jax import lax
 
 import jax_bn
 from jax_bn import blenet_cpu
-from parity import compare
+from parity.comparison import bounds
+from parity.records import distance
 
 # Blocks one by one and at once, odd sizes of either convolution and its pool, many taps, odd batches. (test_blenet.py
 # compares other sizes with PyTorch.)
@@ -70,8 +71,8 @@ def test_float64(channels, fig_size, batch, train, x64):
     for (path, wanted), found in zip(jax.tree.leaves_with_path(plain), jax.tree.leaves(fast), strict=True):
         name = jax.tree_util.keystr(path)
         gauge = train and path[0].idx == 2 and path[1].key in GAUGES and path[2].key == "bias"
-        error = compare.relative_error(found, wanted, largest) if gauge else compare.relative_error(found, wanted)
-        assert error <= compare.FLOAT64, name
+        error = distance.relative_error(found, wanted, largest) if gauge else distance.relative_error(found, wanted)
+        assert error <= bounds.FLOAT64, name
         if gauge and jax.default_backend() == "cpu":
             assert not found.any(), f"{name}: the gradient of a bias before a batch norm is exactly 0"
 
@@ -87,10 +88,10 @@ def test_float32(channels, fig_size, batch, x64):
     with layer_by_layer():
         truth = outcome(wide, *jax.tree.map(lambda v: v.astype(jnp.float64), (variables, x)), labels, train)
     assert all(v.dtype == np.float32 for v in jax.tree.leaves(fast))
-    assert compare.relative_error(fast[0], truth[0]) <= compare.FLOAT32_LOGITS
+    assert distance.relative_error(fast[0], truth[0]) <= bounds.FLOAT32_LOGITS
     both = [jax.tree.leaves(_without_gauges(o[2])) for o in (truth, fast)]
     vectors = [np.concatenate([v.ravel() for v in leaves]) for leaves in both]
-    assert np.linalg.norm(vectors[0] - vectors[1]) <= compare.FLOAT32_GRADIENTS * np.linalg.norm(vectors[0])
+    assert np.linalg.norm(vectors[0] - vectors[1]) <= bounds.FLOAT32_GRADIENTS * np.linalg.norm(vectors[0])
 
 
 def _without_gauges(gradients):
@@ -113,10 +114,10 @@ def test_convolve(shape, x64, quickly_compiled):
     ways = [functools.partial(blenet_cpu.convolve, train=train) for train in (True, False)]
     for function in (*ways, blenet_cpu._by_blocks, blenet_cpu._by_taps):
         found, pulled = jax.vjp(function, x, w)
-        assert compare.relative_error(found, wanted) <= compare.FLOAT64
+        assert distance.relative_error(found, wanted) <= bounds.FLOAT64
         dy = jnp.asarray(rng.normal(size=wanted.shape))
         for a, b in zip(transposed(dy), pulled(dy), strict=True):
-            assert compare.relative_error(b, a) <= compare.FLOAT64
+            assert distance.relative_error(b, a) <= bounds.FLOAT64
 
 
 def _traced(batch=16, fig_size=12, train=True, **options):
@@ -215,8 +216,8 @@ def test_transformations(x64, quickly_compiled):
         plain = jax.jit(lambda: derivatives())()
     for a, b in zip(plain, fast, strict=True):  # values, tangents; the gauges' are 0, so the scale is that of all
         largest = max(float(jnp.abs(v).max()) for v in jax.tree.leaves(a[1]))
-        assert compare.relative_error(b[0], a[0]) <= compare.FLOAT64
+        assert distance.relative_error(b[0], a[0]) <= bounds.FLOAT64
         for (path, wanted), found in zip(jax.tree.leaves_with_path(a[1]), jax.tree.leaves(b[1]), strict=True):
-            assert compare.relative_error(found, wanted, largest) <= compare.FLOAT64, jax.tree_util.keystr(path)
+            assert distance.relative_error(found, wanted, largest) <= bounds.FLOAT64, jax.tree_util.keystr(path)
     two = jax.tree.map(lambda a, b: jnp.stack([a, b]), params, params)
-    np.testing.assert_allclose(jax.jit(jax.vmap(loss))(two), [fast[0][0]] * 2, rtol=compare.FLOAT64)
+    np.testing.assert_allclose(jax.jit(jax.vmap(loss))(two), [fast[0][0]] * 2, rtol=bounds.FLOAT64)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from parity.identify.norms import NormSide
+from parity.diagnosis.norm.sources import NormSide
 
 
 class Convention(NamedTuple):

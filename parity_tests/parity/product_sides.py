@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jax import lax
 
-from parity.identify.products import ProductSide
+from parity.diagnosis.product.fits import ProductSide
 
 LETTERS = ("", "W", "HW", "DHW")
 WINGS = ("torch", "flax")

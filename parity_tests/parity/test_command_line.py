@@ -75,7 +75,7 @@ def checked(monkeypatch):
         seen.calls.append((args, options))
         return seen.report
 
-    monkeypatch.setitem(sys.modules, "parity.checking", types.SimpleNamespace(check=check))
+    monkeypatch.setattr(sys.modules["parity.check"], "check", check)
     return seen
 
 
@@ -196,7 +196,7 @@ def test_refused(nets, checked, capsys, args, message):
 
 def test_the_bridges_own_mistakes_keep_their_traceback(nets, checked, monkeypatch, capsys):
     """Status 2 all the same: 1 would say that two sides differ."""
-    monkeypatch.setattr("parity.offline.framework_of", lambda module: {}["none"])
+    monkeypatch.setattr("parity.sides.module.framework_of", lambda module: {}["none"])
     assert run("check", "nets_of_a_test:Torch", "nets_of_a_test:Flax", "--shape", "2,4") == 2
     assert "Traceback" in capsys.readouterr().err
 
@@ -215,20 +215,20 @@ def test_check_of_inputs_that_do_not_fit(nets, capsys):
 def test_commands_of_their_own(monkeypatch):
     """train, and check without a pair, go where they live; their status is the program's."""
     seen = []
-    for place, status in (("parity.trajectory", 1), ("parity.matrix", None)):
+    for place, status in (("parity.cli.train", 1), ("parity.wings.matrix", None)):
         fake = types.SimpleNamespace(main=lambda args, place=place, status=status: seen.append((place, args)) or status)
         monkeypatch.setitem(sys.modules, place, fake)
     assert run("train", "--steps", 3) == 1
     assert run("check") == 0
     assert run("check", "--json", "r.json") == 0
-    places = ("parity.trajectory", "parity.matrix", "parity.matrix")
+    places = ("parity.cli.train", "parity.wings.matrix", "parity.wings.matrix")
     assert seen == list(zip(places, (["--steps", "3"], [], ["--json", "r.json"]), strict=True))
 
 
 def test_convert(nets, monkeypatch):
     seen = []
     fake = types.SimpleNamespace(convert=lambda *args, **options: seen.append((args, options)) or 2)
-    monkeypatch.setitem(sys.modules, "parity.convert", fake)
+    monkeypatch.setitem(sys.modules, "parity.cli.convert", fake)
     pair = "--torch-module", "nets_of_a_test:Torch", "--flax-module", "nets_of_a_test:Flax"
     assert run("convert", "a.pt", "b.npz", *pair, "--inputs", "x.npy", "--map", "a=A/B") == 2
     ((args, options),) = seen

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from parity.compare import relative_error, relative_norm_error
+from parity.records.distance import relative_error, relative_norm_error
 
 
 @pytest.mark.parametrize("measure", [relative_error, relative_norm_error])

@@ -12,7 +12,9 @@ import safetensors.numpy
 import torch
 
 import torch_bn
-from parity import convert, files, weights
+from parity import weights
+from parity.cli import convert
+from parity.records import weight_files
 
 NAMES = ["w.pt", "w.pth", "w.safetensors", "w.npz", "w", "w.orbax"]
 METADATA = {"framework": "torch", "batch_norm": {"conv.1": {"momentum": 0.9, "unbiased_moving_var": False}}}
@@ -34,8 +36,8 @@ def arrays(separator):
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip(name, tmp_path):
     given = arrays("/")
-    files.save(tmp_path / name, given, METADATA)
-    found = files.load(tmp_path / name)
+    weight_files.save(tmp_path / name, given, METADATA)
+    found = weight_files.load(tmp_path / name)
     assert list(found.tensors) == list(given)  # the order of layers travels too
     for key, value in given.items():
         assert found.tensors[key].dtype == value.dtype
@@ -50,14 +52,16 @@ def test_round_trip(name, tmp_path):
 def test_of_either_framework(name, tmp_path):
     """A state_dict and nested variables, as their frameworks have them, without any metadata."""
     state = torch_bn.BLeNet().to(torch.bfloat16).state_dict()
-    files.save(tmp_path / name, state)
-    found = files.load(tmp_path / name)
+    weight_files.save(tmp_path / name, state)
+    found = weight_files.load(tmp_path / name)
     assert found.framework == "torch"
     assert found.metadata == {}
     assert all(torch.equal(weights.as_tensor(found.tensors[n]), v) for n, v in state.items())
     variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 3))}}}
-    files.save(tmp_path / f"flax-{name}", variables)
-    assert files.nested(files.load(tmp_path / f"flax-{name}").tensors)["params"]["Dense_0"]["kernel"].shape == (2, 3)
+    weight_files.save(tmp_path / f"flax-{name}", variables)
+    assert weight_files.nested(weight_files.load(tmp_path / f"flax-{name}").tensors)["params"]["Dense_0"][
+        "kernel"
+    ].shape == (2, 3)
 
 
 def test_files_of_others(tmp_path):
@@ -67,13 +71,13 @@ def test_files_of_others(tmp_path):
     safetensors.numpy.save_file({"weight": np.ones(2)}, tmp_path / "plain.safetensors")
     np.savez(tmp_path / "plain.npz", weight=np.ones(2))
     for name in ("plain.pt", "trainer.pth", "plain.safetensors", "plain.npz"):
-        found = files.load(tmp_path / name)
+        found = weight_files.load(tmp_path / name)
         np.testing.assert_array_equal(found.tensors["weight"], np.ones(2))
         assert found.metadata == {}
     # And others read ours.
-    files.save(tmp_path / "ours.pt", state, METADATA)
+    weight_files.save(tmp_path / "ours.pt", state, METADATA)
     torch.nn.BatchNorm1d(2).load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True))
-    files.save(tmp_path / "ours.safetensors", state, METADATA)
+    weight_files.save(tmp_path / "ours.safetensors", state, METADATA)
     assert set(safetensors.numpy.load_file(tmp_path / "ours.safetensors")) == set(state)
 
 
@@ -87,7 +91,7 @@ def test_no_code_is_run(tmp_path, capsys):
     np.savez(tmp_path / "bad.npz", weight=np.array([Code()], dtype=object))
     for name in ("bad.pt", "bad.npz"):
         with pytest.raises(ValueError, match="can't be read as"):
-            files.load(tmp_path / name)
+            weight_files.load(tmp_path / name)
     assert "it ran" not in capsys.readouterr().out
 
 
@@ -102,7 +106,7 @@ def test_refused(tmp_path):
         "folder": "folder without a checkpoint",
     }.items():
         with pytest.raises(ValueError, match=words):
-            files.load(tmp_path / name)
+            weight_files.load(tmp_path / name)
     (tmp_path / "w.bin").touch()
     for path, words in {
         tmp_path / "w.bin": r"suffix of .* is .bin; allowed: .pt",
@@ -110,13 +114,13 @@ def test_refused(tmp_path):
         tmp_path / "folder": "is a folder; allowed",
     }.items():
         with pytest.raises(ValueError, match=words):
-            files.save(path, {"a": np.ones(1)})
+            weight_files.save(path, {"a": np.ones(1)})
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.npz", "w.pt", "w.orbax"])
 def test_whole_or_not_at_all(name, tmp_path, monkeypatch):
     if name != "w.orbax":
-        files.save(tmp_path / name, {"a": np.ones(1)})
+        weight_files.save(tmp_path / name, {"a": np.ones(1)})
 
     def fail(*_):
         raise OSError("no space left")
@@ -124,17 +128,17 @@ def test_whole_or_not_at_all(name, tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", fail)
     monkeypatch.setattr("os.rename", fail)
     with pytest.raises(OSError, match="no space left"):
-        files.save(tmp_path / name, {"params/a": np.zeros(1)})
+        weight_files.save(tmp_path / name, {"params/a": np.zeros(1)})
     if name == "w.orbax":
         assert list(tmp_path.iterdir()) == []
     else:
         assert [path.name for path in tmp_path.iterdir()] == [name]
-        np.testing.assert_array_equal(files.load(tmp_path / name).tensors["a"], np.ones(1))
+        np.testing.assert_array_equal(weight_files.load(tmp_path / name).tensors["a"], np.ones(1))
 
 
 def test_no_framework_is_needed(tmp_path):
     """safetensors and npz need neither."""
-    files.save(tmp_path / "w.safetensors", {"a": np.ones(1)})
+    weight_files.save(tmp_path / "w.safetensors", {"a": np.ones(1)})
     program = (
         "import sys; sys.modules['torch'] = sys.modules['jax'] = sys.modules['flax'] = None\n"
         "from parity import files, kinds, rules\n"
@@ -177,12 +181,12 @@ def test_convert_and_back(models, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "6 tensors from" in said
     assert "momentum (weight of the old value) is 0.9 in PyTorch and 0.99 in Flax" in said
-    found = files.load(tmp_path / "b.safetensors")
+    found = weight_files.load(tmp_path / "b.safetensors")
     assert found.metadata["framework"] == "flax"
     # They were kept by PyTorch's rules, whatever Flax goes on with.
     assert found.metadata["batch_norm"]["1"]["unbiased_moving_var"] is True
     assert convert.convert(tmp_path / "b.safetensors", tmp_path / "c.npz", **models) == 0
-    back = files.load(tmp_path / "c.npz")
+    back = weight_files.load(tmp_path / "c.npz")
     assert back.metadata["batch_norm"] == found.metadata["batch_norm"]
     for name, value in state.items():
         np.testing.assert_array_equal(back.tensors[name], value.numpy())
@@ -219,5 +223,5 @@ def test_convert_refuses(change, words, models, tmp_path, capsys):
 
 
 def test_metadata_is_plain_json(tmp_path):
-    files.save(tmp_path / "w.orbax", {"params": {"a": np.ones(1)}}, METADATA)
-    assert json.loads((tmp_path / "w.orbax" / files.METADATA).read_text())["metadata"] == METADATA
+    weight_files.save(tmp_path / "w.orbax", {"params": {"a": np.ones(1)}}, METADATA)
+    assert json.loads((tmp_path / "w.orbax" / weight_files.METADATA).read_text())["metadata"] == METADATA

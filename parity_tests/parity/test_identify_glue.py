@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity.identify.glue import Source, activation_of, describe, findings
+from parity.diagnosis.between.activations import activation_of
+from parity.diagnosis.between.chains import Source
+from parity.diagnosis.between.family import describe, findings
 
 F = torch.nn.functional
 SWAP = pytest.mark.parametrize("swap", [False, True], ids=["flax", "torch"])

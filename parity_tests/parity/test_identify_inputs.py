@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity.identify import inputs
+from parity.diagnosis.between import input as inputs
 
 SWAP = pytest.mark.parametrize("swap", [False, True], ids=["flax", "torch"])
 SHAPES = [(6, 8, 8, 3), (4, 6, 5, 3), (5, 9, 9, 1), (8, 12), (3, 7, 4)]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity.identify import losses
+from parity.diagnosis import loss as losses
 
 SHAPES = [(16, 10), (7, 2), (12, 3), (4, 5, 6), (3, 4, 4, 5)]
 SWAP = pytest.mark.parametrize("swap", [False, True], ids=["flax", "torch"])

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity.identify.norms import NormSide, batch_norm_findings, describe
+from parity.diagnosis.norm.family import batch_norm_findings, describe
+from parity.diagnosis.norm.sources import NormSide
 from parity_tests.parity.norm_simulator import Convention, Data, data, simulate
 
 RIGHT = Convention()

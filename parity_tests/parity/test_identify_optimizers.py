@@ -7,10 +7,10 @@ import optax
 import pytest
 import torch
 
-from parity.identify.optimizer_fit import fit
-from parity.identify.optimizer_probe import Response, questions
-from parity.identify.optimizer_rules import Numbers, Shape, direction
-from parity.identify.optimizers import ProbeError, probe_findings
+from parity.diagnosis.optimizer.family import probe_findings
+from parity.diagnosis.optimizer.fit import fit
+from parity.diagnosis.optimizer.rules import Numbers, Shape, direction
+from parity.records.answers import ProbeError, Response, questions
 
 LR = 1e-2
 FLAX = {

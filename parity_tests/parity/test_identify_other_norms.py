@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from parity.identify.norms import NormSide, group_norm_findings, layer_norm_findings
+from parity.diagnosis.norm.family import group_norm_findings, layer_norm_findings
+from parity.diagnosis.norm.sources import NormSide
 from parity_tests.parity.norm_simulator import Convention, data
 
 RIGHT = Convention()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity.identify.parameters import findings
+from parity.diagnosis.parameters.family import findings
 
 RNG = np.random.default_rng(0)
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity.identify.products import ProductSide, findings
+from parity.diagnosis.product.family import findings
+from parity.diagnosis.product.fits import ProductSide
 from parity_tests.parity.product_sides import WINGS, flax_side, torch_side
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -6,10 +6,11 @@ import pytest
 
 import jax_bn
 import torch_bn
-from parity import matrix, matrix_subjects
 from parity.__main__ import main
-from parity.matrix import Case
-from parity_tests import exact
+from parity.wings import matrix, subjects
+from parity.wings.matrix import Case
+from parity.wings.subjects import CONVENTIONS
+from truth import batch_norm as exact
 
 QUICK = [
     Case("batch_norm", "train", "float32", "seed", (4, 3, 5, 6), "jit"),
@@ -43,11 +44,11 @@ def test_everything_is_in_it():
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("convention", matrix.CONVENTIONS.values(), ids=matrix.CONVENTIONS)
+@pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=CONVENTIONS)
 def test_the_truth(convention, train):
     """numpy's longdouble against sixty digits."""
-    g = matrix_subjects.given((4, 3, 5), "float64", convention, train=train, hard=True)
-    values, _ = matrix_subjects.truth(g, convention, train=train)
+    g = subjects.given((4, 3, 5), "float64", convention, train=train, hard=True)
+    values, _ = subjects.truth(g, convention, train=train)
     sixty = exact.batch_norm(
         g.x, g.gamma, g.beta, g.mean, g.var, g.dy, train=train, momentum=convention.momentum,
         unbiased_moving_var=convention.unbiased,
@@ -69,12 +70,12 @@ def broken_torch(x, gamma, beta, mean, var, **options):
 def test_a_wing_that_is_wrong_is_seen(monkeypatch):
     case = QUICK[0]
     with monkeypatch.context() as patch:
-        patch.setattr(matrix_subjects, "jax_bn", _Replaced(jax_bn, broken_jax))
+        patch.setattr(subjects, "jax_bn", _Replaced(jax_bn, broken_jax))
         row = matrix.run(case)
     assert not row.ok
     assert row.jax > row.bound > row.torch
     with monkeypatch.context() as patch:
-        patch.setattr(matrix_subjects, "torch_bn", _Replaced(torch_bn, broken_torch))
+        patch.setattr(subjects, "torch_bn", _Replaced(torch_bn, broken_torch))
         row = matrix.run(case)
     assert not row.ok
     assert row.torch > row.bound > row.jax
@@ -97,7 +98,7 @@ def test_command(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "2 compared, all within their bounds" in out
     assert all(word in out for word in ("batch_norm", "float64", "PyTorch", "6x3x7", "apart", "bound"))
-    monkeypatch.setattr(matrix_subjects, "jax_bn", _Replaced(jax_bn, broken_jax))
+    monkeypatch.setattr(subjects, "jax_bn", _Replaced(jax_bn, broken_jax))
     assert main(["check", "--only", "float32"]) == 1
     assert "1 of 1 beyond their bound" in capsys.readouterr().out
 

@@ -14,8 +14,9 @@ import torch
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from parity import offline, recording_file
-from parity.recording import Call, Layer, Recording
+from parity import check, offline
+from parity.records import dump_file
+from parity.records.recording import Call, Layer, Recording
 
 ROOT = Path(__file__).parents[2]
 X = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
@@ -261,13 +262,13 @@ def test_files_of_two_dumps(tmp_path, torch_net):
         offline.dump(torch_net, [x], tmp_path / name)
     (tmp_path / "b.safetensors").rename(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"is not the file that .*; allowed: both of one dump"):
-        recording_file.load(tmp_path / "a")
+        dump_file.load(tmp_path / "a")
     for text in ("{}", "[]", '{"format": "parity dump", "version": 99}'):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match="is no parity dump of version 1; allowed"):
-            recording_file.load(tmp_path / "a")
-        assert not recording_file.is_dump(tmp_path / "a") or "version" in text
-    assert not recording_file.is_dump(tmp_path / "missing")
+            dump_file.load(tmp_path / "a")
+        assert not dump_file.is_dump(tmp_path / "a") or "version" in text
+    assert not dump_file.is_dump(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("name", ["a", "a.safetensors", "a.json", "net.v2"])
@@ -278,9 +279,9 @@ def test_any_name(tmp_path, name):
     call = Call("x.0", 0, [a, np.arange(3)], np.float32(2.0) * np.ones(()), [a], [None, None], None)
     free = Recording("torch", {"x.0": layer}, [call], [], {"x.0.w": a}, {}, {"x.0.w": np.zeros((0, 2))}, [a], [None])
     free.failure, free.loss = ValueError("stopped"), float("nan")
-    made = recording_file.Dump(free, noise={("forward", ("x.0", 0)): 1e-16}, details={"mode": "train"})
-    recording_file.save(made, tmp_path / name)
-    read = recording_file.load(tmp_path / name)
+    made = dump_file.Dump(free, noise={("forward", ("x.0", 0)): 1e-16}, details={"mode": "train"})
+    dump_file.save(made, tmp_path / name)
+    read = dump_file.load(tmp_path / name)
     assert read.noise == made.noise
     assert read.sha256 == made.sha256
     assert str(read.free.failure) == "stopped"
@@ -300,10 +301,10 @@ def test_any_name(tmp_path, name):
 
 def test_trace(torch_net, flax_net):
     """Every layer is run on PyTorch's input whether or not anything differs."""
-    report = offline.trace(torch_net, flax_net(), X, train=False)
+    report = check.trace(torch_net, flax_net(), X, train=False)
     assert report.ok, str(report)
     layered = [row for row in report.layers if row.phase in ("forward", "backward")]
     assert all(row.local_error is not None and row.local_error < 1e-13 for row in layered)
-    report = offline.trace(torch_net, flax_net(1e-3), X, train=False, layer_map={"1": "BatchNorm_0"})
+    report = check.trace(torch_net, flax_net(1e-3), X, train=False, layer_map={"1": "BatchNorm_0"})
     alone = [row for row in report.layers if row.local_error and row.local_error > 1e-6 and row.phase == "forward"]
     assert [(row.torch_layer, row.quantity) for row in alone] == [("1", "output")]

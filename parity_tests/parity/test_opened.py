@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import parity
-from parity.flax_side import record, side_of, structure
+from parity.sides.jax import record, side_of, structure
 
 X = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
 

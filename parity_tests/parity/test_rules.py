@@ -10,8 +10,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity import kinds, rules
-from parity.rules import pair_tensors
+from parity.pairing import layouts, rules
+from parity.pairing.layouts import SAME
+from parity.pairing.rules import pair_tensors
+from parity.records import kinds
 
 
 def kind_of_torch(module):
@@ -155,7 +157,7 @@ def test_bare_parameters():
 def test_register_is_one_line():
     assert not pair_tensors("linear", {"theta": (2, 2), "t2": (2, 2)}, {"A": (2, 2), "B": (2, 2)}).pairs
     try:
-        rules.register("linear", "theta", "A", rules.SAME)
+        rules.register("linear", "theta", "A", SAME)
         (pair,) = [p for p in pair_tensors("linear", {"theta": (2, 2)}, {"A": (2, 2)}).pairs if p.flax_name == "A"]
         a = np.arange(4.0).reshape(2, 2)
         np.testing.assert_array_equal(pair.to_flax(a), a)
@@ -301,7 +303,7 @@ def test_behind_a_flatten(promoting):
     kernel = moved.to_flax(w)
     np.testing.assert_allclose(np.moveaxis(x, 1, -1).reshape(2, -1) @ kernel, x.reshape(2, -1) @ w.T, atol=1e-12)
     np.testing.assert_array_equal(moved.to_torch(kernel), w)
-    layout = rules.behind_flatten(2, 3, 4)
+    layout = layouts.behind_flatten(2, 3, 4)
     np.testing.assert_array_equal(layout.to_flax(w), kernel)
     np.testing.assert_array_equal(layout.to_torch(kernel), w)
 

@@ -12,10 +12,14 @@ from flax import nnx
 
 import jax_bn
 import torch_bn
-from parity import trajectory, trajectory_command, trajectory_gauges, weights
+from parity import trajectory
 from parity.__main__ import main
-from parity.trajectory_optimizers import MOMENTS, OPTIMIZERS
-from parity.trajectory_result import REFEREES, Trajectory, Verdict
+from parity.cli import train as trajectory_command
+from parity.sides.optimizers import MOMENTS, OPTIMIZERS
+from parity.training import gauges
+from parity.training.trajectory import REFEREES, Trajectory, Verdict
+from parity.wings import blenet
+from parity.wings.blenet import BLENET_GAUGES
 
 
 def images(count=3, size=8, fig_size=12):
@@ -104,14 +108,14 @@ def test_blenet_and_its_gauges():
         torch_bn.BLeNet(fig_size=12), jax_bn.BLeNet(fig_size=12), images(), steps=3, dtype="float64"
     )
     assert found.ok, found.verdict
-    assert found.gauges == sorted(weights.BLENET_GAUGES)
+    assert found.gauges == sorted(BLENET_GAUGES)
 
 
 def test_the_statistic_that_follows_a_gauge_is_found():
     batch = [a.astype(np.float64) if a.dtype.kind == "f" else a for a in features()[0]]
     seen = []
 
-    def find(make, inputs, target, original=trajectory_gauges.find):
+    def find(make, inputs, target, original=gauges.find):
         seen.append(original(make, inputs, target))
         return seen[0]
 
@@ -246,8 +250,8 @@ def test_command_refuses(args, words, capsys):
 
 
 def test_batches_are_those_of_training():
-    first, *_ = list(trajectory_command.batches(64, 2, seed=3))
+    first, *_ = list(blenet.batches(64, 2, seed=3))
     assert first[0].shape == (64, 1, 28, 28)
     assert first[0].dtype == np.float64
-    again, *_ = list(trajectory_command.batches(64, 1, seed=3))
+    again, *_ = list(blenet.batches(64, 1, seed=3))
     assert np.array_equal(first[0], again[0])

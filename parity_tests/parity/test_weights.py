@@ -13,7 +13,9 @@ from flax.traverse_util import flatten_dict
 
 import jax_bn
 import torch_bn
-from parity import flax_side, flax_structure, weights
+from parity import weights
+from parity.sides import jax as flax_side
+from parity.sides.jax import layers as flax_layers
 from parity_tests.parity.zoo import ZOO, randomise
 from parity_tests.parity.zoo.pair import carry
 
@@ -222,7 +224,7 @@ def test_attention_blocks_keep_the_order_of_the_variables():
     kernels = {part: {"kernel": (8, 8)} for part in ("query", "key", "value", "out")}
     blocks = {f"block_{i}": {"attention": kernels} for i in range(12)}
     shapes = {"/".join(("params", *path)): shape for path, shape in flatten_dict(blocks).items()}
-    assert [layer.path for layer in flax_structure.of_variables(shapes).layers] == [f"{b}/attention" for b in blocks]
+    assert [layer.path for layer in flax_layers.of_variables(shapes).layers] == [f"{b}/attention" for b in blocks]
 
 
 @pytest.mark.parametrize("name", ["resnet", "vgg", "vit-hand", "text", "conv1d", "mlp-nnx"])

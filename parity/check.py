@@ -1,0 +1,171 @@
+"""`parity.check`: are these two modules the same network, and if not, where do they part, and why?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.comparison.differences import check_inputs
+from parity.evidence.about import details
+from parity.judge import DumpComparison
+from parity.pairing.translation import flat_layout_inputs
+from parity.report import Report
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check(
+    torch_module: torch.nn.Module,
+    flax_module: Any,
+    *inputs: NDArray,
+    train: bool = True,
+    variables: Any = None,
+    flax_inputs: Sequence[NDArray] | None = None,
+    flax_call: Callable | None = None,
+    layer_map: Mapping[str, str] | None = None,
+    loss: tuple[Callable, Callable] | None = None,
+    steps: int = 0,
+    optimizers: tuple[Callable, Any] | None = None,
+) -> Report:
+    """Compare a PyTorch module with a Flax module: every layer forward and backward, the statistics, the optimiser.
+
+    Both run in float64, each lifted to it, so that mistakes stand out from rounding; then in float32. If anything
+    differs, once more in single-layer mode, in which every layer is given PyTorch's input, and each local difference is
+    traced to the mistake that makes it. Neither module is changed. The bounds are those of rounding: 1e-10 forward and
+    1e-9 backward, relative to the largest value of an array, or, where a side computes in float32 inside, 30 times the
+    rounding measured there.
+
+    Args:
+      torch_module: any module.
+      flax_module: a linen module or an `nnx.Module`.
+      *inputs: numpy arrays in PyTorch's layout, as the PyTorch module takes them. Floating arrays of rank 3 and more go
+        to Flax channels last.
+      train: train or eval mode. In training, dropout is switched off on both sides.
+      variables: Flax's own variables (an `nnx.State` for NNX), which are then examined too: "is my own conversion
+        right?". None: PyTorch's weights are carried over: "are these two the same network?".
+      flax_inputs: what Flax is given instead, in its layout.
+      flax_call: flax_call(module, variables, *inputs, train) returns what `module.apply` gives, where the way to tell
+        train from eval is not found in the module's signature.
+      layer_map: {PyTorch's dotted name: Flax's path "a/b"} of layers that are not paired rightly by order and kind.
+      loss: (torch_loss, jax_loss), each a function of the output. None: the same fixed random projection.
+      steps: how many steps of training to compare, on these inputs.
+      optimizers: (parameters -> torch optimizer, optax.GradientTransformation), needed for steps.
+
+    Returns:
+      The report: `ok`, `first_divergence`, `diagnoses`, `layers`.
+
+    Raises:
+      TypeError: an argument of another kind.
+      ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, another number of
+        flax_inputs.
+      Exception: what either module raises on these inputs.
+    """
+    from parity.evidence.both import Comparison
+
+    _check_arguments(
+        torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the user's modules: an eager run in float64 meets more of them
+        comparison = Comparison(torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss)
+        comparison.carry(variables)
+        comparison.run()
+        if steps:
+            assert optimizers is not None
+            comparison.train(steps, optimizers)
+        return comparison.report()
+
+
+def _check_arguments(
+    torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers
+) -> None:
+    import torch
+
+    from parity.sides import jax as flax_side
+
+    def require(fine: bool, name: str, given: Any, allowed: str, kind: type[Exception] = TypeError) -> None:
+        if not fine:
+            raise kind(f"{name} is {given}; allowed: {allowed}")
+
+    require(isinstance(torch_module, torch.nn.Module), "torch_module", type(torch_module).__name__, "a torch.nn.Module")
+    flax_side.side_of(flax_module)
+    require(len(inputs) > 0, "inputs", "none", "one numpy array or more", ValueError)
+    check_inputs(inputs)
+    for name, arrays in (("inputs", inputs), ("flax_inputs", () if flax_inputs is None else flax_inputs)):
+        require(not isinstance(arrays, np.ndarray), name, "one array", "a sequence of arrays")
+        for a in arrays:
+            fine = hasattr(a, "__array__") and not isinstance(a, torch.Tensor)
+            require(fine, f"one of {name}", type(a).__name__, "numpy arrays")
+            require(np.asarray(a).dtype.kind in "fiub", f"one of {name}", np.asarray(a).dtype, "numbers")
+    fine = flax_inputs is None or len(flax_inputs) == len(inputs)
+    require(fine, "flax_inputs", f"{len(flax_inputs or ())} arrays", f"{len(inputs)}, as many as inputs", ValueError)
+    require(isinstance(train, bool | np.bool_), "train", repr(train), "True or False")
+    require(flax_call is None or callable(flax_call), "flax_call", repr(flax_call), "a function, or None")
+    fine = layer_map is None or (
+        isinstance(layer_map, Mapping) and all(isinstance(x, str) for pair in layer_map.items() for x in pair)
+    )
+    require(fine, "layer_map", repr(layer_map), "{PyTorch's dotted name: Flax's path}")
+    fine = loss is None or (isinstance(loss, Sequence) and len(loss) == 2 and all(map(callable, loss)))
+    require(fine, "loss", repr(loss), "(torch_loss, jax_loss), or None")
+    require(isinstance(steps, int) and not isinstance(steps, bool), "steps", repr(steps), "an integer")
+    require(steps >= 0, "steps", steps, "0 or more", ValueError)
+    fine = optimizers is None or (
+        isinstance(optimizers, Sequence)
+        and len(optimizers) == 2
+        and callable(optimizers[0])
+        and hasattr(optimizers[1], "update")
+    )
+    require(
+        fine, "optimizers", repr(optimizers), "(parameters -> torch optimizer, optax.GradientTransformation), or None"
+    )
+    require(steps == 0 or optimizers is not None, "optimizers", None, "a pair, where steps > 0", ValueError)
+
+
+def trace(
+    torch_module: Any,
+    flax_module: Any,
+    *inputs: NDArray,
+    train: bool = True,
+    flax_inputs: Sequence[NDArray] | None = None,
+    flax_call: Callable | None = None,
+    layer_map: Mapping[str, str] | None = None,
+    loss: tuple[Callable, Callable] | None = None,
+) -> Report:
+    """Every layer of both sides with PyTorch's weights, in float64: each side on its own, and layer by layer.
+
+    `parity.check` asks whether two modules are the same; this shows how far apart every layer is also where they are:
+    `error` accumulated, `local_error` with PyTorch's input.
+
+    Args:
+      torch_module: any module.
+      flax_module: a linen module or an `nnx.Module`.
+      *inputs: in PyTorch's layout.
+      train: train or eval mode.
+      flax_inputs: what Flax is given instead, in its layout.
+      flax_call: see `parity.check`.
+      layer_map: {PyTorch's dotted name: Flax's path} of layers that are not paired rightly by order and kind.
+      loss: (torch_loss, jax_loss), each a function of the output; None: as for `dump`.
+
+    Returns:
+      The report.
+    """
+    from parity.evidence.jax import dump_flax
+    from parity.evidence.torch import dump_torch
+
+    given = [np.asarray(a) for a in inputs]
+    check_inputs(given)
+    losses = loss or (None, None)
+    torch = dump_torch(torch_module, given, train=train, loss=losses[0])
+    torch.details |= details(torch_module, train, losses[0])
+    torch.sha256 = "not written"
+    arrays = flat_layout_inputs(given) if flax_inputs is None else [np.asarray(a) for a in flax_inputs]
+    flax = dump_flax(
+        flax_module, arrays, train=train, other=torch, loss=losses[1], flax_call=flax_call, layer_map=layer_map
+    )
+    flax.details |= details(flax_module, train, losses[1])
+    return DumpComparison(torch, flax, layer_map).report()

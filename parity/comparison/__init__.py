@@ -1,0 +1,1 @@
+"""Two recordings side by side: differences, single-layer mode, rounding, bounds."""

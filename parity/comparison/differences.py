@@ -1,0 +1,195 @@
+"""The two recordings side by side, in Flax's layout: every difference, each side on its own or in single-layer mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.pairing.layers import LayerPair, Pairing
+from parity.pairing.translation import Translation, apply_layout
+from parity.records import kinds
+from parity.records.distance import error_of
+from parity.records.recording import NETWORK, Call, Recording
+
+
+class Difference(NamedTuple):
+    """One number that both sides have: how far apart.
+
+    Attributes:
+      phase: see `parity.records.recording.PHASES`.
+      key: PyTorch's call (layer, index); `NETWORK` is the network itself.
+      flax_layer: Flax's path.
+      quantity: "input" | "output" | "output gradient" | "input gradient" | a parameter's or statistic's local name.
+      error: see `error_of`; NaN: it could not be compared.
+    """
+
+    phase: str
+    key: tuple[str, int]
+    flax_layer: str
+    quantity: str
+    error: float
+
+
+def differences(translation: Translation, flax: Recording, *, train: bool) -> list[Difference]:
+    """Every difference of a run of Flax's from PyTorch's: forward in order, backward from behind, then statistics."""
+    torch, found = translation.torch, []
+    calls = {call.key: call for call in flax.calls}
+    keys = [
+        (call, (pair.flax.path, call.index)) for call in torch.calls if (pair := translation.pair_of.get(call.path))
+    ]
+
+    def add(phase, key, layer, quantity, error):
+        found.append(Difference(phase, key, layer, quantity, error))
+
+    found += _not_finite(translation)
+    stopped = False
+    for call, flax_key in keys:
+        mine = calls.get(flax_key)
+        if mine is None and flax.failure is not None and not stopped:
+            # The run ended here: what arrives has a shape that this layer cannot take.
+            add("forward", call.key, flax_key[0], "input", float("inf"))
+            stopped = True
+        if mine is None:
+            # A layer that was never seen is inside a transformation of the user's own.
+            if flax.failure is None and any(c.path == flax_key[0] for c in flax.calls):
+                add("forward", call.key, flax_key[0], "output", float("inf"))
+            continue
+        for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
+            add("forward", call.key, flax_key[0], "input", error_of(arrived, translation.input(call, i, arrived)))
+        add("forward", call.key, flax_key[0], "output", error_of(mine.output, translation.output(call, mine.output)))
+    if flax.failure is not None and not stopped:  # behind the last layer
+        add("forward", NETWORK, "", "output", float("inf"))
+    if flax.failure is None:
+        if len(torch.outputs) != len(flax.outputs):
+            add("forward", NETWORK, "", "output", float("inf"))
+        for i, output in enumerate(flax.outputs[: len(torch.outputs)]):
+            add("forward", NETWORK, "", "output", error_of(output, translation.result(i, output)))
+    if flax.gradients and flax.failure is None:
+        found += _backward(translation, flax, keys, calls)
+    if train and flax.failure is None:
+        for _, pair in translation.pair_of.items():
+            for t in pair.tensors:
+                if t.torch_name in pair.torch.statistics and pair.flax.tensors[t.flax_name] in flax.new_statistics:
+                    truth = t.to_flax(torch.new_statistics[pair.torch.tensors[t.torch_name]])
+                    given = flax.new_statistics[pair.flax.tensors[t.flax_name]]
+                    add("statistics", (pair.torch.path, 0), pair.flax.path, t.torch_name, error_of(given, truth))
+    return found
+
+
+def _not_finite(translation: Translation) -> Iterator[Difference]:
+    """PyTorch's weights that hold NaN or infinity: what they are multiplied with cannot be compared."""
+    flax_path = {pair.torch.path: pair.flax.path for pair in translation.pairing.layers}
+    for name, _, _ in translation.pairing.tensors():
+        a = translation.torch.tensors.get(name, np.zeros(()))
+        # A buffer may hold an infinity on purpose, as a mask does.
+        is_parameter = name in translation.torch.gradients
+        if not (np.isfinite(a) if is_parameter else ~np.isnan(a)).all():
+            path, _, local = name.rpartition(".")
+            yield Difference("forward", (path, 0), flax_path.get(path, ""), local, float("nan"))
+
+
+def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Difference]:
+    torch, found = translation.torch, []
+    # A gradient that is 0 by cancellation is compared with what cancelled: no more than 1e-6 of the largest there is.
+    activations = [g for c in torch.calls for g in (*c.input_gradients, c.output_gradient) if g is not None]
+    floor = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in activations), default=0.0)
+    largest = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in torch.gradients.values()), default=0.0)
+    for i, gradient in enumerate(flax.output_gradients[: len(torch.outputs)]):
+        truth = translation.gradient(("result", i), torch.output_gradients[i])
+        if gradient is not None and truth is not None:
+            found.append(Difference("loss", NETWORK, "", "gradient", error_of(gradient, truth)))
+    for call, flax_key in reversed(keys):
+        mine, pair = calls.get(flax_key), translation.pair_of[call.path]
+        if mine is None or mine.output_gradient is None or call.output_gradient is None:
+            continue
+        dy = apply_layout(translation.chosen.get((call.key, "output"), ("same",)), call.output_gradient)
+        found.append(
+            Difference("backward", call.key, flax_key[0], "output gradient", error_of(mine.output_gradient, dy, floor))
+        )
+        if call.index == max(c.index for c, k in keys if c.path == call.path):
+            found += _parameters(translation, flax, pair, call, dy, largest)
+        for i, gradient in enumerate(mine.input_gradients[: len(call.input_gradients)]):
+            truth = translation.gradient((call.key, "input", i), call.input_gradients[i])
+            if gradient is not None and truth is not None:
+                error = error_of(gradient, truth, floor)
+                found.append(Difference("backward", call.key, flax_key[0], "input gradient", error))
+    for torch_name, flax_name, t in translation.pairing.tensors():
+        owner = next((p for p in translation.pair_of.values() if torch_name in p.torch.tensors.values()), None)
+        if (
+            (owner is None or not owner.torch.is_called)
+            and torch_name in torch.gradients
+            and flax_name in flax.gradients
+        ):
+            error = error_of(flax.gradients[flax_name], t.to_flax(torch.gradients[torch_name]), largest)
+            key = (torch_name.rpartition(".")[0], 0)
+            found.append(
+                Difference(
+                    "backward", key, flax_name.partition("/")[2].rpartition("/")[0], f"{t.torch_name} gradient", error
+                )
+            )
+    return found
+
+
+def _parameters(translation, flax, pair: LayerPair, call: Call, dy: NDArray, largest: float) -> list[Difference]:
+    torch, found = translation.torch, []
+    for t in pair.tensors:
+        torch_name, flax_name = pair.torch.tensors[t.torch_name], pair.flax.tensors[t.flax_name]
+        if torch_name not in torch.gradients or flax_name not in flax.gradients:
+            continue
+        truth = t.to_flax(torch.gradients[torch_name])
+        # A bias before a batch norm is a gauge: what its gradient sums up cancels to 0.
+        is_bias = kinds.SHIFT.fullmatch(t.flax_name.rpartition("/")[2]) is not None
+        summed = float(np.abs(dy).sum(tuple(range(dy.ndim - 1))).max(initial=0)) if is_bias else 0.0
+        error = error_of(flax.gradients[flax_name], truth, max(largest, summed))
+        found.append(Difference("backward", call.key, pair.flax.path, f"{t.torch_name} gradient", error))
+    return found
+
+
+def check_inputs(inputs: Sequence[NDArray], name: str = "inputs") -> None:
+    """ValueError where there is no number in any of the inputs."""
+    shapes = [np.shape(a) for a in inputs]
+    if shapes and not any(np.prod(shape) for shape in shapes):
+        raise ValueError(
+            f"{name} are empty, of shape {', '.join(map(str, shapes))}: nothing would be compared; allowed: an example "
+            "or more"
+        )
+
+
+Projections = Callable[[Sequence[Any]], list[NDArray]]
+Tensors = Mapping[str, NDArray]
+
+
+# Of the way that a parameter has gone: a step of float64 rounds at 1e-15, and training carries that along.
+STEP_BOUND = 1e-8
+
+
+def step_differences(
+    pairing: Pairing, recording: Recording, torch_states: Sequence[Mapping], flax_states: Sequence[Mapping]
+) -> list[Difference]:
+    """How far the parameters are apart after each step, relative to the way that they have gone.
+
+    A bias before a batch norm is left out: its gradient is rounding alone, which Adam turns into steps.
+    """
+    found = []
+    flax_path = {pair.torch.path: pair.flax.path for pair in pairing.layers}
+    largest = max((np.abs(g).max(initial=0) for g in recording.gradients.values()), default=0.0)
+    for number in range(1, len(torch_states)):
+        way = {n: np.abs(torch_states[number][n] - torch_states[0][n]).max(initial=0) for n in torch_states[0]}
+        floor = 1e-6 * max(way.values(), default=0.0)
+        for torch_name, flax_name, t in pairing.tensors():
+            if torch_name not in way or flax_name not in flax_states[number]:
+                continue
+            if np.abs(recording.gradients.get(torch_name, 0)).max() < 1e-11 * largest:
+                continue
+            truth, given = t.to_flax(torch_states[number][torch_name]), flax_states[number][flax_name]
+            start = t.to_flax(torch_states[0][torch_name])
+            path, _, local = torch_name.rpartition(".")
+            if given.shape == truth.shape:
+                error = error_of(given - start, truth - start, floor)
+                found.append(
+                    Difference("optimizer", (path, 0), flax_path.get(path, ""), f"{local} after step {number}", error)
+                )
+    return found

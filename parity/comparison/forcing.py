@@ -1,0 +1,63 @@
+"""Single-layer mode: what a layer is given in the place of what arrives there."""
+
+from __future__ import annotations
+
+from parity.pairing.layers import Pairing
+from parity.pairing.translation import Translation
+from parity.records.recording import Recording
+
+
+class Forcing:
+    """Single-layer mode: every layer of Flax gets PyTorch's input, and what follows PyTorch's output."""
+
+    def __init__(self, translation: Translation) -> None:
+        self.translation = translation
+
+    def input(self, key, i, arrived):
+        """See `records.side.Force`."""
+        call = self.translation.torch_call(key)
+        if call is None or i >= len(call.inputs) or call.inputs[i].dtype.kind != "f":
+            return None
+        value = self.translation.input(call, i, arrived)
+        gradients = call.input_gradients
+        return value, self.translation.gradient((call.key, "input", i), gradients[i] if i < len(gradients) else None)
+
+    def output(self, key, output):
+        """See `records.side.Force`."""
+        call = self.translation.torch_call(key)
+        if call is None:
+            return None
+        value = self.translation.output(call, output)
+        return value, self.translation.gradient((call.key, "output"), call.output_gradient)
+
+    def result(self, i, output):
+        """See `records.side.Force`."""
+        torch = self.translation.torch
+        if i >= len(torch.outputs):
+            return None
+        value = self.translation.result(i, output)
+        gradient = torch.output_gradients[i] if i < len(torch.output_gradients) else None
+        return value, self.translation.gradient(("result", i), gradient)
+
+
+def forcing(torch: Recording, pairing: Pairing) -> Forcing:
+    """Single-layer mode on the arrays of a dump."""
+    return Forcing(Translation(torch, pairing))
+
+
+class OwnInputs:
+    """Gives every layer the input that it had in another run of the same side (see `records.side.Force`)."""
+
+    def __init__(self, run: Recording) -> None:
+        self.calls = {call.key: call for call in run.calls}
+
+    def input(self, key, i, arrived):
+        """The input of that run."""
+        call = self.calls.get(key)
+        return None if call is None or i >= len(call.inputs) else (call.inputs[i], None)
+
+    def output(self, key, output):
+        """Left alone."""
+
+    def result(self, i, output):
+        """Left alone."""

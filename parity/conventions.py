@@ -1,0 +1,86 @@
+"""What weights alone do not carry over: the conventions that norms are meant in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import torch
+from flax import nnx
+
+from bn_common.conventions import PYTORCH, complement
+from parity.pairing.by_running import settle
+from parity.pairing.layers import LayerPair
+from parity.sides.torch import layers as torch_layers
+
+
+def notes(torch_module: torch.nn.Module, flax_module: nn.Module | nnx.Module, **options: Any) -> list[str]:
+    """What weights alone do not carry over: conventions in which the paired layers differ.
+
+    Args:
+      torch_module: PyTorch's.
+      flax_module: Flax's.
+      **options: `inputs`, `flax_inputs`, `layer_map`, see `to_flax`.
+
+    Returns:
+      A sentence each: momentum, the moving variance's bias, epsilon.
+    """
+    module, _ = torch_layers.unwrapped(torch_module)
+    structure = torch_layers.of_module(module)
+    given = (options.get("inputs"), options.get("flax_inputs"), options.get("layer_map"))
+    found, _flax = settle(module, structure, flax_module, *given)
+    return [note for pair in found.layers for note in _notes_of(pair, module)]
+
+
+def conventions(
+    torch_module: torch.nn.Module, flax_module: nn.Module | nnx.Module, **options: Any
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the batch norms say of themselves: {"torch": {path: {momentum, unbiased_moving_var, ...}}, "flax": ...}."""
+    module, _ = torch_layers.unwrapped(torch_module)
+    structure = torch_layers.of_module(module)
+    given = (options.get("inputs"), options.get("flax_inputs"), options.get("layer_map"))
+    _found, flax = settle(module, structure, flax_module, *given)
+    return {
+        "torch": {
+            layer.path: torch_convention(module.get_submodule(layer.path))
+            for layer in structure.layers
+            if layer.kind == "batch_norm"
+        },
+        "flax": {layer.path: flax_convention(layer.config) for layer in flax.layers if layer.kind == "batch_norm"},
+    }
+
+
+def _notes_of(pair: LayerPair, module: torch.nn.Module) -> list[str]:
+    where = f"{pair.torch.path or 'the layer'} and {pair.flax.path or 'the layer'}"
+    layer = module.get_submodule(pair.torch.path)
+    torch_says, flax_says = torch_convention(layer), flax_convention(pair.flax.config)
+    return [
+        f"{where}: {name} is {torch_says[key]} in PyTorch and {flax_says[key]} in Flax"
+        for key, name in CONVENTION.items()
+        if key in torch_says and key in flax_says and torch_says[key] != flax_says[key]
+    ]
+
+
+CONVENTION = {
+    "momentum": "momentum (weight of the old value)",
+    "unbiased_moving_var": "unbiased_moving_var",
+    "initial_moving_var": "initial_moving_var",
+    "epsilon": "epsilon",
+}
+
+
+def torch_convention(layer: torch.nn.Module) -> dict[str, Any]:
+    """What a norm says of itself, in this project's words; momentum is the weight of the old value."""
+    says: dict[str, Any] = {}
+    if (eps := getattr(layer, "eps", None)) is not None:
+        says["epsilon"] = eps
+    if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+        return says | PYTORCH._replace(momentum=complement(layer.momentum))._asdict()
+    names = ("momentum", "unbiased_moving_var", "initial_moving_var")
+    return says | {name: getattr(layer, name) for name in names if hasattr(layer, "unbiased_moving_var")}
+
+
+def flax_convention(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of Flax's."""
+    return {name: config[name] for name in CONVENTION if name in config}

@@ -1,0 +1,298 @@
+"""Explains what lies between two layers: activation, pool, dropout, flatten, residual sums, in any order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.diagnosis.between import relations
+from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_function, limit_of
+from parity.diagnosis.between.chains import Chain, Source, Target, match
+from parity.diagnosis.between.pools import Pool, pads, times
+from parity.diagnosis.between.search import search
+from parity.diagnosis.finding import Finding
+
+Array = NDArray[Any]
+
+# Examples looked at, and elements: what holds for those where the sides differ most holds for all.
+EXAMPLES, ELEMENTS = 4, 200_000
+# What it costs to suppose that the sides differ in this. Of all pairs of descriptions the cheapest is believed.
+COSTS = {"source": 8, "presence": 6, "order": 5, "kind": 4, "activation": 4, "dropout": 4, "gain": 4, "window": 3,
+         "stride": 3, "layout": 3, "padding": 2, "counted": 2}  # fmt: skip
+SIDES = ("PyTorch", "Flax")
+
+
+def findings(
+    sources: Sequence[Source],
+    torch: Array,
+    flax: Array,
+    *,
+    train: bool,
+    tolerance: float = 1e-9,
+    rerun: tuple[Array, Array] | None = None,
+) -> list[Finding]:
+    """Names the mistakes between the sources, which both sides have alike, and the next layer's input.
+
+    Each side alone is fitted to the chains of `between.chains`; of all pairs of chains that fit, the two most
+    alike are compared. Where no chain fits, what leads from one side's tensor to the other's is looked for.
+
+    Args:
+      sources: outputs of the layers run before, inputs of earlier ones, the network's input; the most recent first.
+      torch: what arrives at the next layer in PyTorch, in Flax's layout (or flattened, in any order).
+      flax: the same in Flax.
+      train: whether both were run in training mode, with dropout switched off.
+      tolerance: relative to the largest value.
+      rerun: both once more, with another random key: a side that differs from itself drops out.
+
+    Returns:
+      The findings; [] if the numbers agree.
+    """
+    torch, flax = np.asarray(torch, np.float64), np.asarray(flax, np.float64)
+    again = [None, None] if rerun is None else [np.asarray(side, np.float64) for side in rerun]
+    random = [_differ(a, b, tolerance) if b is not None else None for a, b in zip((torch, flax), again, strict=True)]
+    if not any(random) and not _differ(torch, flax, tolerance):
+        return []
+    sources, torch, flax = _thin(sources, torch, flax)
+    chains = [
+        search(sources, Target(side, tolerance, limit_of(side, tolerance), active is not False))
+        for side, active in zip((torch, flax), random, strict=True)
+    ]
+    if all(chains):
+        a, b = _most_alike(*chains)
+        found = [*_dropout((a, b), random, train), *_compare(a, b, min(torch.ndim, flax.ndim))]
+        return found or [_unexplained(chains, f"both sides look like {a}, and yet they differ")]
+    found = _dropout((None, None), random, train)
+    return found or _related(sources, torch, flax, tolerance, train) or [_unexplained(chains)]
+
+
+def describe(sources: Sequence[Source], value: Array, tolerance: float = 1e-9) -> Chain | None:
+    """What makes `value` of the sources: the most usual chain that fits, or None."""
+    value = np.asarray(value, np.float64)
+    sources, value, _ = _thin(sources, value, value)
+    chains = search(sources, Target(value, tolerance, limit_of(value, tolerance), True))
+    return chains[0] if chains else None
+
+
+def _differ(a: Array, b: Array, tolerance: float) -> bool:
+    """Whether the values differ; axes of size 1 are no difference."""
+    if a.shape != b.shape:
+        if [n for n in a.shape if n != 1] != [n for n in b.shape if n != 1]:
+            return True
+        b = b.reshape(a.shape)
+    if np.array_equal(a, b, equal_nan=True):
+        return False
+    return error_of(a, b) > max(limit_of(a, tolerance), limit_of(b, tolerance))
+
+
+def _thin(sources: Sequence[Source], torch: Array, flax: Array) -> tuple[list[Source], Array, Array]:
+    """A few examples, those that differ most; each source once; all in float64."""
+    values = [np.asarray(source.value, np.float64) for source in sources]
+    count = len(torch) if torch.ndim else 0
+    alike = [value.ndim > 0 and len(value) == count for value in (*values, flax)]
+    if count > 1 and all(alike):
+        each = max(value.size for value in (torch, flax, *values)) // count
+        # Of small arrays more: a kink shows only where values lie on both its sides.
+        examples = max(1, min(max(EXAMPLES, 4096 // max(1, each)), ELEMENTS // max(1, each)))
+        if torch.shape == flax.shape:
+            off = np.nan_to_num(np.abs(torch - flax)).reshape(count, -1).max(axis=1, initial=0.0)
+            keep = np.sort(np.argsort(-off, kind="stable")[:examples])
+        else:
+            keep = np.arange(min(examples, count))
+        torch, flax, values = torch[keep], flax[keep], [value[keep] for value in values]
+    thin: list[Source] = []
+    for source, value in zip(sources, values, strict=True):
+        if np.isfinite(value).all() and not any(np.array_equal(value, other.value) for other in thin):
+            thin.append(Source(source.name, value))
+    return thin, torch, flax
+
+
+def _differences(a: Chain, b: Chain) -> list[str]:
+    """In what two chains differ, by the keys of `COSTS`."""
+    found = [
+        name for name in ("source", "activation", "layout", "gain", "dropout") if getattr(a, name) != getattr(b, name)
+    ]
+    if a.order and b.order and a.order != b.order:
+        found.append("order")
+    if a.pool and b.pool:
+        return found + _pool_differences(a.pool, b.pool)
+    return found + (["presence"] if a.pool or b.pool else [])
+
+
+def _pool_differences(a: Pool, b: Pool) -> list[str]:
+    if a == b:
+        return []
+    special = [pool.kind in ("first", "last") or any(axis.adaptive for axis in pool.axes) for pool in (a, b)]
+    if any(special):
+        return ["kind"]
+    found = ["kind"] if a.kind != b.kind else []
+    found += ["window"] if a.window != b.window else []
+    single = any(all(axis.outputs == 1 for axis in pool.axes) for pool in (a, b))
+    found += ["stride"] if a.stride != b.stride and not single else []
+    # Padding behind follows from window and stride too; alone it says something only where these agree.
+    before = [[axis.before for axis in pool.axes] for pool in (a, b)]
+    if before[0] != before[1] or (a.window == b.window and a.stride == b.stride and a.padding != b.padding):
+        found.append("padding")
+    # What rounding the shape up adds is never counted: with other padding that is no mistake of its own.
+    ways = {a.counted, b.counted}
+    if a.kind == b.kind and "" not in ways and len(ways) == 2 and not ("padding" in found and "explicit" in ways):
+        found.append("counted")
+    return found
+
+
+def _most_alike(first: list[Chain], second: list[Chain]) -> tuple[Chain, Chain]:
+    pairs = itertools.product(enumerate(first[:120]), enumerate(second[:120]))
+    cost = lambda pair: (sum(COSTS[d] for d in _differences(pair[0][1], pair[1][1])), pair[0][0] + pair[1][0])  # noqa: E731
+    (_, a), (_, b) = min(pairs, key=cost)
+    return a, b
+
+
+def _compare(a: Chain, b: Chain, rank: int) -> list[Finding]:
+    """The findings for PyTorch's chain a and Flax's b, which lead to tensors of this rank."""
+    differences = _differences(a, b)
+    found = []
+    if "source" in differences:
+        missing = " (a residual branch is missing or another one)" if " + " in a.source + b.source else ""
+        found.append(Finding("unexplained", f"PyTorch makes it of {a.source}, Flax of {b.source}{missing}"))
+    gain = [_gain(a, b)] if "gain" in differences else []
+    if "activation" in differences and not any(f.code == "unexplained" for f in gain):
+        evidence = f"PyTorch applies {_applied(a)}, Flax {_applied(b)}"
+        # An activation of a number times x is none that is taken for another, as little as a number times one.
+        scaled = a.activation.startswith(OF_A_MULTIPLE) or b.activation.startswith(OF_A_MULTIPLE)
+        found.append(Finding("unexplained", evidence) if scaled else Finding("activation", evidence, "activation"))
+    if "order" in differences:
+        evidence = f"PyTorch takes the {a.order}, Flax the {b.order}, and the two do not commute"
+        found.append(Finding("unexplained", evidence, "pool"))
+    found += _compare_pools(a, b, differences) + gain
+    if "layout" in differences:
+        found.append(_layouts(a, b, rank))
+    return found
+
+
+def _applied(chain: Chain) -> str:
+    return "no activation" if chain.activation == "identity" else chain.activation
+
+
+def _gain(a: Chain, b: Chain) -> Finding:
+    """A constant factor: of a sum taken for an average if it is the size of the window; else nobody's known mistake."""
+    ratio = b.gain / a.gain
+    if a.pool and b.pool and any(abs(ratio / k - 1) < 1e-5 for n in (np.prod(a.pool.window),) for k in (n, 1 / n)):
+        which = SIDES if ratio < 1 else SIDES[::-1]
+        return Finding("pool-kind", f"{which[0]} sums over the window, {which[1]} takes the average", "pool")
+    if a.activation != b.activation:
+        texts = [_applied(chain) + (f" times {chain.gain:.6g}" if chain.gain != 1 else "") for chain in (a, b)]
+        return Finding("unexplained", f"PyTorch applies {texts[0]}, Flax {texts[1]}")
+    return Finding("unexplained", f"PyTorch multiplies by {a.gain:.6g}, Flax by {b.gain:.6g}")
+
+
+def _layouts(a: Chain, b: Chain, rank: int) -> Finding:
+    """Axes in another order: a mistake of the flatten only where one merged them, and the rank is lower than before."""
+    if max(len(chain.layout.split(",")) for chain in (a, b)) >= rank:
+        texts = [f"{chain.layout or 'keeps the axes as they are'}" for chain in (a, b)]
+        return Finding("flatten-order", f"PyTorch flattens {texts[0]}, Flax {texts[1]}", "flatten")
+    texts = [f"has the axes in the order {c.layout}" if c.layout else "keeps the axes as they are" for c in (a, b)]
+    return Finding("unexplained", f"PyTorch {texts[0]}, Flax {texts[1]}")
+
+
+def _compare_pools(a: Chain, b: Chain, differences: list[str]) -> list[Finding]:
+    if "presence" in differences:
+        return [Finding("pool-kind", f"PyTorch applies {a.pool or 'no pool'}, Flax {b.pool or 'no pool'}", "pool")]
+    found = []
+    if a.pool and b.pool:
+        both = f"PyTorch applies {a.pool}, Flax {b.pool}"
+        if "kind" in differences:
+            found.append(Finding("pool-kind", both, "pool"))
+        if "window" in differences:
+            evidence = f"PyTorch's window is {times(a.pool.window)}, Flax's {times(b.pool.window)}"
+            found.append(Finding("pool-kind", evidence, "pool"))
+        if "stride" in differences:
+            evidence = f"PyTorch's pool has stride {times(a.pool.stride)}, Flax's {times(b.pool.stride)}"
+            found.append(Finding("stride", evidence, "pool"))
+        if "padding" in differences:
+            evidence = f"PyTorch's pool is padded by {pads(a.pool.padding)}, Flax's by {pads(b.pool.padding)}"
+            found.append(Finding("padding", evidence, "pool"))
+        if "counted" in differences:
+            found.append(Finding("pool-count-padding", _counting(a.pool, b.pool), "pool"))
+    return found
+
+
+def _counting(a: Pool, b: Pool) -> str:
+    if a.kind == "max":
+        texts = {"yes": "lets the padding's zeros compete in the maximum", "no": "leaves padding out of the maximum"}
+    else:
+        texts = {
+            "yes": "counts the padding in the average",
+            "no": "does not count padding in the average",
+            "explicit": "counts its own padding in the average, not what rounding the shape up adds",
+        }
+    return f"PyTorch {texts[a.counted]}, Flax {texts[b.counted]}"
+
+
+def _dropout(chains: tuple[Chain | None, Chain | None], random: Sequence[bool | None], train: bool) -> list[Finding]:
+    """Dropout in either side's chain, or a side whose result changes with the random key."""
+    sentences = []
+    for side, chain, active in zip(SIDES, chains, random, strict=True):
+        if chain and chain.dropout:
+            p = chain.dropout
+            sentences.append(
+                f"{side} sets values to 0 and multiplies the others by {1 / (1 - p):.4g} = 1/(1 - {p:.3g})"
+            )
+        elif active:
+            sentences.append(f"{side}'s result changes with the random key")
+    if not sentences:
+        return []
+    mode = "although it was switched off for the comparison" if train else "in prediction"
+    return [Finding("dropout-active", f"{'; '.join(sentences)}: dropout is active {mode}", "dropout")]
+
+
+def _related(sources: Sequence[Source], torch: Array, flax: Array, tolerance: float, train: bool) -> list[Finding]:
+    """What leads from one side's tensor to the other's."""
+    with np.errstate(all="ignore"):
+        if torch.shape == flax.shape and np.isfinite(torch).all() and np.isfinite(flax).all():
+            for side, a, b in (("Flax", torch, flax), ("PyTorch", flax, torch)):
+                one = match(a, b, Target(b, tolerance, limit_of(b, tolerance), True))
+                if one and one.dropout:
+                    chain = Chain("", dropout=one.dropout)
+                    return _dropout((chain, None) if side == "PyTorch" else (None, chain), (None, None), train)
+                if one:
+                    return [_gain(*(Chain("", gain=one.gain if side == name else 1.0) for name in SIDES))]
+        if sentence := relations.reordered(torch, flax, tolerance):
+            if not sources or _merges(sources[0], torch):
+                return [Finding("flatten-order", sentence, "flatten")]
+            return [Finding("unexplained", "Flax's values are PyTorch's in another order, and nothing is flattened")]
+        if both := relations.activations_between(torch, flax, tolerance):
+            texts = [_applied(Chain("", activation=name)) for name in both]
+            evidence = f"PyTorch applies {texts[0]}, Flax {texts[1]} to the same values"
+            return [Finding("activation", evidence, "activation")]
+        return _some_function(sources, torch, flax)
+
+
+def _merges(source: Source, value: Array) -> bool:
+    """Whether axes of the source were merged into the last one of the value: else no order of theirs can be wrong."""
+    u = source.value
+    return 1 < value.ndim < u.ndim and value.shape[-1] > u.shape[-1]
+
+
+def _some_function(sources: Sequence[Source], torch: Array, flax: Array) -> list[Finding]:
+    """Functions of one thing, element by element, that are none of the known activations: told, and not accused."""
+    if torch.shape != flax.shape:
+        return []
+    ends = Source("Flax's values", flax), Source("PyTorch's values", torch)
+    for source in (*sources[:3], *ends):
+        if all(is_function(source.value, side, torch - flax) for side in (torch, flax)):
+            text = f"both sides are functions of {source.name}, element by element"
+            return [Finding("unexplained", f"{text}, and not the same ones, nor two known activations")]
+    return []
+
+
+def _unexplained(chains: list[list[Chain]], sentence: str = "") -> Finding:
+    if not sentence:
+        texts = [
+            f"{side} applies {c[0]}" if c else f"{side}'s fits nothing known"
+            for side, c in zip(SIDES, chains, strict=True)
+        ]
+        sentence = "of what lies between the layers, " + ", ".join(texts)
+    return Finding("unexplained", sentence)

@@ -1,0 +1,217 @@
+"""Explains two losses of the same output that differ: by their values and by their gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.diagnosis.between.activations import error_of, limit_of
+from parity.diagnosis.finding import Finding, Located
+from parity.pairing.translation import Translation
+from parity.records.recording import Recording
+
+Array = NDArray[Any]
+
+# A label that no column stands for: one-hot all zeros.
+NO_LABEL = -1
+
+
+class _CrossEntropy(NamedTuple):
+    """gradient = scale * (softmax(output) - (1 - smoothing) * one_hot(labels) - smoothing / K), row by row."""
+
+    scale: float
+    smoothing: float
+    labels: NDArray[np.intp]
+
+
+def findings(
+    torch_loss: float,
+    flax_loss: float,
+    torch_gradient: Array,
+    flax_gradient: Array,
+    output: Array,
+    *,
+    tolerance: float = 1e-9,
+) -> list[Finding]:
+    """Names what differs between two losses.
+
+    Args:
+      torch_loss: PyTorch's value.
+      flax_loss: Flax's.
+      torch_gradient: by the output, [N, ..., K], in Flax's layout.
+      flax_gradient: the same in Flax.
+      output: [N, ..., K], which both were given.
+      tolerance: relative to the largest value.
+
+    Returns:
+      "loss-reduction" and "label-offset", alone or both; else "unexplained"; [] if values and gradients agree.
+
+    Raises:
+      ValueError: if the gradients have other shapes than the output.
+    """
+    output = np.asarray(output, np.float64)
+    torch_gradient, flax_gradient = (np.asarray(g, np.float64) for g in (torch_gradient, flax_gradient))
+    for name, gradient in (("torch_gradient", torch_gradient), ("flax_gradient", flax_gradient)):
+        if gradient.shape != output.shape:
+            raise ValueError(f"{name}.shape is {gradient.shape}; allowed: the output's, {output.shape}")
+    values_agree = _close(torch_loss, flax_loss, tolerance)
+    limit = max(limit_of(torch_gradient, tolerance), limit_of(flax_gradient, tolerance))
+    gradients_agree = error_of(torch_gradient, flax_gradient) <= limit
+    if values_agree and gradients_agree:
+        return []
+    factor = _factor(torch_gradient, flax_gradient, tolerance)
+    if factor and not gradients_agree and _close(factor * torch_loss, flax_loss, 10 * tolerance):
+        return [_reduction(factor, output.shape)]
+    with np.errstate(all="ignore"):
+        entropies = [_cross_entropy(g, output, tolerance) for g in (torch_gradient, flax_gradient)]
+    if entropies[0] and entropies[1] and not gradients_agree:
+        found = _compare(entropies[0], entropies[1], output.shape, tolerance)
+        if found:
+            return found
+    return [Finding("unexplained", _description(torch_loss, flax_loss, gradients_agree, factor))]
+
+
+def _close(a: float, b: float, tolerance: float) -> bool:
+    return a == b or abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+def _factor(torch: Array, flax: Array, tolerance: float) -> float | None:
+    """k with flax = k * torch."""
+    square = float((torch * torch).sum())
+    if not 0 < square < math.inf:
+        return None
+    k = float((torch * flax).sum()) / square
+    return k if k != 0 and error_of(flax, k * torch) <= 2 * limit_of(flax, tolerance) else None
+
+
+def _reduction(factor: float, shape: tuple[int, ...]) -> Finding:
+    """A factor, and which number of things it is."""
+    n, k, places = shape[0], shape[-1], math.prod(shape[:-1])
+    # Where several are the same number the first is meant.
+    names: dict[int, str] = {}
+    for count, things in (
+        (n, f"{n} examples"),
+        (places, f"{places} places"),
+        (places * k, f"{places * k} elements"),
+        (k, f"{k} columns"),
+        (places // n, f"{places // n} places of an example"),
+        (places * k // n, f"{places * k // n} elements of an example"),
+    ):
+        names.setdefault(count, f"over {things}")
+    larger = max(abs(factor), 1 / abs(factor))
+    how = f"Flax's loss and gradient are {factor:.6g} times PyTorch's"
+    for count, name in names.items():
+        if count > 1 and factor > 0 and _close(larger, count, 1e-5):
+            sides = ("Flax", "PyTorch") if factor > 1 else ("PyTorch", "Flax")
+            return Finding("loss-reduction", f"{how}: {sides[0]} takes the sum, {sides[1]} the mean {name}")
+    if _close(larger, 2, 1e-5):
+        how += ": half of the squared error on one side"
+    return Finding("loss-reduction", how)
+
+
+def _cross_entropy(gradient: Array, output: Array, tolerance: float) -> _CrossEntropy | None:
+    """The softmax cross-entropy that has this gradient, or None."""
+    k = output.shape[-1]
+    logits, g = output.reshape(-1, k), gradient.reshape(-1, k)
+    if k < 2 or not np.isfinite(logits).all() or not np.isfinite(g).all() or not np.any(g):
+        return None
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    # Without smoothing only the label's gradient is negative. With it that may be another's: then the usual scales
+    # (mean over places or examples, sum) tell the label.
+    guesses = [np.where(g.min(axis=1) < 0, g.argmin(axis=1), NO_LABEL)]
+    for scale in (1 / len(g), 1.0, 1 / len(output)):
+        target = p - g / scale
+        guesses.append(np.where(target.max(axis=1) > 1e-3, target.argmax(axis=1), NO_LABEL))
+    fits = (_fit(g, p, labels, limit_of(g, 10 * tolerance)) for labels in guesses)
+    return next((fit for fit in fits if fit), None)
+
+
+def _fit(g: Array, p: Array, labels: NDArray[np.intp], limit: float) -> _CrossEntropy | None:
+    """Scale and smoothing, given the labels: away from them g = scale * p - scale * smoothing / K, a line in p."""
+    k = p.shape[-1]
+    # A row without any gradient was left out (padding, or a one-hot row of zeros in optax).
+    used: Array = np.asarray(g.any(axis=1))
+    others: Array = np.asarray(labels[:, None] != np.arange(k))
+    x, y = p[others & used[:, None]], g[others & used[:, None]]
+    scale, smoothing = float((x * y).sum() / (x * x).sum()), 0.0
+    if error_of(y, scale * x) > limit and len(x) > 2:
+        (scale, offset), *_ = np.linalg.lstsq(np.stack([x, np.ones_like(x)], axis=1), y, rcond=None)
+        smoothing = float(-offset * k / scale) if scale else 0.0
+    if not scale > 0 or not -1e-6 <= smoothing < 1:
+        return None
+    target = (1 - smoothing) * ~others + np.where(labels == NO_LABEL, 0.0, smoothing / k)[:, None]
+    if error_of(g, np.where(used[:, None], scale * (p - target), 0.0)) > limit:
+        return None
+    return _CrossEntropy(float(scale), smoothing, np.where(used, labels, NO_LABEL))
+
+
+def _compare(torch: _CrossEntropy, flax: _CrossEntropy, shape: tuple[int, ...], tolerance: float) -> list[Finding]:
+    found = []
+    if not np.array_equal(torch.labels, flax.labels):
+        offset = _offset(torch.labels, flax.labels, shape[-1])
+        if offset is None:
+            wrong = int((torch.labels != flax.labels).sum())
+            found.append(Finding("unexplained", f"the labels of {wrong} rows out of {len(torch.labels)} differ"))
+        else:
+            found.append(Finding("label-offset", _offset_sentence(torch.labels, flax.labels, offset)))
+    if abs(torch.smoothing - flax.smoothing) > 1e-6:
+        text = f"PyTorch smooths labels by {torch.smoothing:.4g}, Flax by {flax.smoothing:.4g}"
+        found.append(Finding("unexplained", text))
+    if not _close(torch.scale, flax.scale, max(1e-7, 10 * tolerance)):
+        found.append(_reduction(flax.scale / torch.scale, shape))
+    return found
+
+
+def _offset(torch: NDArray[np.intp], flax: NDArray[np.intp], k: int) -> int | None:
+    """By how much Flax's labels are the larger: going around at the end, held there, or without a column."""
+    known = torch != NO_LABEL, flax != NO_LABEL
+    both = known[0] & known[1]
+    for offset in (1, -1, 2, -2):
+        around = (torch + offset) % k
+        held = np.clip(torch + offset, 0, k - 1), np.clip(flax - offset, 0, k - 1)
+        fits = (flax == around) | (flax == held[0]) | (torch == held[1])
+        outside = (~known[1] & (around != torch + offset)) | (~known[0] & ((flax - offset) % k != flax - offset))
+        shifted = both & (flax == torch + offset)
+        if np.all(np.where(both, fits, outside | ~(known[0] | known[1]))) and (shifted.any() or k == 2):
+            return offset
+    return None
+
+
+def _offset_sentence(torch: NDArray[np.intp], flax: NDArray[np.intp], offset: int) -> str:
+    pick = np.flatnonzero((torch != NO_LABEL) & (flax != NO_LABEL))[:4]
+    examples = ", ".join(f"{torch[i]} and {flax[i]}" for i in pick)
+    more = f"{abs(offset)} {'more' if offset > 0 else 'less'}"
+    return f"Flax's labels are {more} than PyTorch's in every row (PyTorch's and Flax's: {examples}, ...)"
+
+
+def _description(torch_loss: float, flax_loss: float, gradients_agree: bool, factor: float | None) -> str:
+    values = f"PyTorch's loss is {torch_loss:.6g}, Flax's {flax_loss:.6g}"
+    if gradients_agree:
+        return f"{values}, but the gradients agree: the losses differ by a constant"
+    if factor:
+        return f"{values}, but Flax's gradient is {factor:.6g} times PyTorch's"
+    return f"{values}, and the gradients are not multiples of each other"
+
+
+def loss_findings(translation: Translation, forced: Recording, bound: float) -> list[Located]:
+    """What is wrong with the losses, of the same output."""
+    torch = translation.torch
+    if torch.loss is None or forced.loss is None or not torch.outputs:
+        return []
+    gradient = translation.gradient(("result", 0), torch.output_gradients[0])
+    if gradient is None or forced.output_gradients[0] is None:
+        return []
+    scale = max(abs(torch.loss), 1e-30)
+    if (
+        abs(torch.loss - forced.loss) <= bound * scale
+        and np.abs(forced.output_gradients[0] - gradient).max() <= bound * np.abs(gradient).max()
+    ):
+        return []
+    got = findings(
+        torch.loss, forced.loss, gradient, forced.output_gradients[0], translation.result(0), tolerance=max(bound, 1e-9)
+    )
+    return [Located("loss", len(torch.calls), "", "", f) for f in got]

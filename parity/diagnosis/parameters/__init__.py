@@ -1,0 +1,1 @@
+"""Parameters that were carried over by hand."""

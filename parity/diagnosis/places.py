@@ -1,0 +1,303 @@
+"""From the differences in single-layer mode to the mistakes behind them: each place is given to its identification."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.comparison.differences import Difference
+from parity.diagnosis.between import family as between
+from parity.diagnosis.between import input as inputs
+from parity.diagnosis.between.chains import Source
+from parity.diagnosis.finding import PHASE_ORDER, Finding, Located, in_order
+from parity.diagnosis.norm import family as norms
+from parity.diagnosis.norm.sources import NormSide
+from parity.diagnosis.norm_after_activation import NormOrder
+from parity.diagnosis.parameters.conversion import of_layout
+from parity.diagnosis.product import family as products
+from parity.diagnosis.product.fits import ProductSide
+from parity.pairing.layers import LayerPair
+from parity.pairing.translation import Translation
+from parity.records import kinds
+from parity.records.recording import NETWORK, Call, Recording
+
+STATISTICS = {"momentum-inverted", "momentum", "unbiased-variance", "statistics-frozen"}
+GRADIENTS = {"stopped-statistics-gradient"}
+MOST_SOURCES = 8
+# What a finding's role charges: which of PyTorch's modules without tensors, by the names of their classes.
+ROLES = {
+    "activation": lambda names: not re.search("Pool|Drop|Flatten|Pad|Upsample", names),
+    "pool": lambda names: "Pool" in names,
+    "dropout": lambda names: "Drop" in names,
+}
+
+
+class Diagnosis:
+    """Explains the local differences of one comparison."""
+
+    def __init__(
+        self,
+        translation: Translation,
+        forced: Recording,
+        free: Recording,
+        local: Sequence[Difference],
+        bounds: Mapping[Difference, float],
+        *,
+        train: bool,
+        flax_inputs: Sequence[NDArray],
+    ) -> None:
+        self.translation, self.forced, self.free, self.train = translation, forced, free, train
+        self.torch: Recording = translation.torch
+        self.flax_calls = {call.key: call for call in forced.calls}
+        self.flax_inputs = flax_inputs
+        self.failing = [d for d in local if d.error > bounds[d]]
+        self.tolerance = {d: max(1e-9, min(bounds[d], 1e-5)) for d in local}
+
+    def run(self) -> list[Located]:
+        """All findings; forward in order of execution, then backward, then statistics."""
+        found: list[Located] = []
+        for position, call in enumerate(self.torch.calls):
+            pair = self.translation.pair_of.get(call.path)
+            mine = self.flax_calls.get((pair.flax.path, call.index)) if pair else None
+            if pair is None or mine is None:
+                continue
+            here = [d for d in self.failing if d.key == call.key]
+            if any(d.quantity == "input" for d in here):
+                found += self._glue(call, pair, mine, position, self._tolerance(call.key, "input"))
+            left = call.index == 0 and (pair.torch_left or pair.flax_left)
+            if any(d.quantity != "input" and d.quantity != "output gradient" for d in here) or left:
+                found += self._layer(call, pair, mine, position)
+        if any(d.key == NETWORK and d.quantity == "output" for d in self.failing):
+            found += self._last_glue()
+        order = NormOrder(self.translation, self.forced, self.free, self._tolerance)
+        found = order.findings(found) + self._norms_alone()
+        return in_order(found)
+
+    def _norms_alone(self) -> list[Located]:
+        """Norms whose scale and bias one side only has: there the other side's has no tensors, and is no layer."""
+        pairing, order = self.translation.pairing, [call.path for call in self.torch.calls]
+        found = []
+        for layer in pairing.torch_alone:
+            if layer.kind in kinds.NORMS and layer.is_called and set(layer.tensors) - layer.statistics:
+                text = f"PyTorch's {layer.path} has {', '.join(layer.tensors)}, Flax has no such layer with parameters"
+                position = order.index(layer.path)
+                finding = Finding("affine-missing", text)
+                found.append(Located("backward", position, layer.path, "", finding, (layer.path, 0)))
+        bare = [g for g in self.torch.glue if "Norm" in " ".join(g.class_names)]
+        for layer in pairing.flax_alone:
+            if layer.kind in kinds.NORMS and layer.is_called and set(layer.tensors) - layer.statistics and bare:
+                g = bare.pop(0)
+                text = f"Flax's {layer.path} has {', '.join(layer.tensors)}, PyTorch's {g.path} has no parameters"
+                key = (order[g.position], 0) if g.position < len(order) else NETWORK
+                found.append(Located("backward", g.position, g.path, layer.path, Finding("affine-missing", text), key))
+        return found
+
+    def _tolerance(self, key: tuple[str, int], quantity: str) -> float:
+        return max((t for d, t in self.tolerance.items() if d.key == key and d.quantity == quantity), default=1e-9)
+
+    def _sources(self, position: int) -> list[Source]:
+        """What the glue before this call can have been made of, the most recent first."""
+        before = self.torch.calls[:position]
+        known = [c for c in before if c.path in self.translation.pair_of][-MOST_SOURCES:]
+        outputs = [Source(f"the output of {c.path}", self.translation.output(c)) for c in reversed(known)]
+        arrived = [
+            Source(f"the input of {c.path}", self.translation.input(c, 0))
+            for c in reversed(known)
+            if c.inputs and c.inputs[0].dtype.kind == "f"
+        ]
+        network = [Source("the network's input", a) for a in self.flax_inputs if a.dtype.kind == "f"]
+        return outputs + arrived + network
+
+    def _glue(self, call: Call, pair: LayerPair, mine: Call, position: int, tolerance: float) -> list[Located]:
+        found: list[Finding] = []
+        for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
+            truth = self.translation.input(call, i)
+            # An image may be integers 0..255 on one side and 0..1 on the other: what one has as floats are no labels.
+            if truth.dtype.kind != "f" and arrived.dtype.kind != "f":
+                if not np.array_equal(truth, arrived):
+                    found.append(Finding("unexplained", f"the integers that arrive at {call.path} differ"))
+                continue
+            if arrived.shape == truth.shape and np.abs(arrived - truth).max(initial=0) <= tolerance * np.abs(truth).max(
+                initial=0
+            ):
+                continue
+            if position == 0 and self.flax_inputs:
+                # The inputs themselves are often float32, and so is whatever relates them.
+                rounded = max(tolerance, 1e-6)
+                given = inputs.findings(
+                    self.flax_inputs[0],
+                    truth,
+                    arrived,
+                    torch_input=self.torch.inputs[0],
+                    flax_input=self.flax_inputs[0],
+                    tolerance=rounded,
+                )
+                if given and given[0].code != "unexplained":
+                    found += given
+                    continue
+            got = between.findings(self._sources(position), truth, arrived, train=self.train, tolerance=tolerance)
+            if arrived.shape != truth.shape:  # then the order of a flatten was not settled, and is no mistake
+                got = [f for f in got if f.code != "flatten-order"] or got
+            found += got
+        return [self._located(f, call, pair.flax.path, position) for f in dict.fromkeys(found)]
+
+    def _located(self, finding: Finding, call: Call, flax_layer: str, position: int) -> Located:
+        """Glue is charged to PyTorch's own module where there is one, otherwise to the next layer."""
+        fits = ROLES.get(finding.role)
+        modules = [
+            g for g in self.torch.glue if g.position == position and fits is not None and fits(" ".join(g.class_names))
+        ]
+        layer = modules[0].path if modules else call.path
+        return Located("forward", position - 0.5, layer, flax_layer, finding, call.key)
+
+    def _last_glue(self) -> list[Located]:
+        found: list[Finding] = []
+        for i, output in enumerate(self.forced.outputs[: len(self.torch.outputs)]):
+            truth = self.translation.result(i, output)
+            tolerance = self._tolerance(NETWORK, "output")
+            found += between.findings(
+                self._sources(len(self.torch.calls)), truth, output, train=self.train, tolerance=tolerance
+            )
+        last = self.torch.calls[-1] if self.torch.calls else Call("", 0, [], np.zeros(0))
+        pair = self.translation.pair_of.get(last.path)
+        flax_layer = pair.flax.path if pair else ""
+        position = len(self.torch.calls)
+        return [self._located(f, last, flax_layer, position)._replace(key=NETWORK) for f in dict.fromkeys(found)]
+
+    def _layer(self, call: Call, pair: LayerPair, mine: Call, position: int) -> list[Located]:
+        quantities = [d for d in self.failing if d.key == call.key and d.quantity not in ("input", "output gradient")]
+        # Of the gradient more is noise where a kink is near; what it says is judged with what the forward pass says.
+        here = [d for d in self.tolerance if d.key == call.key and d.phase != "backward"]
+        tolerance = max((self.tolerance[d] for d in here), default=1e-9)
+        found: list[Finding]
+        if pair.kind in kinds.NORMS:
+            found = self._norm(call, pair, mine, tolerance)
+        elif pair.kind in kinds.PRODUCTS:
+            found = products.findings(pair.kind, *self._product(call, pair, mine), tolerance=tolerance)
+            found = [of_layout(f, pair.kind) for f in found]
+        else:
+            found = []
+        found += self._left(pair, found)
+        if not found and quantities:
+            names = ", ".join(f"{d.quantity} by {d.error:.1e}" for d in quantities[:4])
+            found = [Finding("unexplained", f"{call.path} and {pair.flax.path} differ with the same input: {names}")]
+        return [
+            Located(_phase(f, quantities), position, call.path, pair.flax.path, f, call.key)
+            for f in dict.fromkeys(found)
+        ]
+
+    def _left(self, pair: LayerPair, found: Sequence[Finding]) -> list[Finding]:
+        """Parameters that one side only has."""
+        if any(f.code in ("bias-missing", "affine-missing") for f in found):
+            return []
+        left = [(n, "PyTorch", "Flax") for n in pair.torch_left if n not in pair.torch.statistics]
+        left += [(n, "Flax", "PyTorch") for n in pair.flax_left if n not in pair.flax.statistics]
+        if not left:
+            return []
+        name, has, lacks = left[0]
+        is_bias = kinds.SHIFT.fullmatch(name.rpartition("/")[2].rpartition(".")[2]) is not None
+        code = (
+            "affine-missing"
+            if pair.kind in kinds.NORMS and not all_bias(left)
+            else "bias-missing"
+            if is_bias
+            else "unexplained"
+        )
+        return [Finding(code, f"{has}'s {pair.torch.path} has {', '.join(n for n, *_ in left)}, {lacks}'s has not")]
+
+    def _norm(self, call: Call, pair: LayerPair, mine: Call, tolerance: float) -> list[Finding]:
+        torch, flax = self._norm_side(call, pair, None), self._norm_side(call, pair, mine)
+        if pair.kind == "batch_norm":
+            return norms.batch_norm_findings(torch, flax, train=self.train, tolerance=tolerance)
+        if pair.kind == "group_norm":
+            return norms.group_norm_findings(torch, flax, tolerance=tolerance)
+        return norms.layer_norm_findings(torch, flax, tolerance=tolerance)
+
+    def _norm_side(self, call: Call, pair: LayerPair, mine: Call | None) -> NormSide:
+        """PyTorch's side in Flax's layout, or (with Flax's call) Flax's; statistics only of a layer called once."""
+        tensors = self._tensors(pair, self.torch if mine is None else self.forced, mine is None)
+        once = sum(c.path == call.path for c in self.torch.calls) == 1
+        before, after = tensors["before"], tensors["after"] if once else {}
+        x = self.translation.input(call, 0)
+        y = self.translation.output(call) if mine is None else mine.output
+        dy = self.translation.gradient((call.key, "output"), call.output_gradient)
+        dx = call.input_gradients[0] if call.input_gradients else None
+        dx = (
+            self.translation.gradient((call.key, "input", 0), dx)
+            if mine is None
+            else (mine.input_gradients or [None])[0]
+        )
+        return NormSide(
+            x, y, before.get("scale"), before.get("bias"), before.get("mean"), before.get("var"),
+            after.get("mean"), after.get("var"), dy, dx,
+        )  # fmt: skip
+
+    def _tensors(self, pair: LayerPair, recording: Recording, is_torch: bool) -> dict[str, dict[str, NDArray]]:
+        """This side's tensors of a layer by role, in Flax's layout, before and after the run."""
+        found: dict[str, dict[str, NDArray]] = {"before": {}, "after": {}, "gradient": {}}
+        sources = {"before": recording.tensors, "after": recording.new_statistics, "gradient": recording.gradients}
+        layer = pair.torch if is_torch else pair.flax
+        moves = {t.torch_name: t.to_flax for t in pair.tensors} if is_torch else {}
+        for local, full in layer.tensors.items():
+            role = role_of(local, local in layer.statistics)
+            for when, arrays in sources.items():
+                if full in arrays and role:
+                    a = arrays[full]
+                    a = moves[local](a) if local in moves else a
+                    found[when][role] = a.reshape(-1) if pair.kind == "batch_norm" else a
+        return found
+
+    def _product(self, call: Call, pair: LayerPair, mine: Call) -> tuple[ProductSide, ProductSide]:
+        sides = []
+        for is_torch in True, False:
+            tensors = self._tensors(pair, self.torch if is_torch else self.forced, is_torch)
+            before = tensors["before"]
+            kernel = before["kernel"] if "kernel" in before else before["scale"]
+            dkernel = tensors["gradient"].get("kernel", tensors["gradient"].get("scale"))
+            dx = call.input_gradients[0] if is_torch else mine.input_gradients[0] if mine.input_gradients else None
+            sides.append(
+                ProductSide(
+                    self.translation.input(call, 0),
+                    self.translation.output(call) if is_torch else mine.output,
+                    kernel,
+                    before.get("bias"),
+                    self.translation.gradient((call.key, "output"), call.output_gradient),
+                    self.translation.gradient((call.key, "input", 0), dx) if is_torch else dx,
+                    dkernel if sum(c.path == call.path for c in self.torch.calls) == 1 else None,
+                    dict((pair.torch if is_torch else pair.flax).config),
+                )
+            )
+        return sides[0], sides[1]
+
+
+def all_bias(left: Sequence[tuple[str, str, str]]) -> bool:
+    """Whether all of these parameters are shifts."""
+    return all(kinds.SHIFT.fullmatch(name.rpartition("/")[2].rpartition(".")[2]) for name, *_ in left)
+
+
+def role_of(local: str, is_statistic: bool) -> str | None:
+    """What a tensor is to its layer: kernel, scale, bias, mean or var; by its name."""
+    name = local.rpartition("/")[2].rpartition(".")[2]
+    if is_statistic:
+        return "mean" if kinds.MEAN.fullmatch(name) else "var" if kinds.VAR.fullmatch(name) else None
+    if kinds.SHIFT.fullmatch(name):
+        return "bias"
+    return (
+        "kernel"
+        if name in ("kernel", "filter")
+        else "scale"
+        if kinds.SCALE.fullmatch(name) or kinds.WEIGHT.fullmatch(name)
+        else None
+    )
+
+
+def _phase(finding: Finding, quantities: Sequence[Difference]) -> str:
+    if finding.code in STATISTICS:
+        return "statistics"
+    if finding.code in GRADIENTS:
+        return "backward"
+    phases = {d.phase for d in quantities}
+    return min(phases, key=PHASE_ORDER.__getitem__) if phases else "backward"

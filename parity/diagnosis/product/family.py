@@ -1,0 +1,171 @@
+"""Linear layers, convolutions and transposed convolutions: what each side computes, and in what the two differ.
+
+Each side is fitted alone: is y what its own kernel and bias give with x, as they are held or rearranged
+(`kernels.transforms`), with some stride, dilation and padding (`geometry`), with the bias or without, with exact or
+rounded operands (`precision`)? Hypotheses are tried on a few outputs first, and what survives on whole examples. Where
+several fit, the pair of descriptions that differ least is taken: a mistake is named only if no reading of the numbers
+is without.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.diagnosis.finding import Finding
+from parity.diagnosis.product.fits import KINDS, Fit, ProductSide, Side
+from parity.diagnosis.product.geometry import padding_words, same_padding
+
+
+def findings(kind: str, torch: ProductSide, flax: ProductSide, *, tolerance: float = 1e-9) -> list[Finding]:
+    """Explains from the numbers alone in what two layers that should be the same product differ.
+
+    Args:
+      kind: "linear", "conv" or "conv_transpose".
+      torch: PyTorch's call, in Flax's layout.
+      flax: Flax's call.
+      tolerance: how far a side may be from a description, relative to its largest value.
+
+    Returns:
+      Nothing if both sides do the same with what they hold (what they hold is `parameters.findings`' matter), otherwise
+      the mistakes: kernel-transposed, kernel-layout, kernel-flipped, kernel-hw-swapped, stride, dilation, padding,
+      bias-missing, matmul-precision, or unexplained.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(map(repr, KINDS))}")
+    torch, flax = _as_float64(torch), _as_float64(flax)
+    named = (("PyTorch", torch), ("Flax", flax))
+    strange = [_unexplained(name, kind, side) for name, side in named if _strange(kind, side)]
+    if strange:
+        return strange
+    sides = (Side("PyTorch", kind, torch), Side("Flax", kind, flax))
+    absent = _absent_bias(*sides)
+    agree = torch.y.shape == flax.y.shape and _close(torch.y, flax.y, tolerance)
+    gradients_agree = all(
+        a is None or b is None or (a.shape == b.shape and _close(a, b, tolerance))
+        for a, b in ((torch.dx, flax.dx), (torch.dkernel, flax.dkernel))
+    )
+    if not torch.y.size or not flax.y.size or (agree and gradients_agree):
+        return absent
+    fits = [side.fits(tolerance) for side in sides]
+    for side, own, other in zip(sides, fits, reversed(fits), strict=True):
+        own.extend(side.also({fit.geometry for fit in other}, own, tolerance))
+    if not all(fits):
+        unknown = [_unexplained(side.name, kind, side.data) for side, own in zip(sides, fits, strict=True) if not own]
+        return absent + ([_gradients_differ(KINDS[kind])] if agree else unknown)
+    best = _nearest_pair(sides, fits, tolerance)
+    found = [] if agree else _differences(sides, best, tolerance)
+    found = absent + [finding for finding in found if not absent or finding.code != "bias-missing"]
+    if not agree and not found:
+        wrong = [side for side, fit in zip(sides, best, strict=True) if not side.holds(fit, tolerance)]
+        found = [_unexplained(side.name, kind, side.data) for side in wrong]
+    if not gradients_agree:
+        for side, fit in zip(sides, best, strict=True):
+            found += side.gradient_findings(fit, tolerance, kernel_too=agree)
+    return found
+
+
+def _nearest_pair(sides: tuple[Side, Side], fits: list[list[Fit]], tolerance: float) -> tuple[Fit, Fit]:
+    """The two descriptions that differ least; then those that the layers claim; then the simplest."""
+
+    def cost(pair: tuple[Fit, Fit]) -> tuple[int, int, int]:
+        differences = len(_differences(sides, pair, tolerance))
+        unlike = sum(fit.geometry != side.hint(fit) for side, fit in zip(sides, pair, strict=True) if side.hint(fit))
+        return differences, unlike, sum(map(_complexity, pair))
+
+    return min(itertools.product(fits[0], fits[1]), key=cost)
+
+
+def _complexity(fit: Fit) -> int:
+    stride, dilation, low, mode = fit.geometry
+    kernel = 10 * len(fit.transform.codes) + len(fit.transform.flips)
+    return kernel + sum(stride) + sum(dilation) + len({*low}) + 5 * (mode != "zeros") + 5 * (fit.bias is False)
+
+
+def _differences(sides: tuple[Side, Side], pair: tuple[Fit, Fit], tolerance: float) -> list[Finding]:
+    (torch, flax), (a, b) = sides, pair
+    call_a, call_b = torch.call_of(a), flax.call_of(b)
+    found = _kernel_differences(sides, pair, tolerance)
+    for code in ("stride", "dilation"):
+        of_a, of_b = getattr(a.geometry, code), getattr(b.geometry, code)
+        if of_a != of_b:
+            found.append(Finding(code, f"PyTorch's {code} is {_one(of_a)}, Flax's is {_one(of_b)}"))
+    if not same_padding(a.geometry, b.geometry, call_a, call_b):
+        of_a = padding_words(call_a, a.geometry, torch.data.config)
+        of_b = padding_words(call_b, b.geometry, flax.data.config)
+        same_stride = a.geometry.stride == b.geometry.stride
+        stride = f" at stride {_one(a.geometry.stride)}" if same_stride else ""
+        found.append(Finding("padding", f"PyTorch pads {of_a}, Flax {of_b}{stride}"))
+    if a.bias is not None and b.bias is not None and a.bias != b.bias:
+        without = flax if a.bias else torch
+        evidence = f"{without.name} holds a bias (largest {without.largest_bias():.3g}) but does not add it"
+        found.append(Finding("bias-missing", evidence))
+    if a.rounding != b.rounding and {a.rounding, b.rounding} != {"", "float32"}:
+        found.append(Finding("matmul-precision", f"PyTorch's products: {a.words}; Flax's products: {b.words}"))
+    return found
+
+
+def _kernel_differences(sides: tuple[Side, Side], pair: tuple[Fit, Fit], tolerance: float) -> list[Finding]:
+    if pair[0].transform == pair[1].transform:
+        return []
+    applied = [fit.transform.apply(side.kernel) for side, fit in zip(sides, pair, strict=True)]
+    if applied[0].shape == applied[1].shape and _close(applied[0], applied[1], tolerance):
+        return []
+    codes = [list(fit.transform.codes) for fit in pair]
+    for side, own in zip(sides, codes, strict=True):
+        # A kernel that cannot be applied as it is held is transposed by necessity, not by mistake.
+        if "kernel-transposed" in own and not any(not t.codes for t in side.options):
+            own.remove("kernel-transposed")
+    different = [code for code in dict.fromkeys(codes[0] + codes[1]) if (code in codes[0]) != (code in codes[1])]
+    words = [fit.transform.words for fit in pair]
+    evidence = f"PyTorch applies its kernel {words[0]}, Flax its own {words[1]}"
+    return [Finding(code, evidence) for code in different or dict.fromkeys(codes[0] + codes[1])]
+
+
+def _absent_bias(torch: Side, flax: Side) -> list[Finding]:
+    if (torch.data.bias is None) == (flax.data.bias is None):
+        return []
+    with_bias, without = (torch, flax) if flax.data.bias is None else (flax, torch)
+    size = f"largest {with_bias.largest_bias():.3g}"
+    evidence = f"{with_bias.name}'s {KINDS[torch.kind]} has a bias ({size}), {without.name}'s has none"
+    return [Finding("bias-missing", evidence)]
+
+
+def _unexplained(name: str, kind: str, data: ProductSide) -> Finding:
+    shapes = f"x {data.x.shape}, kernel {data.kernel.shape}, y {data.y.shape}"
+    evidence = f"{name}'s output is no {KINDS[kind]} of its input with the kernel that it holds ({shapes})"
+    return Finding("unexplained", evidence)
+
+
+def _strange(kind: str, side: ProductSide) -> bool:
+    """Whether the ranks do not go together, so that nothing can be tried."""
+    rank = 0 if kind == "linear" else side.x.ndim - 2
+    return side.kernel.ndim != rank + 2 or side.y.ndim != side.x.ndim or side.x.ndim < 1 or not 0 <= rank <= 3
+
+
+def _gradients_differ(layer: str) -> Finding:
+    return Finding("unexplained", f"the gradients through the {layer} differ, and its forward pass is not a known one")
+
+
+def _as_float64(side: ProductSide) -> ProductSide:
+    def lifted(array: NDArray[Any] | None) -> NDArray[Any] | None:
+        return None if array is None else np.asarray(array, np.float64)
+
+    x, y, kernel = (np.asarray(array, np.float64) for array in side[:3])
+    return ProductSide(
+        x, y, kernel, lifted(side.bias), lifted(side.dy), lifted(side.dx), lifted(side.dkernel), side.config
+    )
+
+
+def _close(a: NDArray[Any], b: NDArray[Any], tolerance: float) -> bool:
+    return bool(np.abs(a - b).max(initial=0.0) <= tolerance * max(np.abs(a).max(initial=0.0), 1e-300))
+
+
+def _one(sizes: tuple[int, ...]) -> Any:
+    return sizes[0] if len(set(sizes)) == 1 else sizes

@@ -1,0 +1,72 @@
+"""Products in less than float32: each product layer's float32 output against float64 of the same input.
+
+A float32 product of n terms is off by some 1e-7 of its size; TensorFloat-32 and bfloat16 keep 10 and 7 bits of the
+factors, and are off by 1e-4 and 1e-3, whatever n is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from parity.diagnosis.finding import Finding, Located
+from parity.pairing.translation import Translation
+from parity.records import kinds
+from parity.records.recording import NETWORK, Recording
+from parity.sides import torch as torch_side
+
+LIMIT = 2e-5
+
+
+def precision_findings(
+    translation: Translation,
+    torch_module: torch.nn.Module,
+    torch32: Recording,
+    flax32: Recording,
+    exact: Recording,
+    *,
+    train: bool,
+) -> list[Located]:
+    """Where one side's products are in lower precision than the other's, in float32.
+
+    Args:
+      translation: which layer is which.
+      torch_module: the module.
+      torch32: PyTorch's run in float32.
+      flax32: Flax's.
+      exact: Flax's run in float64, every layer with its input of `flax32`.
+      train: the mode.
+    """
+    lifted = torch_side.lifted(torch_module, float64=True).train(train)
+    exact_calls, flax_calls = {c.key: c for c in exact.calls}, {c.key: c for c in flax32.calls}
+    found = []
+    for position, call in enumerate(torch32.calls):
+        pair = translation.pair_of.get(call.path)
+        key = (pair.flax.path, call.index) if pair else NETWORK
+        if pair is None or pair.kind not in kinds.PRODUCTS or key not in exact_calls or key not in flax_calls:
+            continue
+        with torch.no_grad(), torch_side.default_dtype(torch.float64):
+            truth: Any = lifted.get_submodule(call.path)(*[torch.tensor(a).double() for a in call.inputs])
+        errors = {
+            "PyTorch": _error(call.output, truth.numpy()),
+            "Flax": _error(flax_calls[key].output, exact_calls[key].output),
+        }
+        worse, better = sorted(errors, key=errors.__getitem__, reverse=True)
+        if errors[worse] > LIMIT >= errors[better]:
+            name = "bfloat16" if errors[worse] > 8e-4 else "TensorFloat-32"
+            text = (
+                f"{worse}'s product of float32 is off by {errors[worse]:.1e}, as of factors in {name}; "
+                f"{better}'s by {errors[better]:.1e}"
+            )
+            found.append(
+                Located("forward", position, call.path, pair.flax.path, Finding("matmul-precision", text), call.key)
+            )
+    return found
+
+
+def _error(given: NDArray, truth: NDArray) -> float:
+    size = float(np.linalg.norm(truth))
+    return float(np.linalg.norm(given - truth)) / size if size and given.shape == truth.shape else 0.0

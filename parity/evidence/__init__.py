@@ -1,0 +1,1 @@
+"""What a side is run for, and what two runs beside each other show."""

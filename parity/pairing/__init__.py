@@ -1,0 +1,1 @@
+"""Which layer, tensor and axis is which on the other side."""

@@ -1,0 +1,155 @@
+"""Runs two modules until it is known which of their layers are which."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import torch
+from flax import nnx
+from numpy.typing import NDArray
+
+from parity.pairing import matching
+from parity.pairing.guesses import given_guesses, guesses
+from parity.pairing.layers import Pairing
+from parity.records.recording import Layer
+from parity.records.structure import Flattened, Guess, Structure
+from parity.sides import jax as flax_side
+from parity.sides.jax import NnxSide
+from parity.sides.jax import layers as flax_layers
+from parity.sides.torch import layers as torch_layers
+
+MOST_ATTEMPTS = 200
+
+
+def _in_silence(function: Callable) -> Callable:
+    """What a module warns of on inputs that were made up is not the caller's concern."""
+
+    @functools.wraps(function)
+    def silent(*args: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*args)
+
+    return silent
+
+
+@_in_silence
+def settle(
+    module: torch.nn.Module | None,
+    torch_: Structure,
+    flax_module: nn.Module | nnx.Module,
+    inputs: Sequence[NDArray] | None,
+    flax_inputs: Sequence[NDArray] | None,
+    layer_map: Mapping[str, str] | None,
+) -> tuple[Pairing, Structure]:
+    """The pairing on the first inputs that both modules take and on which all shapes fit; else the closest."""
+    side = flax_side.side_of(flax_module)
+    runner = None if module is None else torch_layers.Runner(module, torch_)
+    best: tuple[int, Pairing, Structure, Guess] | None = None
+    error: Exception | None = None
+    original = list(torch_.layers)
+    for guess in itertools.islice(_candidates(runner, torch_, flax_module, inputs, flax_inputs), MOST_ATTEMPTS):
+        try:
+            flax = flax_layers.of_module(side, guess)
+        except Exception as refused:  # whatever a stranger's module raises
+            error = error or refused
+            continue
+        run = None if runner is None else runner.run(guess)
+        torch_.layers, torch_.feeders = _in_order(original, run), None if run is None else run.feeders
+        found = matching.match(torch_, flax, layer_map)
+        count = _misfits(found)
+        unchanged = best is not None and best[2].shapes == flax.shapes
+        if best is None or count < best[0]:
+            best = count, found, flax, guess
+        if count == 0 or unchanged:
+            break
+    if best is None:
+        if isinstance(side, NnxSide):
+            assert isinstance(flax_module, nnx.Module)
+            flax = flax_layers.of_definition(flax_module, side)
+            _suppose_flattened(torch_)
+            return matching.match(torch_, flax, layer_map), flax
+        raise ValueError(
+            "flax_module takes none of the inputs that PyTorch's first layer suggests; allowed: inputs=[...], numpy "
+            f"arrays in PyTorch's layout that it does take. It says: {type(error).__name__}: {error}"
+        ) from error
+    _, found, flax, guess = best
+    run = None if runner is None else runner.run(guess)
+    torch_.layers, torch_.feeders = _in_order(original, run), None if run is None else run.feeders
+    if runner is not None and run is not None:
+        torch_.flattened = runner.flattened(guess, run)
+        if not torch_layers.may_be_flattened(run.calls, {x.path: x.kind for x in torch_.layers}, guess):
+            return found, flax
+    flax.flattened = flax_layers.flattened(side, flax, guess)
+    if run is None and not flax.flattened:
+        _suppose_flattened(torch_)
+    return matching.match(torch_, flax, layer_map), flax
+
+
+@_in_silence
+def settle_torch(
+    module: torch.nn.Module,
+    torch_: Structure,
+    flax: Structure,
+    inputs: Sequence[NDArray] | None,
+    flax_inputs: Sequence[NDArray] | None,
+    layer_map: Mapping[str, str] | None,
+) -> Pairing:
+    """The pairing with variables whose module is not known."""
+    runner = torch_layers.Runner(module, torch_)
+    every = given_guesses(inputs, flax_inputs) if inputs is not None else guesses(torch_.layers, torch_.shapes)
+    ran = next(((guess, run) for guess in every if (run := runner.run(guess)) is not None), None)
+    if ran is None:
+        _suppose_flattened(torch_)
+    else:
+        guess, run = ran
+        torch_.layers, torch_.feeders = _in_order(torch_.layers, run), run.feeders
+        torch_.flattened = runner.flattened(guess, run)
+    return matching.match(torch_, flax, layer_map)
+
+
+def _candidates(
+    runner: torch_layers.Runner | None,
+    torch_: Structure,
+    flax_module: Any,
+    inputs: Sequence[NDArray] | None,
+    flax_inputs: Sequence[NDArray] | None,
+) -> Iterable[Guess]:
+    if inputs is not None:
+        return given_guesses(inputs, flax_inputs)
+    groups = getattr(flax_module, "feature_group_count", 1)
+    every = list(guesses(torch_.layers, torch_.shapes, groups if isinstance(groups, int) else 1))
+    if runner is None:
+        return every
+    return itertools.chain(itertools.islice((g for g in every if runner.run(g) is not None), 3), every)
+
+
+def _in_order(layers: list[Layer], run: torch_layers.Run | None) -> list[Layer]:
+    """The layers that were called first, in that order; the others as they were."""
+    if run is None:
+        return layers
+    place = {path: i for i, path in enumerate(run.order)}
+    return sorted(layers, key=lambda layer: place.get(layer.path, len(place)))
+
+
+def _suppose_flattened(structure: Structure) -> None:
+    """Without a run: a matrix that takes a multiple of what the convolution before it gives stands behind a flatten."""
+    channels = None
+    for layer in structure.layers:
+        weight = max((structure.shapes[full] for full in layer.tensors.values()), key=len, default=())
+        if len(weight) >= 3 and layer.is_called:
+            channels = weight[1] if layer.kind == "conv_transpose" else weight[0]
+        elif len(weight) == 2:
+            if channels and weight[1] > channels and weight[1] % channels == 0:
+                structure.flattened[layer.path] = Flattened(channels, weight[1] // channels, True)
+            channels = None
+
+
+def _misfits(found: Pairing) -> int:
+    left = found.left()
+    return sum(not t.fits for pair in found.layers for t in pair.tensors) + len(left[0]) + len(left[1])

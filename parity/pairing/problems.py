@@ -1,0 +1,114 @@
+"""What weights that do not fit are told, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from parity.pairing.layers import Pairing
+from parity.records import kinds
+from parity.records.structure import Structure
+
+
+def wrong(found: Pairing, torch_: Structure, flax: Structure, arrays: Mapping[str, NDArray], *, to: str) -> list[str]:
+    """Tensors of a wrong dtype or shape, or not there."""
+    problems: dict[str, None] = {}
+    for torch_name, flax_name, pair in found.tensors():
+        name, target = (torch_name, flax_name) if to == "flax" else (flax_name, torch_name)
+        if name not in arrays:
+            problems[f"{name} is missing (for {target})"] = None
+            continue
+        if to == "flax":
+            shape = pair.to_torch(np.empty(flax.shapes[flax_name], np.bool_)).shape
+            if pair.part is not None:
+                shape = (shape[0] * (pair.part[2] // (pair.part[1] - pair.part[0])), *shape[1:])
+        else:
+            shape = pair.to_flax(np.empty(torch_.shapes[torch_name], np.bool_)).shape
+        if not jnp.issubdtype(arrays[name].dtype, jnp.floating):
+            problems[f"{name} is {arrays[name].dtype}; allowed: floating point (for {target})"] = None
+        elif not pair.fits or arrays[name].shape != shape:
+            problems[f"{name} has shape {arrays[name].shape}; allowed: {shape} (for {target})"] = None
+    return list(problems)
+
+
+def missing_in_torch(found: Pairing) -> list[tuple[str, str]]:
+    """(the name that PyTorch's tensor would have, Flax's name) of what nothing fills."""
+    partner = {full: pair.torch for pair in found.layers for full in pair.flax.tensors.values()}
+    missing = []
+    for full in found.left()[1]:
+        layer = partner.get(full)
+        if layer is None:
+            missing.append(("PyTorch's tensor", full))
+            continue
+        local = full.rpartition("/")[2]
+        own = any(name in layer.tensors for name in ("gamma", "beta", "moving_mean"))
+        names = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_var"} if own else {}
+        usual = {
+            "scale": "weight",
+            "kernel": "weight",
+            "embedding": "weight",
+            "mean": "running_mean",
+            "var": "running_var",
+        }
+        name = names.get(local, usual.get(local, local))
+        missing.append((f"{layer.path}.{name}" if layer.path else name, full))
+    return missing
+
+
+def missing_in_flax(found: Pairing, torch_: Structure, tied: Mapping[str, Sequence[str]]) -> list[str]:
+    """PyTorch's tensors that nothing fills, with the name that Flax's would have."""
+    carried = {name for name, _, _ in found.tensors()}
+    partner = {full: pair.flax for pair in found.layers for full in pair.torch.tensors.values()}
+    problems = []
+    for full in found.left()[0]:
+        if any(name in carried for name in tied.get(full, ())):
+            continue
+        layer = partner.get(full)
+        local = full.rpartition(".")[2]
+        if layer is None:
+            problems.append(f"{full} has no variable that fills it")
+            continue
+        name = _flax_name(local, layer.kind)
+        collection = "batch_stats" if name in ("mean", "var") else "params"
+        problems.append(f"{'/'.join(part for part in (collection, layer.path, name) if part)} is missing (for {full})")
+    return problems
+
+
+def _flax_name(local: str, kind: str) -> str:
+    if kinds.MEAN.fullmatch(local):
+        return "mean"
+    if kinds.VAR.fullmatch(local):
+        return "var"
+    if kinds.SHIFT.fullmatch(local):
+        return "bias"
+    return "scale" if kind in kinds.NORMS else "embedding" if kind == "embedding" else "kernel"
+
+
+def left_over_of_torch(
+    found: Pairing, torch_: Structure, state: Mapping[str, torch.Tensor], *, is_module: bool
+) -> list[str]:
+    """PyTorch's tensors that nothing takes; those of a shared weight count once, integers are no weights."""
+    carried = {name for name, _, _ in found.tensors()}
+    shared = tied(state)
+    left = set(found.left()[0])
+    if not is_module:  # a module's tensors outside of its layers are constants
+        left |= {n for n, v in state.items() if n not in torch_.shapes and n not in torch_.counters.values()}
+    return [
+        f"{name} is left over: the target has no place for it"
+        for name in state
+        if name in left and state[name].is_floating_point() and not any(n in carried for n in shared[name])
+    ]
+
+
+def tied(state: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Name -> all names of the same tensor: layers that share a weight."""
+    by_place: dict[Any, list[str]] = {}
+    for name, v in state.items():
+        place = (v.data_ptr(), tuple(v.shape), v.stride()) if v.numel() and v.device.type != "meta" else name
+        by_place.setdefault(place, []).append(name)
+    return {name: names for names in by_place.values() for name in names}

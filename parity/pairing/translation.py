@@ -1,0 +1,188 @@
+"""In which layout each array of a run goes from PyTorch to Flax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.pairing.layers import Pairing
+from parity.records import kinds
+from parity.records.distance import error_of
+from parity.records.recording import Call, Recording
+
+# Kinds of layers whose channels PyTorch has on axis 1, Flax on the last; all others have them last in both.
+CHANNELS_FIRST = {"conv", "conv_transpose", "batch_norm", "group_norm"}
+
+
+Layout = tuple
+"""How an activation goes from PyTorch to Flax: ("same",), ("last",), ("swap",) or ("flatten", (C, *spatial))."""
+
+
+def apply_layout(layout: Layout, a: NDArray) -> NDArray:
+    """PyTorch's array in Flax's layout.
+
+    "last" moves axis 1 to the end, "swap" exchanges the first two axes (sequence and batch), "flatten" reorders the
+    last axis from C, *spatial to *spatial, C.
+    """
+    if layout[0] == "last":
+        return np.moveaxis(a, 1, -1)
+    if layout[0] == "swap":
+        return np.swapaxes(a, 0, 1)
+    if layout[0] == "flatten":
+        return np.moveaxis(a.reshape(*a.shape[:-1], *layout[1]), a.ndim - 1, -1).reshape(a.shape)
+    return a
+
+
+def layouts_for(kind: str, a: NDArray, shape: Sequence[int], flattened: Sequence[tuple[int, ...]] = ()) -> list[Layout]:
+    """The layouts that give PyTorch's array this shape, the usual one of this kind of layer first."""
+    first = ("last",) if kind in CHANNELS_FIRST and a.ndim > 2 else ("same",)
+    every: list[Layout] = [first]
+    every += [("flatten", s) for s in flattened if a.ndim == 2 and np.prod(s) == a.shape[-1]]
+    if kind in CHANNELS_FIRST:
+        every.append(("same",))
+    else:
+        every += [("last",)] * (a.ndim > 2) + [("swap",)] * (a.ndim == 3)
+    return [layout for layout in every if apply_layout(layout, a).shape == tuple(shape)] or [first]
+
+
+class Translation:
+    """Decides once, from shapes and where these leave a choice from numbers, in which layout each array goes across."""
+
+    def __init__(self, torch: Recording, pairing: Pairing) -> None:
+        self.torch, self.pairing = torch, pairing
+        self.pair_of = {pair.torch.path: pair for pair in pairing.layers}
+        self.torch_path = {pair.flax.path: pair.torch.path for pair in pairing.layers}
+        self.calls = {call.key: call for call in torch.calls}
+        self.position = {call.key: i for i, call in enumerate(torch.calls)}
+        self.chosen: dict[tuple, Layout] = {}
+
+    def torch_call(self, flax_key: tuple[str, int]) -> Call | None:
+        """PyTorch's call that belongs to this call of Flax."""
+        path = self.torch_path.get(flax_key[0])
+        return None if path is None else self.calls.get((path, flax_key[1]))
+
+    def input(self, call: Call, i: int, arrived: Any = None) -> NDArray:
+        """The i-th input of PyTorch's call in Flax's layout; `arrived` is Flax's, for its shape."""
+        kind = self.pair_of[call.path].kind
+        flattened = self._before_flatten(call, kind)
+        return self._layout((call.key, "input", i), call.inputs[i], kind, arrived, flattened)
+
+    def output(self, call: Call, like: Any = None) -> NDArray:
+        """The output of PyTorch's call in Flax's layout."""
+        kind = self.pair_of[call.path].kind
+        return self._layout((call.key, "output"), call.output, kind, like)
+
+    def result(self, i: int, like: Any = None) -> NDArray:
+        """The i-th output of PyTorch's network in Flax's layout."""
+        return self._layout(("result", i), self.torch.outputs[i], "other", like, self._channels_before())
+
+    def gradient(self, which: tuple, gradient: NDArray | None) -> NDArray | None:
+        """A gradient, in the layout of what it belongs to."""
+        return None if gradient is None else apply_layout(self.chosen.get(which, ("same",)), gradient)
+
+    def _layout(self, which, a, kind, like, flattened=()) -> NDArray:
+        if which not in self.chosen:
+            shape = apply_layout(layouts_for(kind, a, ())[0], a).shape if like is None else np.shape(like)
+            self.chosen[which] = layouts_for(kind, a, shape, flattened)[0]
+        return apply_layout(self.chosen[which], a)
+
+    def settle(self, forced: Recording) -> None:
+        """Where shapes leave a choice of layouts, chooses by what arrived in single-layer mode."""
+        for mine in forced.calls:
+            call = self.torch_call(mine.key)
+            if call is None:
+                continue
+            kind, layout = self.pair_of[call.path].kind, None
+            flattened = self._before_flatten(call, kind)
+            for i, (a, arrived) in enumerate(zip(call.inputs, mine.arrived, strict=False)):
+                which, fitting = (call.key, "input", i), layouts_for(kind, a, arrived.shape, flattened)
+                # Where the kind says it, numbers that happen to agree must not: it may be the mistake.
+                by_kind = kind in CHANNELS_FIRST and a.ndim > 2
+                self.chosen[which] = fitting[0] if by_kind else _closest(fitting, a, arrived)
+                layout = layout or self.chosen[which]
+            fitting = layouts_for(kind, call.output, mine.output.shape, () if kind == "linear" else flattened)
+            self.chosen[call.key, "output"] = layout if layout in fitting else fitting[0]
+        for i, (a, output) in enumerate(zip(self.torch.outputs, forced.outputs, strict=False)):
+            fitting = layouts_for("other", a, output.shape, self._channels_before())
+            self.chosen["result", i] = _closest(fitting, a, output)
+
+    def _before_flatten(self, call: Call, kind: str) -> list[tuple[int, ...]]:
+        """What can have been flattened to this layer's input: (C, H, W) of as many numbers."""
+        if kind not in ("linear", *kinds.NORMS) or not call.inputs or call.inputs[0].ndim != 2:
+            return []
+        return self._shapes(self.torch.calls[: self.position[call.key]], call.inputs[0].shape[-1])
+
+    def _channels_before(self) -> list[tuple[int, ...]]:
+        size = self.torch.outputs[0].shape[-1] if self.torch.outputs and self.torch.outputs[0].ndim else 0
+        return self._shapes(self.torch.calls, size)
+
+    def _shapes(self, before: Sequence[Call], size: int) -> list[tuple[int, ...]]:
+        images = [c.output for c in before if c.output.ndim > 2 and self._kind(c) in CHANNELS_FIRST]
+        images = images or [a for a in self.torch.inputs if a.dtype.kind == "f" and a.ndim > 2]
+        image = images[-1] if images else None
+        if image is None or size % image.shape[1] or size == image.shape[1]:
+            return []
+        channels, pixels = image.shape[1], size // image.shape[1]
+        if image.ndim == 3:
+            return [(channels, pixels)]
+        if image.ndim == 4:
+            heights = [h for h in range(1, pixels + 1) if pixels % h == 0]
+            aspect = image.shape[2] / image.shape[3]
+            heights.sort(key=lambda h: abs(np.log(h * h / pixels / aspect)))
+            return [(channels, h, pixels // h) for h in heights[:6]]
+        edge = round(pixels ** (1 / (image.ndim - 2)))
+        return [(channels, *[edge] * (image.ndim - 2))] if edge ** (image.ndim - 2) == pixels else []
+
+    def _kind(self, call: Call) -> str:
+        return self.pair_of[call.path].kind if call.path in self.pair_of else "other"
+
+    def flattens(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(PyTorch's path, (C, *spatial)) of every linear layer whose inputs stand in another order in Flax."""
+        for which, layout in self.chosen.items():
+            if layout[0] == "flatten" and which[0] != "result":
+                yield which[0][0], layout[1]
+
+
+def _closest(layouts: list[Layout], a: NDArray, like: NDArray) -> Layout:
+    """The layout in which the numbers agree best; the usual one unless another is clearly closer."""
+    if len(layouts) == 1 or apply_layout(layouts[0], a).shape != like.shape:
+        return layouts[0]
+    # By correlation, of either sign: another activation or a factor may have changed the values, not which of them
+    # are large and which small (or, where it falls, small and large).
+    distances = [1 - abs(_correlation(apply_layout(layout, a), like)) for layout in layouts]
+    best = int(np.argmin(distances))
+    return layouts[best] if distances[best] < 0.7 * distances[0] else layouts[0]
+
+
+def _correlation(a: NDArray, b: NDArray) -> float:
+    a, b = (np.where(np.isfinite(v), v, 0).astype(np.float64).ravel() for v in (a, b))
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size else 0.0
+
+
+def flat_layout_inputs(inputs: Sequence[NDArray], torch: Recording | None = None) -> list[NDArray]:
+    """The network's inputs in Flax's layout: floating arrays of rank 3 and more channels last.
+
+    With PyTorch's recording, those that go straight into a layer that has its channels last in PyTorch too (linear,
+    layer norm, attention) stay as they are.
+    """
+    last = {"linear", "layer_norm", "rms_norm", "attention"}
+    readers = [] if torch is None else [c for c in torch.calls if torch.layers[c.path].kind in last]
+
+    def stays(a: NDArray) -> bool:
+        return any(x.shape == a.shape and error_of(x, a) <= 1e-6 for call in readers for x in call.inputs)
+
+    return [np.moveaxis(a, 1, -1) if a.dtype.kind == "f" and a.ndim >= 3 and not stays(a) else a for a in inputs]
+
+
+def translated(torch: Recording, flax: Recording, pairing: Pairing) -> Translation:
+    """Decides from both runs in which layout each array goes across, and what stands behind a flatten."""
+    translation = Translation(torch, pairing)
+    translation.settle(flax)
+    for path, shape in dict(translation.flattens()).items():
+        pairing.with_flatten(path, shape)
+    return translation

@@ -1,0 +1,67 @@
+"""How far apart two arrays are."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def error_of(given: NDArray, truth: NDArray, floor: float = 0.0) -> float:
+    """max|given - truth| / max(max|truth|, floor); infinity where shapes, NaNs or infinities differ.
+
+    NaN where there was nothing to compare: both are empty, hold NaN in the same places, or nothing finite.
+    """
+    a, b = np.asarray(given, np.float64), np.asarray(truth, np.float64)
+    if a.shape != b.shape:
+        return float("inf")
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not finite.all():
+        same = np.array_equal(a[~finite], b[~finite], equal_nan=True)
+        if not same:
+            return float("inf")
+        if np.isnan(b).any():
+            return float("nan")
+        a, b = a[finite], b[finite]
+    if not a.size:
+        return float("nan")
+    worst = float(np.abs(a - b).max(initial=0.0))
+    if worst == 0:
+        return 0.0
+    scale = max(float(np.abs(b).max(initial=0.0)), floor)
+    return worst / scale if scale > 0 else float("inf")
+
+
+def relative_error(given: ArrayLike, truth: ArrayLike, scale: float | None = None) -> float:
+    """max|given - truth| / max|truth|: one number a tensor, so that a small element beside large ones may round.
+
+    Args:
+      given: any shape.
+      truth: the same shape, in float64 or exact.
+      scale: in place of max|truth|, where the truth is 0 by cancellation: the size of what cancelled.
+
+    Returns:
+      The error; 0 if both are all 0; infinity if either holds a NaN or an infinity, or the shapes differ.
+    """
+    a, b = np.asarray(given, np.float64), np.asarray(truth, np.float64)
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    worst = float(np.abs(a - b).max(initial=0.0))
+    scale = float(np.abs(b).max(initial=0.0)) if scale is None else scale
+    return 0.0 if worst == 0 else worst / scale if scale > 0 else float("inf")
+
+
+def relative_norm_error(given: ArrayLike, truth: ArrayLike) -> float:
+    """||given - truth|| / ||truth|| (Euclidean): for a gradient, whose direction counts.
+
+    Args:
+      given: any shape.
+      truth: the same shape, in float64 or exact.
+
+    Returns:
+      The error; 0 if both are all 0; infinity if either holds a NaN or an infinity, or the shapes differ.
+    """
+    a, b = np.asarray(given, np.float64), np.asarray(truth, np.float64)
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    difference, size = float(np.linalg.norm((a - b).ravel())), float(np.linalg.norm(b.ravel()))
+    return 0.0 if difference == 0 else difference / size if size > 0 else float("inf")

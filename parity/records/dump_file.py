@@ -1,0 +1,224 @@
+"""A recording as two files that any environment reads: NAME.safetensors with the arrays, NAME.json with the rest.
+
+The JSON file:
+
+    {"format": "parity dump", "version": 1, "sha256": of the other file,
+     "framework": "torch" | "flax", "details": {"mode": "train" | "eval", "class", "versions", "inputs", ...},
+     "layers": [{"path", "kind", "class_name", "tensors": {local name: full name}, "statistics", "config", "is_called",
+                 "calls": how many}],
+     "runs": {"free": {"loss", "failure", "calls": [{"path", "index"}], "glue": [{"path", "class_name", "position"}]},
+              "forced": the same, or absent},
+     "noise": [[phase, path, index, value]]}
+
+Layers stand in the order of the module's definition, calls in the order of execution. The arrays, each in the
+framework's own layout, are called RUN/tensor/FULL NAME, RUN/new_statistic/FULL NAME, RUN/gradient/FULL NAME,
+RUN/input/I, RUN/input_gradient/I, RUN/output/I, RUN/output_gradient/I, and RUN/call/N/ input/I, arrived/I,
+input_gradient/I, output, output_gradient for the N-th call. What there is not (the gradient of an integer) is absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from bn_common.run_folder import write_whole
+from parity.records.recording import Call, GlueCall, Layer, Recording
+
+FORMAT, VERSION = "parity dump", 1
+LISTS = {"input": "inputs", "input_gradient": "input_gradients", "output": "outputs"}
+LISTS |= {"output_gradient": "output_gradients"}
+MAPS = {"tensor": "tensors", "new_statistic": "new_statistics", "gradient": "gradients"}
+CALL_LISTS = {"input": "inputs", "arrived": "arrived", "input_gradient": "input_gradients"}
+
+Noise = dict[tuple[str, tuple[str, int]], float]
+
+
+@dataclass
+class Dump:
+    """What one side did.
+
+    Attributes:
+      free: the run on its own.
+      forced: Flax's run in single-layer mode, fed PyTorch's arrays of another dump; None where there is none.
+      noise: (phase, (layer, call)) -> rounding, relative, see `parity/comparison/rounding.py`.
+      details: mode, class, versions, hashes of the inputs.
+      name: of the files, for messages.
+      sha256: of the file with the arrays.
+    """
+
+    free: Recording
+    forced: Recording | None = None
+    noise: Noise = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    sha256: str = ""
+
+
+def files_of(path: str | Path) -> tuple[Path, Path]:
+    """The two files of a dump, arrays and JSON, by their common name or the name of either."""
+    path = Path(path)
+    stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")
+
+
+def is_dump(path: str | Path) -> bool:
+    """Whether both files are there and the JSON says so."""
+    arrays, about = files_of(path)
+    try:
+        return arrays.is_file() and json.loads(about.read_bytes()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def save(dump: Dump, path: str | Path) -> None:
+    """Write both files, each whole or not at all.
+
+    Raises:
+      OSError: a file can't be written.
+    """
+    arrays_file, about_file = files_of(path)
+    runs = {name: run for name, run in (("free", dump.free), ("forced", dump.forced)) if run is not None}
+    # Arrays of both runs that are the same (the weights) are written once.
+    named = {f"{run}/{name}": a for run, recording in runs.items() for name, a in arrays(recording)}
+    named = {name: a for name, a in named.items() if not name.startswith("forced/tensor/")}
+    content = safetensors.numpy.save({name: np.array(a, order="C") for name, a in named.items()})
+    dump.sha256 = hashlib.sha256(content).hexdigest()
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "sha256": dump.sha256,
+        "framework": dump.free.framework,
+        "details": dump.details,
+        "layers": [_layer(layer, dump.free) for layer in dump.free.layers.values()],
+        "runs": {name: _run(run) for name, run in runs.items()},
+        "noise": [[phase, *key, value] for (phase, key), value in dump.noise.items()],
+    }
+    write_whole(arrays_file, content)
+    write_whole(about_file, (json.dumps(plain(about), indent=1, allow_nan=False) + "\n").encode())
+
+
+def load(path: str | Path) -> Dump:
+    """Read a dump.
+
+    Raises:
+      ValueError: no dump, one of another version, or two files that do not belong together.
+    """
+    arrays_file, about_file = files_of(path)
+    try:
+        content, about = arrays_file.read_bytes(), json.loads(about_file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no dump ({error}); allowed: the name that `dump --out` was given") from None
+    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"{about_file} is no {FORMAT} of version {VERSION}; allowed: what `dump --out` wrote")
+    if about["sha256"] != hashlib.sha256(content).hexdigest():
+        raise ValueError(f"{arrays_file} is not the file that {about_file} was written with; allowed: both of one dump")
+    named = safetensors.numpy.load(content)
+    layers = {entry["path"]: _read_layer(entry) for entry in about["layers"]}
+    runs = {name: _read_run(name, entry, about["framework"], layers, named) for name, entry in about["runs"].items()}
+    if "forced" in runs:
+        runs["forced"].tensors = runs["free"].tensors
+    noise = {(phase, (layer, index)): float(value) for phase, layer, index, value in about["noise"]}
+    return Dump(runs["free"], runs.get("forced"), noise, about["details"], str(path), about["sha256"])
+
+
+def arrays(recording: Recording) -> Iterator[tuple[str, NDArray]]:
+    """Every array by its name in the file."""
+    for name, attribute in MAPS.items():
+        yield from ((f"{name}/{full}", a) for full, a in getattr(recording, attribute).items())
+    for name, attribute in LISTS.items():
+        yield from _numbered(name, getattr(recording, attribute))
+    for n, call in enumerate(recording.calls):
+        for name, attribute in CALL_LISTS.items():
+            yield from _numbered(f"call/{n}/{name}", getattr(call, attribute))
+        yield f"call/{n}/output", call.output
+        if call.output_gradient is not None:
+            yield f"call/{n}/output_gradient", call.output_gradient
+
+
+def _numbered(name: str, given: list[NDArray | None]) -> Iterator[tuple[str, NDArray]]:
+    yield from ((f"{name}/{i}", a) for i, a in enumerate(given) if a is not None)
+
+
+def _layer(layer: Layer, recording: Recording) -> dict[str, Any]:
+    fields = dataclasses.asdict(layer) | {"statistics": sorted(layer.statistics)}
+    config = {name: v for name, v in layer.config.items() if _is_plain(v)}
+    return fields | {"config": config, "calls": sum(call.path == layer.path for call in recording.calls)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _read_layer(entry: Mapping[str, Any]) -> Layer:
+    fields = {f.name: entry[f.name] for f in dataclasses.fields(Layer)}
+    config = {name: _as_tuple(v) for name, v in entry["config"].items()}
+    return Layer(**fields | {"statistics": frozenset(entry["statistics"]), "config": config})
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def _run(recording: Recording) -> dict[str, Any]:
+    return {
+        "loss": recording.loss,
+        "failure": None if recording.failure is None else str(recording.failure),
+        "calls": [{"path": call.path, "index": call.index} for call in recording.calls],
+        "glue": [dataclasses.asdict(glue) for glue in recording.glue],
+    }
+
+
+def _read_run(
+    name: str, entry: Mapping[str, Any], framework: Any, layers: dict[str, Layer], named: Mapping
+) -> Recording:
+    recording = Recording(framework, layers, loss=None if entry["loss"] is None else float(entry["loss"]))
+    recording.failure = None if entry["failure"] is None else RuntimeError(entry["failure"])
+    recording.glue = [GlueCall(**glue) for glue in entry["glue"]]
+    own = {key.removeprefix(f"{name}/"): a for key, a in named.items() if key.startswith(f"{name}/")}
+    for key, attribute in MAPS.items():
+        of_key = {k.removeprefix(f"{key}/"): a for k, a in own.items() if k.startswith(f"{key}/")}
+        setattr(recording, attribute, of_key)
+    for key, attribute in LISTS.items():
+        setattr(recording, attribute, _list(own, key))
+    for n, call in enumerate(entry["calls"]):
+        lists: dict[str, Any] = {attribute: _list(own, f"call/{n}/{key}") for key, attribute in CALL_LISTS.items()}
+        gradient = own.get(f"call/{n}/output_gradient")
+        recording.calls.append(Call(**call, output=own[f"call/{n}/output"], output_gradient=gradient, **lists))
+    recording.input_gradients += [None] * (len(recording.inputs) - len(recording.input_gradients))
+    for call in recording.calls:
+        call.input_gradients += [None] * (len(call.inputs) - len(call.input_gradients))
+    return recording
+
+
+def _list(own: Mapping[str, NDArray], key: str) -> list[Any]:
+    """[array or None] of KEY/0, KEY/1, ...; None where a number is left out."""
+    numbers = [int(k.rpartition("/")[2]) for k in own if re.fullmatch(rf"{re.escape(key)}/\d+", k)]
+    return [own.get(f"{key}/{i}") for i in range(max(numbers, default=-1) + 1)]
+
+
+def plain(value: Any) -> Any:
+    """As lists, dicts with names for keys, strings and numbers that JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,120 @@
+"""What one framework did in one run: every layer's call, tensors and gradients, as numpy arrays in its own layout.
+
+Both halves (`sides/torch/record.py`, `sides/jax/record.py`) write it, everything else reads it; neither framework
+is needed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+
+@dataclass
+class Layer:
+    """A module that holds parameters or statistics of its own.
+
+    Attributes:
+      path: PyTorch's dotted name, or Flax's path "a/b"; "" is the root.
+      kind: see `parity.records.kinds`.
+      class_name: its class.
+      tensors: local name ("weight", "query/kernel") -> full name ("conv.0.weight", "params/attn/query/kernel").
+      statistics: the local names that are no parameters.
+      config: what it says of itself (stride, padding, ...), hints at best.
+      feeder: the layer whose output goes into its first call as it is.
+      is_called: False for a module whose tensors are used while other layers are called within it (bare parameters).
+    """
+
+    path: str
+    kind: str
+    class_name: str
+    tensors: dict[str, str]
+    statistics: frozenset[str] = frozenset()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    is_called: bool = True
+    feeder: str | None = None
+
+
+@dataclass
+class Call:
+    """One call of a layer. Gradients are those of the loss: by what goes in, through this layer only, and by y.
+
+    `arrived` is the input as it came; in single-layer mode `inputs` are the other side's, which the layer was given.
+    """
+
+    path: str
+    index: int
+    inputs: list[NDArray]
+    output: NDArray
+    arrived: list[NDArray] = field(default_factory=list)
+    input_gradients: list[NDArray | None] = field(default_factory=list)
+    output_gradient: NDArray | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The layer and which of its calls this is."""
+        return self.path, self.index
+
+
+@dataclass
+class GlueCall:
+    """One call of a module without tensors (activation, pool, dropout, ...), and how many layers were called before.
+
+    `class_names` are those of its class and its ancestors, the most derived first.
+    """
+
+    path: str
+    class_names: tuple[str, ...]
+    position: int
+
+
+@dataclass
+class Recording:
+    """One run of one side.
+
+    Attributes:
+      framework: which.
+      layers: by path, in the order of the module's definition.
+      calls: in the order of execution.
+      glue: modules without tensors, in the order of execution (PyTorch only).
+      tensors: parameters and statistics before the run, by full name.
+      new_statistics: statistics after it.
+      gradients: by the parameters.
+      inputs: as given.
+      input_gradients: None where an input is no floating point.
+      outputs: the floating arrays of the output, flattened.
+      output_gradients: of the loss.
+      loss: its value, None where there is nothing to differentiate.
+      failure: what stopped the run before its end.
+      dropout_off: a dropout was in it, and was switched off.
+    """
+
+    framework: Literal["torch", "flax"]
+    layers: dict[str, Layer]
+    calls: list[Call] = field(default_factory=list)
+    glue: list[GlueCall] = field(default_factory=list)
+    tensors: dict[str, NDArray] = field(default_factory=dict)
+    new_statistics: dict[str, NDArray] = field(default_factory=dict)
+    gradients: dict[str, NDArray] = field(default_factory=dict)
+    inputs: list[NDArray] = field(default_factory=list)
+    input_gradients: list[NDArray | None] = field(default_factory=list)
+    outputs: list[NDArray] = field(default_factory=list)
+    output_gradients: list[NDArray] = field(default_factory=list)
+    loss: float | None = None
+    failure: Exception | None = None
+    dropout_off: bool = False
+
+    def call(self, key: tuple[str, int]) -> Call | None:
+        """The call of that layer and index."""
+        return next((call for call in self.calls if call.key == key), None)
+
+
+NETWORK = ("", -1)
+"""In the place of a call: the network as a whole."""
+
+
+PHASES = "forward", "loss", "backward", "statistics", "optimizer"
+"""In the order in which they are gone through; an error in one is carried into those behind it."""

@@ -1,0 +1,51 @@
+"""What both sides have in common: how a run is forced, its loss, what a training step leaves."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def loss_weights(count: int) -> NDArray:
+    """The w of the default loss, sum over n of w[n] * (sum over all y in entry n of the first axis of sin(y + 1)).
+
+    It does not ask for the order of y within an entry, so it is the same in either layout; and its gradient,
+    w[n] cos(y + 1), differs from number to number.
+
+    Args:
+      count: length of the first axis.
+
+    Returns:
+      [count], fixed.
+    """
+    return np.random.default_rng(20150211).normal(size=count)
+
+
+class Force(Protocol):
+    """What single-layer mode puts in the place of this side's own arrays; in this side's layout.
+
+    Each answer is (array, its gradient), a gradient of None is 0; or None, to leave the array as it is.
+    """
+
+    def input(self, key: tuple[str, int], i: int, arrived: Any) -> tuple[NDArray, NDArray | None] | None:
+        """In place of what arrived as the i-th input of that call."""
+
+    def output(self, key: tuple[str, int], output: Any) -> tuple[NDArray, NDArray | None] | None:
+        """In place of the output of that call."""
+
+    def result(self, i: int, output: Any) -> tuple[NDArray, NDArray | None] | None:
+        """In place of the i-th output of the network."""
+
+
+Snapshot = dict[str, dict[str, NDArray]]
+"""{"parameters" | "statistics" | "optimizer <buffer>": {PyTorch's name: array}}."""
+
+
+def nudged(a: NDArray, rng: np.random.Generator) -> NDArray:
+    """Every element of a floating array one unit in the last place up or down, or where it is; 0 stays."""
+    if a.dtype.kind != "f":
+        return a
+    towards = a * rng.choice(np.array([0, 1, 2], a.dtype), a.shape)
+    return np.nextafter(a, towards)

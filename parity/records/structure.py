@@ -1,0 +1,56 @@
+"""What a module looks like to the bridge: its layers in order, its tensors' shapes, what stands behind a flatten.
+
+Needs neither framework; `sides/torch/layers.py` and `sides/jax/layers.py` fill it in.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from numpy.typing import NDArray
+
+from parity.records.kinds import Shape
+from parity.records.recording import Layer
+
+
+class Flattened(NamedTuple):
+    """What a layer's flat input was before: channels * positions numbers, with the channels in front or last."""
+
+    channels: int
+    positions: int
+    channels_first: bool
+
+
+@dataclass
+class Structure:
+    """A module, or a set of weights.
+
+    Attributes:
+      layers: in the order of execution where that is known, else of definition.
+      shapes: full name -> shape of every tensor that has to be carried; no counters.
+      counters: path of a layer -> full name of its counter of batches.
+      flattened: path of a layer -> what its input was before it was flattened.
+      feeders: path of a layer -> of the layer whose output it takes as it is; None if no run has shown them.
+      ordered: whether the order of the layers means anything.
+    """
+
+    layers: list[Layer]
+    shapes: dict[str, Shape]
+    counters: dict[str, str] = field(default_factory=dict)
+    flattened: dict[str, Flattened] = field(default_factory=dict)
+    feeders: dict[str, str] | None = None
+    ordered: bool = True
+
+
+class Guess(NamedTuple):
+    """Inputs that a module may take, in either layout."""
+
+    torch: tuple[NDArray, ...]
+    flax: tuple[NDArray, ...]
+
+
+def natural(path: str) -> list[tuple[int, int | str]]:
+    """A key to sort names by, in which block_10 comes after block_2."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path) if part]

@@ -1,0 +1,130 @@
+"""What a comparison found: a table in the terminal, JSON, and one self-contained HTML page.
+
+Pure Python, numpy and rich: a report is made, read and printed where neither framework is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from bn_common.run_folder import write_whole
+from parity.records.dump_file import plain
+from parity.report.findings import Diagnosis, Divergence, LayerRow, both_names, number
+from parity.report.html import page
+from parity.report.table import parts, takes
+
+
+@dataclass
+class Report:
+    """What a comparison of two modules found.
+
+    Attributes:
+      first_divergence: None if everything agrees.
+      diagnoses: the most likely first.
+      layers: a row for each quantity of each layer, in execution order.
+      notes: for the reader; they mean no difference.
+      details: mode, versions, dtypes, seeds, loss values; plain values and arrays. Of these, the HTML page draws
+        "losses": {name: a value a step} and "distances": {name: a value a step}.
+    """
+
+    first_divergence: Divergence | None = None
+    diagnoses: list[Diagnosis] = field(default_factory=list)
+    layers: list[LayerRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """No divergence and no diagnosis."""
+        return self.first_divergence is None and not self.diagnoses
+
+    def is_first(self, row: LayerRow) -> bool:
+        """Whether this row is the first divergence."""
+        first = self.first_divergence
+        same = first is not None and (row.phase, row.torch_layer, row.flax_layer) == (
+            first.phase,
+            first.torch_layer,
+            first.flax_layer,
+        )
+        return same and first is not None and first.quantity in ("", row.quantity) and not row.ok
+
+    def verdict(self, row: LayerRow) -> str:
+        """In words: "ok", "differs first", "differs" or, only because of the layers before, "inherits"."""
+        if self.is_first(row):
+            return "differs first"
+        return "ok" if row.ok else "inherits" if row.inherited else "differs"
+
+    @property
+    def summary(self) -> str:
+        """The result in one line."""
+        one_layer = len({diagnosis.layer for diagnosis in self.diagnoses}) < 2
+        named = (d.code if one_layer or not d.layer else f"{d.code} at {d.layer}" for d in self.diagnoses)
+        codes = ", ".join(dict.fromkeys(named))
+        first = self.first_divergence
+        if first is not None:
+            where = both_names(first.torch_layer, first.flax_layer)
+            what = f" {first.quantity}" if first.quantity else ""
+            return (
+                f"differs first in {first.phase} at {where}:{what} error {number(first.error)}, "
+                f"bound {number(first.bound)}{f': {codes}' if codes else ''}"
+            )
+        if codes:
+            return f"no layer differs by more than its bound, but: {codes}"
+        pairs = {(row.torch_layer, row.flax_layer) for row in self.layers} - {("", "")}
+        layers, rows = len(pairs), len(self.layers)
+        quantities = "1 quantity agrees" if rows == 1 else f"{rows} quantities agree"
+        return f"ok: {layers} {'layer' if layers == 1 else 'layers'}, {quantities}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain Python values that are strict JSON.
+
+        A float that JSON has no word for is the string "inf", "-inf" or "nan". Next to the fields stand "ok" (also in
+        each row of "layers") and "summary".
+        """
+        rows = [dataclasses.asdict(row) | {"ok": row.ok} for row in self.layers]
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return plain({"ok": self.ok, "summary": self.summary, **fields, "layers": rows})
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict()` to a file, whole or not at all.
+
+        Raises:
+          OSError: the file can't be written.
+        """
+        write_whole(Path(path), (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one page that is read without network, whole or not at all.
+
+        Raises:
+          OSError: the file can't be written.
+        """
+        write_whole(Path(path), page(self).encode())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from parts(self, options.max_width, box.SIMPLE_HEAD)
+
+    def __str__(self) -> str:
+        # As wide as the terminal, if there is one: a table that is wrapped by the terminal can't be read. Elsewhere
+        # sentences stay in one line, for grep.
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        width = shutil.get_terminal_size().columns if terminal else 120
+        # In an ASCII terminal the rules of the table would be an error.
+        lines = box.SIMPLE_HEAD if takes("─") else box.ASCII_DOUBLE_HEAD
+        text = io.StringIO()
+        console = Console(file=text, width=width, color_system=None, legacy_windows=False, force_terminal=False)
+        for part in parts(self, width, lines):
+            console.print(part, soft_wrap=isinstance(part, Text) and not terminal)
+        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())

@@ -1,0 +1,114 @@
+"""From differences and findings to a report: what is first, what is named, what the table shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from parity.comparison.bounds import FORWARD_BOUND
+from parity.comparison.differences import Difference
+from parity.diagnosis.finding import Located
+from parity.pairing.layers import Pairing
+from parity.records.recording import NETWORK, PHASES, Recording
+from parity.report.findings import Diagnosis, Divergence, LayerRow
+from parity.report.report import Report
+
+
+def report(
+    first: Difference | None,
+    located: Sequence[Located],
+    rows: list[LayerRow],
+    notes: Sequence[str],
+    *,
+    not_run: Sequence[str] = (),
+    torch: Recording,
+    bound: Callable[[Difference], float],
+    details: dict[str, Any],
+) -> Report:
+    """The report of a comparison.
+
+    Args:
+      first: the first difference that no rounding explains, or None.
+      located: the findings, in order; known mistakes are named, others only where there is no known one.
+      rows: of the table, see `layer_rows`.
+      notes: what else is to be said.
+      not_run: what of the comparison could not be run.
+      torch: PyTorch's run.
+      bound: what rounding explains of a difference.
+      details: see `Report`.
+
+    Returns:
+      The report; what differs and was not recognised is "unexplained".
+    """
+    known = [f for f in located if f.finding.code != "unexplained"]
+    others = [f for f in located if f.finding.code == "unexplained"] if known else []
+    chosen = [Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in known or located[:1]]
+    divergence = _divergence(first, located, torch, bound)
+    if divergence is not None and not chosen:
+        text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
+        chosen = [Diagnosis("unexplained", divergence.torch_layer, text, divergence.flax_layer)]
+    if divergence is not None and math.isnan(divergence.error):
+        where = divergence.torch_layer or "the network"
+        text = f"not finite at {where}: its {divergence.quantity} is NaN or infinite, so nothing was compared there"
+        chosen = [Diagnosis("not-compared", divergence.torch_layer, text, divergence.flax_layer)]
+    chosen += [Diagnosis("could-not-run", "", text) for text in not_run]
+    besides = [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others]
+    return Report(divergence, list(dict.fromkeys(chosen)), rows, [*notes, *besides, *_not_compared(rows)], details)
+
+
+def _not_compared(rows: Sequence[LayerRow]) -> list[str]:
+    """A note of what holds NaN or nothing finite on both sides."""
+    places = [f"{row.torch_layer or 'the network'} ({row.quantity})" for row in rows if math.isnan(row.error)]
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return [f"not compared, as it is not finite: {', '.join(places[:3])}{more}"] if places else []
+
+
+def _divergence(
+    first: Difference | None, located: Sequence[Located], torch: Recording, bound: Callable[[Difference], float]
+) -> Divergence | None:
+    """Where the two part: at the first difference, or where none is left but a finding, at that."""
+    if first is None:
+        return _of_finding(located[0]) if located else None
+    layer, flax_layer = first.key[0], first.flax_layer
+    if first.quantity == "input" or first.key == NETWORK:
+        # What lies before a layer may be a module of its own, and is charged then.
+        here = [f for f in located if f.key == first.key and f.phase == first.phase == "forward"]
+        if here:
+            layer, flax_layer = here[0].layer, here[0].flax_layer
+        elif first.key == NETWORK and torch.calls and first.phase == "forward":
+            layer = torch.calls[-1].path
+    if first.phase == "loss":
+        layer = flax_layer = ""
+    return Divergence(first.phase, layer, flax_layer, first.error, bound(first), first.quantity)
+
+
+def _of_finding(f: Located) -> Divergence:
+    """Of a finding that no number of the run shows."""
+    phase = "backward" if f.finding.code in ("bias-missing", "affine-missing") else f.phase
+    quantity = "a parameter of one side only" if phase == "backward" else "output"
+    return Divergence(phase, f.layer, f.flax_layer, float("inf"), FORWARD_BOUND, quantity)
+
+
+def layer_rows(
+    pairing: Pairing,
+    free: Iterable[Difference],
+    local: Iterable[Difference],
+    bound: Callable[[Difference], float],
+    rows32: Mapping[tuple, tuple[float, float]] | None = None,
+) -> list[LayerRow]:
+    """The rows of the table, by phase: each side on its own; beside it alone and (`rows32`) in float32."""
+    kinds = {pair.torch.path: pair.kind for pair in pairing.layers}
+    alone = {which(d): d.error for d in local}
+    rows = []
+    for d in sorted(free, key=lambda d: PHASES.index(d.phase)):
+        error32, rounding32 = (rows32 or {}).get(which(d), (None, None))
+        kind, local_error = kinds.get(d.key[0], ""), alone.get(which(d))
+        place = d.phase, d.key[0], d.flax_layer, kind, d.quantity
+        rows.append(LayerRow(*place, d.error, bound(d), error32, rounding32, local_error))
+    return rows
+
+
+def which(d: Difference) -> tuple:
+    """What is compared there, whatever the run."""
+    return d.phase, d.key, d.quantity

@@ -1,0 +1,324 @@
+"""The layers of a Flax module or of variables, in order, and what stands behind a flatten. Never imports torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from jax.extend.core import get_opaque_trace_state
+from numpy.typing import NDArray
+
+from parity.records import kinds
+from parity.records.kinds import Shape, class_names, kind_of
+from parity.records.marks import channel_counts, code, read_code
+from parity.records.recording import Layer
+from parity.records.structure import Flattened, Guess, Structure, natural
+from parity.sides.jax.linen import LinenSide, linen_interceptor
+from parity.sides.jax.module import Side, environment
+from parity.sides.jax.module import flat as flat_dict
+from parity.sides.jax.nnx import NnxSide, nnx_state
+
+CONFIG = (
+    "strides",
+    "padding",
+    "kernel_dilation",
+    "feature_group_count",
+    "transpose_kernel",
+    "epsilon",
+    "momentum",
+    "num_groups",
+)
+
+
+def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[str, Any]]) -> dict[str, Layer]:
+    """The modules with variables of their own, in the order of their first call; then those that are never called."""
+    own: dict[str, dict[str, str]] = {}
+    modules = dict(reversed([*called]))
+    attentions = [
+        path for path, module in modules.items() if kind_of(class_names(type(module)), {}, frozenset()) == "attention"
+    ]
+    for full in variables:
+        _, _, rest = full.partition("/")
+        path, _, local = rest.rpartition("/")
+        attention = next((a for a in attentions if path == a or path.startswith(f"{a}/") or a == ""), None)
+        if attention is not None:
+            path, local = attention, rest.removeprefix(f"{attention}/") if attention else rest
+        own.setdefault(path, {})[local] = full
+    order = [path for path in dict.fromkeys(path for path, _ in called) if path in own]
+    order += [path for path in own if path not in order]
+    layers = {}
+    for path in order:
+        tensors = own[path]
+        statistics = frozenset(local for local, full in tensors.items() if not full.startswith("params/"))
+        module = modules.get(path)
+        names = [] if module is None else class_names(type(module))
+        shapes = {local: tuple(np.shape(variables[full])) for local, full in tensors.items()}
+        kind = kind_of(names, shapes, statistics)
+        below = kind != "attention" and any(p != path and (p.startswith(f"{path}/") or path == "") for p in own)
+        config = {name: getattr(module, name) for name in CONFIG if hasattr(module, name)}
+        layers[path] = Layer(
+            path,
+            kind,
+            type(module).__name__ if names else "",
+            tensors,
+            statistics,
+            config,
+            is_called=not below and path in modules,
+        )
+    return layers
+
+
+def structure(side: Side, inputs: Sequence[NDArray], *, train: bool) -> tuple[dict[str, Layer], dict[str, Any]]:
+    """The layers in the order of execution, and the variables' shapes and dtypes, without computing anything.
+
+    Raises:
+      Exception: whatever the module raises on these inputs.
+    """
+    found = _look(side, inputs, train=train)
+    if found.hides:
+        # Once more, as if there were no jit and no checkpoint: so their layers are seen. Not if it needs them.
+        side.is_opened = True
+        try:
+            found = _look(side, inputs, train=train)
+        except Exception:
+            side.is_opened = False
+    layers = layers_of(side, found.variables, found.called)
+    for path, layer in layers.items():
+        layer.feeder = found.feeders.get(path)
+    return layers, found.variables
+
+
+class _Seen(NamedTuple):
+    """The modules called, in order; what each was fed by; the variables; and whether some call was inside a jit."""
+
+    called: list[tuple[str, Any]]
+    feeders: dict[str, str]
+    variables: dict[str, Any]
+    hides: bool
+
+
+def _look(side: Side, inputs: Sequence[NDArray], *, train: bool) -> _Seen:
+    called: list[tuple[str, Any]] = []
+    made: dict[int, tuple[str, Any]] = {}  # what each array came out of; kept, so that no other gets its id
+    feeders: dict[str, str] = {}
+    traces: list[Any] = []
+
+    def intercept(path, call, args, kwargs):
+        called.append((path, call.module))
+        traces.append(trace_state())
+        if args and id(args[0]) in made:
+            feeders.setdefault(path, made[id(args[0])][0])
+        output = call(*args, **kwargs)
+        made.setdefault(id(output), (path, output))
+        return output
+
+    def initial(*xs):
+        traces.append(trace_state())
+        with nn.intercept_methods(linen_interceptor(intercept)):
+            return side.initial(xs, train=train)
+
+    def apply(*xs):
+        traces.append(trace_state())
+        return side.apply(variables, xs, train=train, intercept=intercept, seed=0)[0]
+
+    with environment(float64=False):
+        shapes = [jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)) for a in inputs]
+        if isinstance(side, LinenSide):
+            variables = jax.eval_shape(initial, *shapes)
+        else:
+            variables = side.initial(inputs, train=train)
+            jax.eval_shape(apply, *shapes)
+    variables = {name: v for name, v in variables.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    return _Seen(called, feeders, variables, any(trace != traces[0] for trace in traces))
+
+
+def trace_state() -> Any:
+    """What is being traced: another inside a transformation of the module's own (jit, remat, scan) than outside."""
+    return get_opaque_trace_state(convention="flax")
+
+
+CARRIED = ("params", "batch_stats")
+
+
+def of_module(side: Side, guess: Guess) -> Structure:
+    """The layers in the order of execution on these inputs; nothing is computed.
+
+    Raises:
+      Exception: whatever the module raises on these inputs.
+    """
+    called: list[tuple[str, Any]] = []
+    outputs: list[tuple[str, Any]] = []
+    feeders: dict[str, str] = {}
+
+    def intercept(path, call, args, kwargs):
+        called.append((path, call.module))
+        y = call(*args, **kwargs)
+        before = next((before for before, v in outputs if args and v is args[0]), None)
+        if before is not None:
+            feeders.setdefault(path, before)
+        outputs.append((path, y))
+        return y
+
+    with environment(float64=False):
+        shapes = [jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in guess.flax]
+        if isinstance(side, LinenSide):
+            with nn.intercept_methods(linen_interceptor(intercept)):
+                variables = jax.eval_shape(lambda *xs: side.initial(xs, train=False), *shapes)
+        else:
+            variables = side.initial(guess.flax, train=False)
+            jax.eval_shape(lambda *xs: side.apply(variables, xs, train=False, intercept=intercept, seed=0)[0], *shapes)
+    structure = _structure(side, variables, called)
+    own = {layer.path for layer in structure.layers}
+    structure.feeders = {path: before for path, before in feeders.items() if path in own and before in own}
+    return structure
+
+
+def of_definition(module: nnx.Module, side: NnxSide) -> Structure:
+    """The layers of an NNX module in the order in which its attributes were set."""
+    return _structure(side, side.initial((), train=False), list(_defined(module, "", set())))
+
+
+def _defined(node: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, nnx.Module):
+        yield path, node
+    if isinstance(node, Mapping):
+        children = [(str(name), child) for name, child in node.items()]
+    elif isinstance(node, list | tuple | nnx.List):
+        children = [(str(i), child) for i, child in enumerate(node)]
+    elif isinstance(node, nnx.Module):
+        children = list(vars(node).items())
+    else:
+        return
+    for name, child in children:
+        if isinstance(child, nnx.Module | Mapping | list | tuple):
+            yield from _defined(child, f"{path}/{name}" if path else name, seen)
+
+
+def _structure(side: Any, variables: Mapping[str, Any], called: list[tuple[str, Any]]) -> Structure:
+    carried = {name: tuple(np.shape(v)) for name, v in variables.items() if name.split("/")[0] in CARRIED}
+    counters = {name for name, shape in carried.items() if kinds.is_counter(name, shape)}
+    floating = {name: variables[name] for name in carried if name not in counters}
+    layers = layers_of(side, floating, called)
+    for layer in layers.values():
+        layer.config = {**layer.config, **_convention(dict(called).get(layer.path))}
+    return Structure(list(layers.values()), {name: carried[name] for name in floating}, _counters(counters))
+
+
+def _convention(module: Any) -> dict[str, Any]:
+    """How a batch norm keeps its statistics; Flax's own keeps the biased variance, from 1."""
+    if not isinstance(module, nn.BatchNorm | nnx.BatchNorm):
+        return {}
+    names = {"momentum": None, "epsilon": None, "unbiased_moving_var": False, "initial_moving_var": 1.0}
+    return {name: getattr(module, name, usual) for name, usual in names.items()}
+
+
+def _counters(names: Any) -> dict[str, str]:
+    return {"/".join(name.split("/")[1:-1]): name for name in names}
+
+
+def of_variables(shapes: Mapping[str, Shape]) -> Structure:
+    """The layers that the names of variables tell of; kinds only where the names say them.
+
+    JAX sorts the keys of dicts that it passes through; where they are sorted, their order says nothing.
+    """
+    counters = {name for name, shape in shapes.items() if kinds.is_counter(name, shape)}
+    own: dict[str, dict[str, str]] = {}
+    for full in shapes:
+        if full not in counters:
+            path, _, local = full.partition("/")[2].rpartition("/")
+            own.setdefault(path, {})[local] = full
+    for path in _attentions(own):
+        prefix = f"{path}/" if path else ""
+        for part in [p for p in own if p.startswith(prefix) and p != path]:
+            own.setdefault(path, {}).update({f"{part.removeprefix(prefix)}/{n}": f for n, f in own.pop(part).items()})
+    layers = []
+    for path, tensors in own.items():
+        statistics = frozenset(local for local, full in tensors.items() if not full.startswith("params/"))
+        kind = _kind_of_variables({local: shapes[full] for local, full in tensors.items()}, statistics)
+        below = kind != "attention" and any(p != path and (p.startswith(f"{path}/") or path == "") for p in own)
+        layers.append(Layer(path, kind, "", tensors, statistics, is_called=not below))
+    paths = [layer.path for layer in layers]
+    ordered = len(paths) == 1 or not _is_sorted([name for name in shapes if name.startswith("params/")])
+    if not ordered:
+        layers.sort(key=lambda layer: natural(layer.path))
+    carried = {full: shapes[full] for layer in layers for full in layer.tensors.values()}
+    return Structure(layers, carried, _counters(counters), ordered=ordered)
+
+
+def flat_in_order(variables: Any) -> dict[str, Any]:
+    """Variables by full name, in the order that they have: that of creation, unless JAX has sorted them."""
+    if isinstance(variables, nnx.State):
+        return nnx_state(variables)
+    flat = flatten_dict({name: v for name, v in variables.items() if isinstance(v, Mapping)}, sep="/")
+    if any(isinstance(v, Mapping) for v in flat.values()):  # a FrozenDict
+        flat = flat_dict(variables)
+    return {name: nn.unbox(v) for name, v in flat.items()}
+
+
+def _attentions(own: Mapping[str, Any]) -> list[str]:
+    # In the order of the variables, which a set would lose.
+    parents = dict.fromkeys(path.rpartition("/")[0] for path in own if path.rpartition("/")[2] == "query")
+    return [p for p in parents if all((f"{p}/{n}" if p else n) in own for n in ("query", "key", "value", "out"))]
+
+
+def _is_sorted(names: list[str]) -> bool:
+    split = [name.split("/") for name in names]
+    return split == sorted(split)
+
+
+def _kind_of_variables(shapes: Mapping[str, Shape], statistics: frozenset[str]) -> str:
+    if any(re.fullmatch("query/kernel", name) for name in shapes):
+        return "attention"
+    if "embedding" in shapes and len(shapes) == 1:
+        return "embedding"
+    if statistics:
+        return kinds.kind_of([], shapes, statistics)
+    return "linear" if len(shapes.get("kernel", ())) == 2 else "other"
+
+
+def flattened(side: Side, structure: Structure, guess: Guess) -> dict[str, Flattened]:
+    """Which layers stand behind a flatten, from a run in which every layer's channels are marked."""
+    layers = {layer.path: layer for layer in structure.layers if layer.is_called}
+    seen: dict[str, Any] = {}
+
+    def intercept(path, call, args, kwargs):
+        y = call(*args, **kwargs)
+        if path not in layers or not args or not hasattr(y, "ndim"):
+            return y
+        x = args[0]
+        if path not in seen and getattr(x, "ndim", 0) == 2:
+            seen[path] = x[0].astype(jnp.float32)
+        if y.ndim == 2 and layers[path].kind in kinds.NORMS and x.shape == y.shape:
+            return x
+        return jnp.broadcast_to(jnp.asarray(code(path, y.shape[-1]), y.dtype), y.shape)
+
+    def run(variables, inputs):
+        seen.clear()
+        side.apply(variables, inputs, train=False, intercept=intercept, seed=0)
+        return dict(seen)
+
+    inputs = [
+        np.broadcast_to(code(f"input {i}", a.shape[-1]), a.shape) if a.ndim >= 3 and a.dtype.kind == "f" else a
+        for i, a in enumerate(guess.flax)
+    ]
+    try:
+        with environment(float64=False):
+            shapes = jax.eval_shape(lambda *xs: side.initial(xs, train=False), *inputs)
+            ones = {name: jnp.ones(v.shape, v.dtype) for name, v in shapes.items()}
+            # Compiled: what the marks replace is never computed.
+            inputs_by_path = jax.jit(run)(ones, [jnp.asarray(a) for a in inputs])
+    except Exception:  # whatever a stranger's module raises
+        return {}
+    counts = channel_counts(structure.layers, structure.shapes, -1)
+    found = {path: read_code(np.asarray(x), counts) for path, x in inputs_by_path.items()}
+    return {path: shape for path, shape in found.items() if shape is not None}

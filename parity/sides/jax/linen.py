@@ -1,0 +1,104 @@
+"""A linen module as a function of a flat dict of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import unflatten_dict
+from jax import Array
+
+from parity.sides.jax.module import FLAGS, Intercept, call_flax_call, flag_of, flat, named_call, opened
+
+
+def _rngs(seed: int) -> dict[str, Array]:
+    return {name: jax.random.key(seed + i) for i, name in enumerate(("params", "dropout", "default"))}
+
+
+class LinenSide:
+    """A linen module: its variables are given with every call."""
+
+    def __init__(self, module: nn.Module, flax_call: Callable | None = None) -> None:
+        self.module, self.flax_call, self.is_opened = module, flax_call, False
+
+    def _bound(self, train: bool) -> tuple[nn.Module, dict[str, Any]]:
+        """The module and the keywords of its call. A flag that is set as an attribute is set there."""
+        flags = flag_of(type(self.module).__call__, train)
+        attributes = {
+            name: train != opposite
+            for name, opposite in FLAGS.items()
+            if name in getattr(type(self.module), "__dataclass_fields__", {})
+        }
+        set_before: dict[str, Any] = {
+            name: v for name, v in attributes.items() if name not in flags or getattr(self.module, name) is not None
+        }
+        module = self.module.clone(**set_before) if set_before else self.module
+        return module, {name: v for name, v in flags.items() if name not in set_before}
+
+    def apply(self, variables, inputs, *, train, intercept, seed):
+        """See `Side`."""
+        nested = unflatten_dict(variables, sep="/")
+        mutable = sorted({"batch_stats", *nested} - {"params"})
+        with opened(self.is_opened), nn.intercept_methods(linen_interceptor(intercept)):
+            if self.flax_call is not None:
+                out = call_flax_call(self.flax_call, self.module, nested, inputs, train)
+            else:
+                module, flags = self._bound(train)
+                out = module.apply(nested, *inputs, **flags, rngs=_rngs(seed), mutable=mutable)
+        updated: Mapping[str, Any] = {}
+        if self.flax_call is None or _is_pair_with_state(out, nested):
+            out, updated = out
+        kept = {name: v for name, v in variables.items() if not name.startswith("params/")}
+        return out, kept | {name: v for name, v in flat(updated).items() if not name.startswith("params/")}
+
+    def initial(self, inputs, *, train):
+        """See `Side`."""
+        with opened(self.is_opened):
+            if self.flax_call is not None:
+                proxy: Any = _Initialising(self.module)
+                call_flax_call(self.flax_call, proxy, {}, inputs, train)
+                return flat(proxy.variables)
+            module, flags = self._bound(train)
+            return flat(module.init(_rngs(0), *inputs, **flags))
+
+
+class _Initialising:
+    """Stands in for a module in the user's `flax_call`: `apply` initialises, so that the variables become known."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.variables: Any = {}
+
+    def apply(self, variables: Any, *args: Any, rngs: Any = None, mutable: Any = False, **kwargs: Any) -> Any:
+        output, self.variables = self._module.init_with_output(_rngs(0), *args, **kwargs)
+        state = {name: v for name, v in self.variables.items() if name != "params"}
+        return (output, state) if mutable is not False else output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _is_pair_with_state(out: Any, nested: Mapping[str, Any]) -> bool:
+    collections = {"batch_stats", "intermediates", "cache", *nested}
+    return isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Mapping) and set(out[1]) <= collections
+
+
+def linen_interceptor(intercept: Intercept) -> Callable:
+    """What `flax.linen.intercept_methods` takes: layers' calls go through `intercept`, their own methods' do not."""
+    inside: list[nn.Module] = []
+
+    def interceptor(call, args, kwargs, context):
+        if context.method_name == "setup" or context.module in inside:
+            return call(*args, **kwargs)
+        if context.method_name != "__call__" and not isinstance(context.module, nn.Embed):
+            return call(*args, **kwargs)
+        inside.append(context.module)
+        try:
+            path = "/".join(context.module.path)
+            return intercept(path, named_call(call, context.module), args, kwargs)
+        finally:
+            inside.pop()
+
+    return interceptor

@@ -1,0 +1,152 @@
+"""A Flax module as a function of a flat dict of arrays: what linen and NNX have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from jax import Array
+
+from parity.records.side import loss_weights
+
+FLAGS = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "is_train": False,
+    "deterministic": True,
+    "use_running_average": True,
+    "eval": True,
+    "inference": True,
+}
+
+
+Variables = dict[str, Any]
+Intercept = Callable[[str, Callable[..., Any], tuple, dict], Any]
+
+
+class Side(Protocol):
+    """A Flax module as a function.
+
+    Attributes:
+      is_opened: it is run as if there were no jit and no checkpoint in it, see `_opened`.
+    """
+
+    is_opened: bool
+
+    def apply(
+        self, variables: Variables, inputs: Sequence[Array], *, train: bool, intercept: Intercept, seed: int
+    ) -> tuple[Any, Variables]:
+        """(output, statistics after it); `intercept(path, call, args, kwargs)` makes every layer's call."""
+
+    def initial(self, inputs: Sequence[Any], *, train: bool) -> Variables:
+        """Variables as the module makes them, or as an NNX module holds them."""
+
+
+def flag_of(function: Callable, train: bool) -> dict[str, bool]:
+    """The keyword that tells `function` to train or to predict, by its signature; none if it has none."""
+    names = inspect.signature(function).parameters
+    return {name: train != opposite for name, opposite in FLAGS.items() if name in names}
+
+
+def flat(variables: Mapping[str, Any]) -> Variables:
+    """Nested collections as one flat dict."""
+    return dict(flatten_dict(dict(nn.unbox(_plain(variables))), sep="/"))
+
+
+def _plain(tree: Any) -> Any:
+    return {name: _plain(v) for name, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def call_flax_call(flax_call: Callable, module: Any, variables: Any, inputs: Sequence[Any], train: bool) -> Any:
+    """The user's own call, told train by name where it has that name."""
+    parameters = inspect.signature(flax_call).parameters.values()
+    named = any(p.name == "train" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if named:
+        return flax_call(module, variables, *inputs, train=train)
+    return flax_call(module, variables, *inputs, train)
+
+
+def named_call(call: Callable, module: Any) -> Callable:
+    """The call, as a function that knows its module."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    function.module = module  # type: ignore[attr-defined]  # what `intercept` learns the class from
+    return function
+
+
+@contextlib.contextmanager
+def opened(is_opened: bool) -> Iterator[None]:
+    """For a while jit and checkpoint (remat) do nothing, so that what is called inside them can be seen and replaced.
+
+    JAX and Flax have no public way to look into either. A scan stays what it is: there a layer is one call, with the
+    variables of all its turns.
+    """
+    if not is_opened:
+        yield
+        return
+    scan = jax.lax.scan
+
+    def closed_scan(*args: Any, **kwargs: Any) -> Any:
+        with jax.disable_jit(False):
+            return scan(*args, **kwargs)
+
+    def nothing(function: Any = None, **_: Any) -> Any:
+        return nothing if function is None else function
+
+    exchanged = (jax, "checkpoint", nothing), (jax, "remat", nothing), (jax.lax, "scan", closed_scan)
+    with contextlib.ExitStack() as stack:
+        for module, name, function in exchanged:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
+        stack.enter_context(jax.disable_jit())
+        yield
+
+
+def is_dropout(module: Any) -> bool:
+    """Whether it is one of Flax's own dropouts."""
+    return isinstance(module, nn.Dropout | nnx.Dropout)
+
+
+def lifted(value: Any, *, float64: bool) -> Any:
+    """The array in float64, if that is asked for and it is floating point."""
+    value = jnp.asarray(value)
+    return value.astype(jnp.float64) if float64 and jnp.issubdtype(value.dtype, jnp.floating) else value
+
+
+@contextlib.contextmanager
+def environment(*, float64: bool) -> Iterator[None]:
+    """JAX as most users have it, whatever the caller's settings; float64 known, and then on the CPU, if asked for.
+
+    Every program runs once, so that on a CPU XLA's optimisations cost more than they gain.
+    """
+    hurried = jax.config.read("jax_disable_most_optimizations")
+    with contextlib.ExitStack() as stack:
+        if float64 or jax.default_backend() == "cpu":
+            jax.config.update("jax_disable_most_optimizations", True)
+            stack.callback(jax.config.update, "jax_disable_most_optimizations", hurried)
+        stack.enter_context(jax.enable_x64(float64))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        if float64:
+            stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
+        yield
+
+
+def default_loss(output: Any) -> Any:
+    """See `records.side.loss_weights`."""
+    total = jnp.zeros((), jnp.float64)
+    for y in jax.tree.leaves(output):
+        if jnp.issubdtype(y.dtype, jnp.floating):
+            rows = y.reshape(len(y) if y.ndim else 1, -1)
+            total = total + (jnp.asarray(loss_weights(len(rows)), y.dtype) * jnp.sin(rows + 1).sum(1)).sum()
+    return total

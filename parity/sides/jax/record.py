@@ -1,0 +1,256 @@
+"""Runs a linen or NNX module and records every layer. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from parity.records.recording import Call, Layer, Recording
+from parity.records.side import Force
+from parity.sides.jax.layers import trace_state
+from parity.sides.jax.module import Side, environment, is_dropout, lifted
+
+
+@jax.custom_vjp
+def _replace(value, probe, forced, forced_gradient):
+    """`forced`; backwards `forced_gradient` goes to `value`, and what really arrives to `probe`."""
+    return forced
+
+
+_replace.defvjp(
+    lambda value, probe, forced, gradient: (forced, gradient), lambda gradient, g: (gradient, g, None, None)
+)
+
+
+def record(
+    side: Side,
+    layers: dict[str, Layer],
+    variables: Mapping[str, Any],
+    inputs: Sequence[NDArray],
+    *,
+    train: bool,
+    float64: bool = True,
+    loss: Callable[[Any], Any] | None = None,
+    projections: Callable[[Sequence[Any]], list[NDArray]] | None = None,
+    force: Force | None = None,
+    gradients: bool = True,
+    compiled: bool = True,
+    programs: dict | None = None,
+    seed: int = 0,
+) -> Recording:
+    """Run the module forward and backward, and record every layer.
+
+    Args:
+      side: the module as a function.
+      layers: from `structure`.
+      variables: flat.
+      inputs: in Flax's layout.
+      train: train or eval mode. In training, Flax's dropout is switched off.
+      float64: lift variables and inputs.
+      loss: of the output; None: sum(output * projection) over all floating outputs.
+      projections: of the outputs; needed where loss is None.
+      force: for single-layer mode.
+      gradients: take them too.
+      programs: keeps what was compiled for the next run of the same module, variables' statistics and inputs' shapes.
+      compiled: as one function. Without, and without gradients, a run that fails is recorded as far as it went.
+      seed: of the random numbers in the run.
+    """
+    with environment(float64=float64):
+        every = {name: lifted(v, float64=float64) for name, v in variables.items()}
+        # In JAX what is differentiated must be floating point.
+        parameters = {
+            name: v for name, v in every.items() if name.startswith("params/") and jnp.issubdtype(v.dtype, jnp.floating)
+        }
+        others = {name: v for name, v in every.items() if name not in parameters}
+        given = [lifted(a, float64=float64) for a in inputs]
+        floating = [i for i, v in enumerate(given) if jnp.issubdtype(v.dtype, jnp.floating)]
+        run = _Run(side, layers, others, given, floating, train, loss, projections, force, seed)
+        recording = Recording("flax", layers, inputs=[np.asarray(v) for v in given])
+        recording.tensors = {name: _numpy(v) for name, v in every.items()}
+        xs = [given[i] for i in floating]
+        if gradients:
+            # A run without another side's arrays differs from the next in its arguments only.
+            key = (
+                None
+                if force is not None or programs is None
+                else (train, float64, tuple((v.shape, v.dtype) for v in given))
+            )
+            kept = {} if programs is None else programs
+            if key is None or key not in kept:
+                kept[key] = run, _program(run, parameters, xs, compiled=compiled)
+            run, whole = kept[key]
+            total, (by_parameter, by_input, by_probe), seen = whole(parameters, xs)
+        else:
+            by_parameter, by_input, by_probe = {}, [], None
+            try:
+                total, seen = _compiled(lambda p, x: run(p, x, None), compiled)(parameters, xs)
+            except Exception as error:
+                if compiled:
+                    raise
+                # As far as it went: where layers of other shapes make what follows impossible.
+                recording.failure = error
+                seen = run.seen | {"statistics": {}, "result": []}
+                del seen["inputs"][len(seen["outputs"]) :], seen["arrived"][len(seen["outputs"]) :]
+                total = jnp.full((), jnp.nan)
+        _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floating)
+    return recording
+
+
+def _program(run: _Run, parameters: Any, xs: Any, *, compiled: bool) -> Callable:
+    """(parameters, floating inputs) -> (loss, gradients by them and by the probes, what was seen)."""
+    probes = jax.eval_shape(lambda p, x: run(p, x, None)[1]["probes"], parameters, xs)
+    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), probes)
+
+    def whole(parameters, xs):
+        total, pull, seen = jax.vjp(run, parameters, xs, zeros, has_aux=True)
+        return total, pull(jnp.ones_like(total)), seen
+
+    return _compiled(whole, compiled)
+
+
+def _compiled(function: Callable, compiled: bool) -> Callable:
+    """The function compiled as one; as it is where it cannot be, as it looks at the values of its arrays."""
+    program = jax.jit(function)
+
+    def run(*args: Any) -> Any:
+        try:
+            return program(*args)
+        except jax.errors.JAXTypeError:
+            return function(*args)
+
+    return run if compiled else function
+
+
+def _numpy(v: Any) -> NDArray:
+    a = np.asarray(v)
+    return a.astype(np.float32) if a.dtype.name in ("bfloat16", "float16") else np.array(a)
+
+
+class _Run:
+    """The module as a function of (parameters, floating inputs, probes) -> (loss, what was seen)."""
+
+    def __init__(self, side, layers, others, inputs, floating, train, loss, projections, force, seed) -> None:
+        self.side, self.layers, self.others, self.inputs, self.floating = side, layers, others, inputs, floating
+        self.train, self.loss, self.projections, self.force, self.seed = train, loss, projections, force, seed
+        self.keys: list[tuple[str, int]] = []
+        self.has_dropout = False
+
+    def __call__(self, parameters, xs, probes):
+        given = list(self.inputs)
+        for i, x in zip(self.floating, xs, strict=True):
+            given[i] = x
+        self.keys = []
+        seen: dict[str, Any] = {"inputs": [], "arrived": [], "outputs": [], "probes": []}
+        self.seen = seen
+        # What is called inside a transformation of the module's own that was not opened can't be seen from outside.
+        outside = trace_state()
+        counts: dict[str, int] = {}
+        active: list[str] = []
+
+        def probe(value, forced=None):
+            """Adds a zero whose gradient is the value's; or puts another side's array in its place."""
+            if forced is not None and value.shape != forced[0].shape:
+                value = jnp.broadcast_to(value.ravel()[:1].sum(), forced[0].shape)
+            seen["probes"].append(value)
+            zero = jnp.zeros_like(value) if probes is None else probes[len(seen["probes"]) - 1]
+            if forced is None:
+                return value + zero
+            gradient = jnp.zeros_like(value) if forced[1] is None else jnp.asarray(forced[1], value.dtype)
+            return _replace(value, zero, jnp.asarray(forced[0], value.dtype), gradient)
+
+        def intercept(path, call, args, kwargs):
+            if self.train and is_dropout(call.module):
+                self.has_dropout = self.has_dropout or getattr(call.module, "rate", 0) > 0
+                return args[0]
+            layer = self.layers.get(path)
+            hidden = trace_state() != outside
+            if layer is None or not layer.is_called or active or hidden:
+                return call(*args, **kwargs)
+            key = (path, counts.get(path, 0))
+            counts[path] = key[1] + 1
+            arrived, used = [], []
+            mine: dict[int, Any] = {}  # one array given several times (attention) is one input
+
+            def own(v):
+                if (
+                    not isinstance(v, Array | np.ndarray)
+                    or v.dtype == bool
+                    or jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key)
+                ):
+                    return v
+                if id(v) in mine:
+                    return mine[id(v)]
+                given, v = v, jnp.asarray(v)
+                arrived.append(v)
+                forced = None if self.force is None else self.force.input(key, len(arrived) - 1, v)
+                if forced is not None and forced[0].dtype.kind == "f":
+                    v = jnp.asarray(
+                        v, jnp.result_type(v.dtype, float)
+                    )  # integers of an image, floats on the other side
+                if jnp.issubdtype(v.dtype, jnp.floating):
+                    v = probe(v, forced)
+                used.append(v)
+                mine[id(given)] = v
+                return v
+
+            args, kwargs = tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}
+            active.append(path)
+            try:
+                output = call(*args, **kwargs)
+            finally:
+                active.pop()
+            y = output[0] if isinstance(output, tuple) else output
+            self.keys.append(key)
+            seen["arrived"].append(arrived)
+            seen["inputs"].append(used)
+            seen["outputs"].append(y)
+            y = probe(y, None if self.force is None else self.force.output(key, y))
+            return (y, *output[1:]) if isinstance(output, tuple) else y
+
+        output, seen["statistics"] = self.side.apply(
+            {**parameters, **self.others}, given, train=self.train, intercept=intercept, seed=self.seed
+        )
+        leaves, tree = jax.tree.flatten(output)
+        places = [i for i, v in enumerate(leaves) if jnp.issubdtype(jnp.asarray(v).dtype, jnp.floating)]
+        seen["result"] = [leaves[i] for i in places]
+        for n, i in enumerate(places):
+            leaves[i] = probe(leaves[i], None if self.force is None else self.force.result(n, leaves[i]))
+        if self.loss is not None:
+            total = self.loss(jax.tree.unflatten(tree, leaves))
+        else:
+            results = [leaves[i] for i in places]
+            weights = self.projections(results) if self.projections else [np.ones(v.shape) for v in results]
+            total = sum(
+                (jnp.sum(v * jnp.asarray(w, v.dtype)) for v, w in zip(results, weights, strict=True)), jnp.zeros(())
+            )
+        return jnp.asarray(total), seen
+
+
+def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floating) -> None:
+    probes = iter([] if by_probe is None else by_probe)
+
+    def gradient(value):
+        if by_probe is None or not jnp.issubdtype(value.dtype, jnp.floating):
+            return None
+        return _numpy(next(probes))
+
+    for key, inputs, arrived, output in zip(run.keys, seen["inputs"], seen["arrived"], seen["outputs"], strict=True):
+        call = Call(key[0], key[1], [_numpy(v) for v in inputs], _numpy(output), [_numpy(v) for v in arrived])
+        call.input_gradients = [gradient(v) for v in inputs]
+        call.output_gradient = gradient(output)
+        recording.calls.append(call)
+    recording.outputs = [_numpy(v) for v in seen["result"]]
+    recording.output_gradients = [gradient(v) for v in seen["result"]]
+    recording.loss = float(total)
+    recording.dropout_off = run.has_dropout
+    recording.new_statistics = {name: _numpy(v) for name, v in seen["statistics"].items()}
+    recording.gradients = {name: _numpy(v) for name, v in by_parameter.items()}
+    recording.input_gradients = [None] * len(recording.inputs)
+    for i, g in zip(floating, by_input, strict=False):
+        recording.input_gradients[i] = _numpy(g)

@@ -1,0 +1,19 @@
+"""Whose module it is, by what is imported already."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def framework_of(module: Any) -> str | None:
+    """Which framework's module it is, "torch" or "flax", by what is imported already; None if neither's."""
+    torch, flax = sys.modules.get("torch"), sys.modules.get("flax")
+    if torch is not None and isinstance(module, torch.nn.Module):
+        return "torch"
+    if flax is not None:
+        from flax import linen, nnx
+
+        if isinstance(module, linen.Module | nnx.Module):
+            return "flax"
+    return None

@@ -1,0 +1,116 @@
+"""A PyTorch module as the bridge runs it: a copy, lifted, without dropout; its loss and weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from parity.records.side import loss_weights
+
+COUNTER = "num_batches_tracked"
+
+
+def lifted(module: nn.Module, *, float64: bool) -> nn.Module:
+    """A copy of the module, in float64 on the CPU if that is asked for. The module itself stays as it is."""
+    module = copy.deepcopy(module)
+    return module.cpu().double() if float64 else module
+
+
+def floating(output: Any) -> list[Tensor]:
+    """The floating tensors of an output, a dict's in the order of its keys, as JAX has them."""
+    if isinstance(output, dict) and not isinstance(output, OrderedDict):
+        return [v for _, value in sorted(output.items()) for v in floating(value)]
+    if isinstance(output, list | tuple):
+        return [v for value in output for v in floating(value)]
+    return [v for v in _pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
+    """The user's loss, or the default one: the sum over all outputs, times fixed random weights."""
+    if loss is not None:
+        return loss(output)
+    leaves = floating(output)
+    weights = [torch.from_numpy(p).to(leaf) for p, leaf in zip(projections(leaves), leaves, strict=True)]
+    return sum(((v * w).sum() for v, w in zip(leaves, weights, strict=True)), torch.zeros(()))
+
+
+def projections(outputs: Sequence[Any]) -> list[NDArray]:
+    """The fixed random weights of the default loss, sum(output * weights), by the outputs' shapes."""
+    rng = np.random.default_rng(20150211)
+    return [rng.normal(size=tuple(v.shape)) for v in outputs]
+
+
+def numpy(tensor: Tensor) -> NDArray:
+    """A copy as numpy has it; half types as float32, which holds them exactly."""
+    tensor = tensor.detach().cpu()
+    return np.array((tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy())
+
+
+@contextlib.contextmanager
+def without_dropout(module: nn.Module, *, train: bool) -> Iterator[None]:
+    """In training, dropout is the identity, as a module and as a function. The module is changed: give a copy."""
+    if not train:
+        yield
+        return
+    for child in module.modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd):
+            child.p = 0.0
+        if isinstance(child, nn.MultiheadAttention):
+            child.dropout = 0.0
+    names = [name for name in dir(nn.functional) if name.endswith("dropout") or name.startswith("dropout")]
+    kept = {name: getattr(nn.functional, name) for name in names}
+    for name in names:
+        setattr(nn.functional, name, _same)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(nn.functional, name, function)
+
+
+def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002  # PyTorch's own name, it may be a keyword
+    return input
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a dropout module is in it, with a rate above 0."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+
+
+def default_loss(output: Any) -> Tensor:
+    """See `records.side.loss_weights`."""
+    total: Tensor = torch.zeros((), dtype=torch.float64)
+    for y in floating(output):
+        rows = y.reshape(len(y) if y.ndim else 1, -1)
+        total = total + (torch.from_numpy(loss_weights(len(rows))).to(y) * (rows + 1).sin().sum(1)).sum()
+    return total
+
+
+def load_state(module: nn.Module, arrays: Mapping[str, NDArray], name: str) -> None:
+    """Load a state_dict, strictly.
+
+    Raises:
+      ValueError: names or shapes that are not the module's.
+    """
+    state = module.state_dict()
+    missing = [n for n in state if n not in arrays and n.rpartition(".")[2] != COUNTER]
+    unknown = [n for n in arrays if n not in state]
+    wrong = [n for n, a in arrays.items() if n in state and tuple(a.shape) != tuple(state[n].shape)]
+    if missing or unknown or wrong:
+        problems = [
+            *(f"lacks {n}" for n in missing),
+            *(f"has {n}, too" for n in unknown),
+            *(f"has {n} of another shape" for n in wrong),
+        ]
+        raise ValueError(f"--weights {name} {', '.join(problems)}; allowed: those of this module")
+    given = {n: a.astype("float32") if a.dtype.name == "bfloat16" else a for n, a in arrays.items()}  # exactly
+    module.load_state_dict({n: torch.as_tensor(a).to(state[n].dtype) for n, a in given.items()}, strict=False)

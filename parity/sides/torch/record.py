@@ -1,0 +1,292 @@
+"""Runs a PyTorch module and records every layer. Never imports jax."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from parity.records.kinds import class_names, kind_of
+from parity.records.recording import Call, GlueCall, Layer, Recording
+from parity.sides.torch.module import COUNTER, floating, has_dropout, lifted, loss_of, numpy, without_dropout
+
+CONFIG = ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode", "eps", "momentum", "num_groups")
+
+
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's parameters, by the first; the default one where it has none."""
+    floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(floating, torch.get_default_dtype())
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """For a while what a module makes inside its forward (a state of zeros, a mask) is of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def layers_of(module: nn.Module) -> dict[str, Layer]:
+    """The modules with tensors of their own. Attention counts as one layer, its projections with it."""
+    layers: dict[str, Layer] = {}
+    inside: list[str] = []
+    for path, child in module.named_modules():
+        if any(path.startswith(prefix) for prefix in inside):
+            continue
+        own = _tensors(child, recurse=False)
+        names = class_names(type(child))
+        statistics = frozenset(name for name in own if not isinstance(own[name], nn.Parameter))
+        kind = kind_of(names, {name: tuple(v.shape) for name, v in own.items()}, statistics)
+        if kind == "attention":
+            own = _tensors(child, recurse=True)
+            inside.append(f"{path}." if path else "")
+        has_parameters = any(name not in statistics for name in own)
+        if not own or not (has_parameters or kind == "batch_norm"):
+            continue
+        below = any(_tensors(grandchild, recurse=True) for grandchild in child.children()) and kind != "attention"
+        layers[path] = Layer(
+            path,
+            kind,
+            type(child).__name__,
+            {name: f"{path}.{name}" if path else name for name in own},
+            statistics,
+            {
+                name: value
+                for name in CONFIG
+                if isinstance(value := getattr(child, name, None), int | float | str | tuple)
+            },
+            is_called=not below,
+        )
+    return layers
+
+
+def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
+    """Floating parameters and buffers by name; counters and index tables are neither."""
+    # A tensor that two layers share has two names.
+    named = [
+        *module.named_parameters(recurse=recurse, remove_duplicate=False),
+        *module.named_buffers(recurse=recurse, remove_duplicate=False),
+    ]
+    return {name: v for name, v in named if v.is_floating_point() and name.rpartition(".")[2] != COUNTER}
+
+
+def record(
+    module: nn.Module,
+    inputs: Sequence[NDArray],
+    *,
+    train: bool,
+    float64: bool = True,
+    loss: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+    nudge: float = 0.0,
+) -> Recording:
+    """Run a copy of the module forward and backward, and record every layer.
+
+    Args:
+      module: any module; it stays as it is.
+      inputs: in PyTorch's layout; floating ones in float64 if that is asked for, else in their own dtype.
+      train: train or eval mode. In training, dropout is switched off.
+      float64: lift the module and its inputs.
+      loss: of the output; None: a fixed random projection (`projections`).
+      seed: of the random numbers in the run (an active dropout).
+      nudge: every parameter is changed by this much of its size, up or down.
+
+    Returns:
+      The recording; without gradients where the output has none.
+    """
+    module = lifted(module, float64=float64).train(train)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+            if nudge:
+                signs = torch.arange(parameter.numel()).reshape(parameter.shape) % 2 * 2 - 1
+                # In the parameter's dtype: a float times integers is float32, whose rounding would be measured then.
+                parameter.data *= 1 + nudge * signs.to(parameter)
+    device = next((v.device for v in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    given = [torch.tensor(a, device=device) for a in inputs]
+    own = torch.float64 if float64 else own_dtype(module)
+    # Numpy makes float64 of what is not told otherwise, which a module of float32 would refuse.
+    given = [v.to(own) if v.is_floating_point() and (float64 or v.dtype == torch.float64) else v for v in given]
+    given = [v.requires_grad_(v.is_floating_point()) for v in given]
+    recording = Recording("torch", layers_of(module), inputs=[numpy(v) for v in given])
+    recording.tensors = _named(module, recording.layers)
+    recording.dropout_off = train and has_dropout(module)
+    watch = _Watch(module, recording)
+    with (
+        torch.random.fork_rng(devices=[]),
+        default_dtype(own),
+        without_dropout(module, train=train),
+        _not_compiled(module),
+        watch,
+    ):
+        torch.manual_seed(seed)
+        # Copies: of an output that another output is made of, only the loss's own gradient counts.
+        output = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, module(*given))
+        leaves = floating(output)
+        recording.outputs = [numpy(v) for v in leaves]
+        for leaf in leaves:
+            if leaf.requires_grad:
+                leaf.retain_grad()
+        total = loss_of(output, loss)
+        recording.loss = total.item() if isinstance(total, Tensor) else float(total)
+        watch.is_over = True
+        if isinstance(total, Tensor) and total.requires_grad:
+            total.backward()
+    recording.output_gradients = [_grad(v) for v in leaves]
+    recording.input_gradients = [_grad(v) if v.is_floating_point() else None for v in given]
+    watch.gradients()
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for layer in recording.layers.values():
+        for local, full in layer.tensors.items():
+            if local not in layer.statistics:
+                recording.gradients[full] = _grad(parameters[full])
+    after = _named(module, recording.layers)
+    recording.new_statistics = {
+        layer.tensors[name]: after[layer.tensors[name]]
+        for layer in recording.layers.values()
+        for name in layer.statistics
+    }
+    return recording
+
+
+def _not_compiled(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Where a part of it went through `torch.compile`, that is run as it is: hooks would see nothing of it."""
+    is_compiled = any(hasattr(child, "_orig_mod") for child in module.modules())
+    # Only then: it imports the compiler, for a second.
+    return torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
+
+
+def _grad(tensor: Tensor) -> NDArray:
+    return np.zeros(tuple(tensor.shape)) if tensor.grad is None else numpy(tensor.grad)
+
+
+def _named(module: nn.Module, layers: dict[str, Layer]) -> dict[str, NDArray]:
+    tensors = _tensors(module, recurse=True)
+    return {
+        full: numpy(tensors[full]) for layer in layers.values() for full in layer.tensors.values() if full in tensors
+    }
+
+
+class _Watch(contextlib.ExitStack):
+    """While it is entered, every call goes into the recording.
+
+    `torch.utils.checkpoint` calls its layers once more in the backward pass. That is no call of the network's, but
+    where it is reentrant, the first call had no gradients, and those of the second are the call's.
+
+    Attributes:
+      is_over: the forward pass is done.
+    """
+
+    is_over = False
+
+    def __init__(self, module: nn.Module, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+        self.kept: list[tuple[Call, list[Tensor], Tensor]] = []
+        self.pending: list[list[Tensor]] = []
+        self.counts: dict[str, int] = {}
+        called = {path for path, layer in recording.layers.items() if layer.is_called}
+        for path, child in module.named_modules():
+            if path in called:
+                self._add(child.register_forward_pre_hook(self._before(path), with_kwargs=True))
+                self._add(child.register_forward_hook(self._after(path), with_kwargs=True))
+            elif not list(child.children()) and not isinstance(child, nn.Identity):
+                attention = any(path.startswith(f"{p}.") for p in called)
+                if not attention:
+                    self._add(child.register_forward_hook(self._glue(path), with_kwargs=True))
+
+    def _add(self, handle: Any) -> None:
+        self.callback(handle.remove)
+
+    def _is_repeated(self, path: str) -> bool:
+        """Whether a call of this layer has had no gradients."""
+        return any(call.path == path and not y.requires_grad for call, _, y in self.kept)
+
+    def _repeats(self, path: str, inputs: Sequence[NDArray]) -> int:
+        """Which of these calls it was, by what came in: the last part of a network is called again first."""
+        calls = [(i, call) for i, (call, _, y) in enumerate(self.kept) if call.path == path and not y.requires_grad]
+        same = (i for i, call in calls if all(np.array_equal(a, b) for a, b in zip(call.inputs, inputs, strict=False)))
+        return next(same, calls[0][0])
+
+    def _before(self, path: str) -> Callable:
+        """Gives the layer copies of its own, so that their gradients are those through this layer only."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if self.is_over and not self._is_repeated(path):
+                return None
+            mine: list[Tensor] = []
+            known: dict[int, Tensor] = {}  # one tensor given several times (attention) is one input
+
+            def own(v: Any) -> Any:
+                if not isinstance(v, Tensor) or v.dtype == torch.bool:
+                    return v
+                if id(v) in known:
+                    return known[id(v)]
+                if not v.is_floating_point():
+                    mine.append(v)
+                    return v
+                given = v
+                v = v.clone() if v.requires_grad else v.detach().clone().requires_grad_(torch.is_grad_enabled())
+                if v.requires_grad:
+                    v.retain_grad()
+                mine.append(v)
+                known[id(given)] = v
+                return v
+
+            args, kwargs = tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}
+            self.pending.append([v.detach().clone() for v in mine])
+            self.pending.append(mine)
+            return args, kwargs
+
+        return hook
+
+    def _after(self, path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if self.is_over and not self._is_repeated(path):
+                return output
+            mine, values = self.pending.pop(), self.pending.pop()
+            inputs = [numpy(v) for v in values]
+            y = output[0] if isinstance(output, tuple) else output
+            index = self.counts.get(path, 0)
+            if not self.is_over:
+                self.counts[path] = index + 1
+            if not isinstance(y, Tensor):
+                return output
+            if y.requires_grad:
+                y.retain_grad()
+            if self.is_over:
+                i = self._repeats(path, inputs)
+                self.kept[i] = self.kept[i][0], mine, y
+            else:
+                call = Call(path, index, inputs, numpy(y), arrived=inputs)
+                self.recording.calls.append(call)
+                self.kept.append((call, mine, y))
+            # A copy goes on: an activation in place must not reach back into y.
+            return (y.clone(), *output[1:]) if isinstance(output, tuple) else y.clone()
+
+        return hook
+
+    def _glue(self, path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if self.is_over:
+                return
+            names = tuple(c.__name__ for c in type(module).__mro__)
+            self.recording.glue.append(GlueCall(path, names, len(self.recording.calls)))
+
+        return hook
+
+    def gradients(self) -> None:
+        """Fills in the gradients, once the backward pass has been."""
+        for call, inputs, y in self.kept:
+            call.input_gradients = [_grad(v) if v.is_floating_point() else None for v in inputs]
+            call.output_gradient = _grad(y)

@@ -1,0 +1,1 @@
+"""Lockstep's gauges, distances and verdict."""

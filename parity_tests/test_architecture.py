@@ -1,0 +1,174 @@
+"""Which file of `parity` imports which: one way only, and the frameworks in their own folders only.
+
+Read from the syntax, so imports inside functions count; those for types alone (`if TYPE_CHECKING`) do not.
+"""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# From below to above; a file imports from lower rows and from its own part. What stands in one row knows nothing of
+# each other.
+ROWS = [
+    {"records"},
+    {"pairing", "sides"},
+    {"comparison"},
+    {"diagnosis", "training"},
+    {"report"},
+    {"judge", "evidence", "conventions"},
+    {"check", "offline", "trajectory", "weights"},
+    {"wings", "testing"},
+    {"cli"},
+    {"__init__"},
+    {"__main__"},
+]
+HEIGHT = {part: height for height, row in enumerate(ROWS) for part in row}
+FRAMEWORKS = {"torch", "jax", "flax", "optax"}
+SIDES_FREE = {"pairing", "comparison", "diagnosis", "training", "report", "judge"}  # they know neither framework's side
+OWN_WINGS = {"jax_bn", "torch_bn", "image_data"}
+MOST_LINES = 400
+
+# What is not yet so: "file imports module". A line that is needed no more fails the test.
+EXCEPTIONS = """
+parity.check imports torch
+parity.cli.commands imports flax
+parity.cli.train imports jax_bn
+parity.cli.train imports torch
+parity.cli.train imports torch_bn
+parity.conventions imports flax
+parity.conventions imports torch
+parity.diagnosis.optimizer.family imports parity.sides.ask
+parity.diagnosis.optimizer.family imports parity.sides.torch.ask
+parity.diagnosis.product.contraction imports torch
+parity.diagnosis.product.rounded imports parity.sides.torch
+parity.diagnosis.product.rounded imports torch
+parity.evidence.both imports flax
+parity.evidence.both imports jax
+parity.evidence.both imports torch
+parity.evidence.jax imports flax
+parity.evidence.jax imports jax
+parity.evidence.optimizers imports flax
+parity.evidence.torch imports torch
+parity.pairing.by_running imports flax
+parity.pairing.by_running imports parity.sides.jax
+parity.pairing.by_running imports parity.sides.jax.layers
+parity.pairing.by_running imports parity.sides.torch.layers
+parity.pairing.by_running imports torch
+parity.pairing.problems imports jax
+parity.pairing.problems imports torch
+parity.records.weight_files imports torch
+parity.sides.jax.train imports parity.pairing.layers
+parity.sides.jax.train imports parity.pairing.translation
+parity.sides.torch.train imports parity.pairing.layers
+parity.training.gauges imports parity.sides.torch
+parity.training.gauges imports parity.sides.torch.train
+parity.training.gauges imports torch
+parity.trajectory imports torch
+parity.weights imports flax
+parity.weights imports jax
+parity.weights imports torch
+"""
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts == ("parity", "__init__") or parts[-1] != "__init__" else parts[:-1])
+
+
+FILES = {module_name(path): path for path in sorted((ROOT / "parity").rglob("*.py"))}
+
+
+def imports(tree):
+    """The modules that a file imports, wherever in it; not those for types alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "not TYPE_CHECKING"):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not read here"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in FILES else node.module
+        else:
+            yield from imports(node)
+
+
+GRAPH = {name: sorted(set(imports(ast.parse(path.read_text())))) for name, path in FILES.items()}
+
+
+def part(module):
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def refused(module, imported):
+    """Whether this file may not import that."""
+    top, mine = imported.split(".")[0], part(module)
+    if top in FRAMEWORKS:
+        return mine not in ("sides", "wings")
+    if top in OWN_WINGS:
+        return mine != "wings"
+    if top == "parity" and mine != part(imported):
+        return HEIGHT[part(imported)] >= HEIGHT[mine] or (mine in SIDES_FREE and part(imported) == "sides")
+    return False
+
+
+def test_every_file_is_in_a_row():
+    assert {part(module) for module in FILES} == set(HEIGHT)
+
+
+def test_imports_run_one_way():
+    """From above to below, but for the exceptions; and each of these is still needed."""
+    found = {
+        f"{module} imports {name if name in FILES else name.split('.')[0]}"
+        for module, names in GRAPH.items()
+        for name in names
+        if refused(module, name)
+    }
+    assert found == set(filter(None, EXCEPTIONS.splitlines()))
+
+
+def circles():
+    """Every circle of imports, once."""
+    found, done = [], set()
+
+    def visit(module, path):
+        if module in path:
+            found.append(" -> ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for name in GRAPH[module]:
+                if name in GRAPH:
+                    visit(name, [*path, module])
+            done.add(module)
+
+    for module in GRAPH:
+        visit(module, [])
+    return found
+
+
+def test_no_circle():
+    assert not circles()
+
+
+def test_files_are_short():
+    long = {
+        str(p.relative_to(ROOT)) for d in ("parity", "truth") for p in (ROOT / d).rglob("*.py") if lines(p) > MOST_LINES
+    }
+    assert not long
+
+
+def lines(path):
+    return len(path.read_text().splitlines())
+
+
+def test_what_this_test_sees(monkeypatch):
+    """An import upwards inside a function, a framework above the sides, a circle."""
+    code = "def f():\n    from parity.report import Report\n    import torch.nn\n"
+    assert sorted(imports(ast.parse(code))) == ["parity.report", "torch.nn"]
+    assert refused("parity.records.kinds", "parity.report")
+    assert refused("parity.pairing.rules", "parity.sides.torch")
+    assert refused("parity.judge", "torch.nn")
+    assert not refused("parity.sides.torch.record", "torch.nn")
+    monkeypatch.setitem(GRAPH, "parity.records.recording", ["parity.report"])
+    assert circles()
