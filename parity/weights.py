@@ -1,6 +1,6 @@
 """Carries weights between PyTorch and Flax, both ways, strictly and bit for bit.
 
-Which layer is which is found by `pairing/matching.py`, which tensor of it is which by the table in
+Which layer is which is found by `pairing/alignment.py`, which tensor of it is which by the table in
 `pairing/rules.py`.
 """
 

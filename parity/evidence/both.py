@@ -22,11 +22,12 @@ from parity.diagnosis.loss import loss_findings
 from parity.diagnosis.parameters.conversion import conversion_findings
 from parity.diagnosis.product.rounded import precision_findings
 from parity.evidence.optimizers import rule_findings
-from parity.pairing.layers import Pairing, pair_layers
+from parity.pairing.layers import Pairing, pair
 from parity.pairing.translation import Translation, apply_layout, flat_layout_inputs
 from parity.records.distance import error_of
 from parity.records.kinds import NORMS
-from parity.records.recording import NETWORK, Layer, Recording
+from parity.records.recording import NETWORK, Recording
+from parity.records.structure import of_layers, of_recording
 from parity.report import Report, verdict
 from parity.report.verdict import layer_rows, which
 from parity.sides import jax as flax_side
@@ -60,15 +61,7 @@ class Comparison:
         self.side = flax_side.side_of(flax_module, flax_call)
         self.flax_layers, shapes = flax_side.structure(self.side, self.flax_inputs, train=train)
         self.initial = shapes
-        order = list(dict.fromkeys(call.path for call in self.torch.calls))
-        _find_feeders(self.torch)
-        layers = [self.torch.layers[path] for path in order]
-        layers += [layer for path, layer in self.torch.layers.items() if path not in order]
-        torch_shapes = {name: a.shape for name, a in self.torch.tensors.items()}
-        flax_shapes = {name: tuple(v.shape) for name, v in shapes.items()}
-        self.pairing: Pairing = pair_layers(
-            _called_first(layers, order), list(self.flax_layers.values()), (torch_shapes, flax_shapes), layer_map
-        )
+        self.pairing: Pairing = pair(of_recording(self.torch), of_layers(self.flax_layers, shapes), layer_map)
         self.translation = Translation(self.torch, self.pairing)
         self.free: list[Difference] = []
         self.local: list[Difference] = []
@@ -334,18 +327,3 @@ class Comparison:
 
 def _nearly(a: NDArray, b: NDArray) -> bool:
     return a.dtype.kind == b.dtype.kind == "f" and error_of(a, b) <= 1e-6
-
-
-def _find_feeders(torch_run: Recording) -> None:
-    """Which layer's output goes into which layer as it is, by the numbers."""
-    for i, call in enumerate(torch_run.calls):
-        if call.index == 0 and call.inputs:
-            before = (c.path for c in reversed(torch_run.calls[:i]) if np.array_equal(c.output, call.inputs[0]))
-            torch_run.layers[call.path].feeder = next(before, None)
-
-
-def _called_first(layers: Sequence[Layer], order: Sequence[str]) -> list[Layer]:
-    """A layer that was never called in this run takes part with its tensors only."""
-    for layer in layers:
-        layer.is_called = layer.is_called and layer.path in order
-    return list(layers)

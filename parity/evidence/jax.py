@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from parity.comparison.forcing import forcing
 from parity.comparison.nudging import NOISE_STEP, noise_of, nudged
-from parity.pairing.layers import in_order, pair_layers
+from parity.pairing.layers import pair
 from parity.records.dump_file import Dump
 from parity.records.recording import Layer, Recording
+from parity.records.structure import of_layers, of_recording
 from parity.records.weight_files import read_weights
 from parity.sides import jax as flax_side
 from parity.sides.jax.module import default_loss
@@ -71,8 +72,7 @@ def _carry(
     layer_map: Mapping[str, str] | None,
 ) -> tuple[dict[str, Any], Recording]:
     """The variables with a PyTorch dump's weights in them; and the run in single-layer mode with these."""
-    shapes = {name: a.shape for name, a in other.tensors.items()}, {n: np.shape(v) for n, v in variables.items()}
-    pairing = pair_layers(in_order(other), list(layers.values()), shapes, layer_map)
+    pairing = pair(of_recording(other), of_layers(layers, variables), layer_map)
     carried = _fitting(pairing.to_flax(other.tensors), variables)
     # Layer by layer on PyTorch's inputs: what is flattened shows in which order it arrives.
     probe = forcing(other, pairing)

@@ -14,6 +14,9 @@ from parity.records.recording import NETWORK, PHASES, Recording
 from parity.report.findings import Diagnosis, Divergence, LayerRow
 from parity.report.report import Report
 
+MOST_BESIDES = 8
+"""Places told one by one beside the first, where what differs is not explained."""
+
 
 def report(
     first: Difference | None,
@@ -42,7 +45,7 @@ def report(
       The report; what differs and was not recognised is "unexplained".
     """
     known = [f for f in located if f.finding.code != "unexplained"]
-    others = [f for f in located if f.finding.code == "unexplained"] if known else []
+    others = [f for f in located if f.finding.code == "unexplained"][0 if known else 1 :]
     chosen = [Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in known or located[:1]]
     divergence = _divergence(first, located, torch, bound)
     if divergence is not None and not chosen:
@@ -53,7 +56,9 @@ def report(
         text = f"not finite at {where}: its {divergence.quantity} is NaN or infinite, so nothing was compared there"
         chosen = [Diagnosis("not-compared", divergence.torch_layer, text, divergence.flax_layer)]
     chosen += [Diagnosis("could-not-run", "", text) for text in not_run]
-    besides = [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others]
+    besides = [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others[:MOST_BESIDES]]
+    if len(others) > MOST_BESIDES:
+        besides.append(f"besides, at {len(others) - MOST_BESIDES} more places what differs is not explained")
     return Report(divergence, list(dict.fromkeys(chosen)), rows, [*notes, *besides, *_not_compared(rows)], details)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from torch import nn
 
 import parity
-from parity import check, offline, weights
+from parity import offline, weights
 from parity.sides import torch as torch_side
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -69,7 +69,7 @@ def test_a_norms_epsilon_behind_large_activations(kind):
 def test_empty_inputs_are_refused(tmp_path):
     for call in (
         lambda: parity.check(gelu_net(), TanhGelu(), X[:0], train=False),
-        lambda: check.trace(gelu_net(), TanhGelu(), X[:0], train=False),
+        lambda: parity.trace(gelu_net(), TanhGelu(), X[:0], train=False),
         lambda: offline.dump(gelu_net(), [X[:0]], tmp_path / "dump"),
     ):
         with pytest.raises(ValueError, match=r"inputs are empty, of shape \(0, 4\).*allowed: an example or more"):
@@ -87,7 +87,7 @@ def test_what_is_not_finite_is_not_compared(where, way):
             module[2].weight[0, 0] = torch.nan
     else:
         x[:, 0] = np.nan if where == "input" else np.inf
-    function = parity.check if way == "check" else check.trace
+    function = parity.check if way == "check" else parity.trace
     report = function(module, TanhGelu(), x, train=False)
     assert not report.ok
     assert report.diagnoses[0].code == "not-compared"
