@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flax import linen, nnx
 from numpy.typing import NDArray
 
 from parity import flax_side
@@ -17,16 +18,16 @@ from parity.report import Report
 
 def check(
     torch_module: torch.nn.Module,
-    flax_module: Any,
-    *inputs: NDArray,
+    flax_module: linen.Module | nnx.Module,
+    *inputs: NDArray[Any],
     train: bool = True,
     variables: Any = None,
-    flax_inputs: Sequence[NDArray] | None = None,
-    flax_call: Callable | None = None,
+    flax_inputs: Sequence[NDArray[Any]] | None = None,
+    flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
-    loss: tuple[Callable, Callable] | None = None,
+    loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
     steps: int = 0,
-    optimizers: tuple[Callable, Any] | None = None,
+    optimizers: tuple[Callable[[Any], torch.optim.Optimizer], Any] | None = None,
 ) -> Report:
     """Compare a PyTorch module with a Flax module: every layer forward and backward, the statistics, the optimiser.
 

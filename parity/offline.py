@@ -41,14 +41,14 @@ def framework_of(module: Any) -> str | None:
 
 def dump(
     module: Any,
-    inputs: Sequence[NDArray],
+    inputs: Sequence[NDArray[Any]],
     path: str | Path,
     *,
     train: bool = True,
     weights: str | Path | None = None,
     flax_layout: bool = False,
-    loss: Callable | None = None,
-    flax_call: Callable | None = None,
+    loss: Callable[[Any], Any] | None = None,
+    flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
 ) -> Dump:
     """Run one side in float64 and write down every layer's tensors and gradients.
@@ -153,12 +153,12 @@ def compare(first: str | Path, second: str | Path, *, layer_map: Mapping[str, st
 def trace(
     torch_module: Any,
     flax_module: Any,
-    *inputs: NDArray,
+    *inputs: NDArray[Any],
     train: bool = True,
-    flax_inputs: Sequence[NDArray] | None = None,
-    flax_call: Callable | None = None,
+    flax_inputs: Sequence[NDArray[Any]] | None = None,
+    flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
-    loss: tuple[Callable, Callable] | None = None,
+    loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
 ) -> Report:
     """Every layer of both sides with PyTorch's weights, in float64: each side on its own, and layer by layer.
 

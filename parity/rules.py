@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from parity import kinds
 from parity.kinds import Shape, is_counter
 
-Move = Callable[[NDArray], NDArray]
+Move = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 class Layout(NamedTuple):
