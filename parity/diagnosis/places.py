@@ -13,6 +13,7 @@ from parity.diagnosis.between import family as between
 from parity.diagnosis.between import input as inputs
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.finding import PHASE_ORDER, Finding, Located, in_order
+from parity.diagnosis.mistakes import is_one_sided, phase_of
 from parity.diagnosis.norm import family as norms
 from parity.diagnosis.norm.sources import NormSide
 from parity.diagnosis.norm_after_activation import NormOrder
@@ -24,11 +25,9 @@ from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.recording import NETWORK, Call, Recording
 
-STATISTICS = {"momentum-inverted", "momentum", "unbiased-variance", "statistics-frozen"}
-GRADIENTS = {"stopped-statistics-gradient"}
 MOST_SOURCES = 8
-# What a finding's role charges: which of PyTorch's modules without tensors, by the names of their classes.
-ROLES = {
+# What a finding charges between two layers: which of PyTorch's modules without tensors, by the names of their classes.
+CHARGED = {
     "activation": lambda names: not re.search("Pool|Drop|Flatten|Pad|Upsample", names),
     "pool": lambda names: "Pool" in names,
     "dropout": lambda names: "Drop" in names,
@@ -146,7 +145,7 @@ class Diagnosis:
 
     def _located(self, finding: Finding, call: Call, flax_layer: str, position: int) -> Located:
         """Glue is charged to PyTorch's own module where there is one, otherwise to the next layer."""
-        fits = ROLES.get(finding.role)
+        fits = CHARGED.get(finding.charges)
         modules = [
             g for g in self.torch.glue if g.position == position and fits is not None and fits(" ".join(g.class_names))
         ]
@@ -191,7 +190,7 @@ class Diagnosis:
 
     def _left(self, pair: LayerPair, found: Sequence[Finding]) -> list[Finding]:
         """Parameters that one side only has."""
-        if any(f.code in ("bias-missing", "affine-missing") for f in found):
+        if any(is_one_sided(f.code) for f in found):
             return []
         left = [(n, "PyTorch", "Flax") for n in pair.torch_left if n not in pair.torch.statistics]
         left += [(n, "Flax", "PyTorch") for n in pair.flax_left if n not in pair.flax.statistics]
@@ -295,9 +294,7 @@ def role_of(local: str, is_statistic: bool) -> str | None:
 
 
 def _phase(finding: Finding, quantities: Sequence[Difference]) -> str:
-    if finding.code in STATISTICS:
-        return "statistics"
-    if finding.code in GRADIENTS:
-        return "backward"
+    if phase_of(finding.code) != "forward":
+        return phase_of(finding.code)
     phases = {d.phase for d in quantities}
     return min(phases, key=PHASE_ORDER.__getitem__) if phases else "backward"

@@ -91,7 +91,7 @@ def named(given, torch_side, flax_side, swap=False, **options):
 
 
 def codes(found):
-    return [(finding.code, finding.role) for finding in found]
+    return [(finding.code, finding.charges) for finding in found]
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -161,7 +161,7 @@ def test_pool(one, other, expected, activation, flat, swap):
         sides = [side.reshape(len(u), -1) for side in sides]
     found = named(sources(u), *sides, swap)
     assert {finding.code for finding in found} == expected, found
-    assert all(finding.role == "pool" for finding in found)
+    assert all(finding.charges == "pool" for finding in found)
 
 
 @pytest.mark.parametrize("size", [7, 8, 9])
@@ -231,7 +231,7 @@ def test_a_factor_is_no_activation(factor, swap):
         # The last: nobody knows what both were made of.
         for known in (sources(u), []):
             (found,) = named(known, v, factor * v, swap)
-            assert (found.code, found.role) == ("unexplained", "")
+            assert (found.code, found.charges) == ("unexplained", "")
             assert f"{factor:.6g}" in found.evidence or f"{1 / factor:.6g}" in found.evidence
     # Nor is a multiple of an activation, or an activation of a multiple, one that was taken for another.
     for side in (factor * through(torch.sin, u), through(lambda x: torch.tanh(factor * x), u)):
@@ -346,7 +346,7 @@ def test_unknown_function(swap):
     odd, given = u * np.arctan(u), sources(u)[:1]
     for known in (u, through(F.relu, u), np.log1p(np.abs(u))):
         (found,) = named(given, known, odd, swap)
-        assert (found.code, found.role) == ("unexplained", "")
+        assert (found.code, found.charges) == ("unexplained", "")
         assert "element by element" in found.evidence
     rounded = through(lambda x: x.bfloat16().double(), u)
     assert codes(named(given, u, rounded, swap)) == [("unexplained", "")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from parity.records.recording import Recording
 def of_layout(finding: Finding, kind: str) -> Finding:
     """A convolution's kernel with inputs and outputs exchanged is one of the wrong layouts, not a transposed matrix."""
     wrong = finding.code == "kernel-transposed" and kind in ("conv", "conv_transpose")
-    return finding._replace(code="kernel-layout") if wrong else finding
+    return replace(finding, code="kernel-layout") if wrong else finding
 
 
 def _attention(expected: Mapping[str, NDArray], given: Mapping[str, NDArray]) -> list[Finding]:
@@ -33,7 +34,7 @@ def _attention(expected: Mapping[str, NDArray], given: Mapping[str, NDArray]) ->
             shape = (-1, truth.shape[-1]) if part.startswith("out") else (len(truth), -1)
             a, b = truth.reshape(shape), mine.reshape(shape)
             got = parameters.findings("linear", {"kernel": a}, {"kernel": b}, raw={"kernel": a.T})
-            found += [f._replace(evidence=f"{part}: {f.evidence}") for f in got]
+            found += [replace(f, evidence=f"{part}: {f.evidence}") for f in got]
         else:
             found += parameters.findings("linear", {"bias": truth.ravel()}, {"bias": mine.ravel()})
     return found
