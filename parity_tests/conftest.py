@@ -3,6 +3,7 @@
 Warnings are errors too (pyproject.toml).
 """
 
+import gc
 import os
 
 # Two workers share the processor (`-n 2` in pyproject.toml): threads of PyTorch's that wait for each other on a core
@@ -12,10 +13,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# The same examples each time, none of them kept from an earlier run, and no clock: a busy machine fails no test.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_addoption(parser):
@@ -45,6 +52,14 @@ def compiled_once(tmp_path_factory):
     for name, value in (CACHE | {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}).items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_of_one_file():
+    """A file's programs go with it, or a process grows to 4 GB; what another file needs again, XLA's folder has."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

