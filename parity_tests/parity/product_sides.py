@@ -61,7 +61,7 @@ def torch_side(kind, x, kernel, bias, applied=None, *, dtype=np.float64, hints=T
 
 def flax_side(kind, x, kernel, bias, applied=None, *, dtype=np.float64, hints=True, **options):
     """What Flax does, with `stride`, `padding` (as JAX takes it), `dilation`, `groups`."""
-    rank, applied = x.ndim - 2, np.array(kernel if applied is None else applied, dtype)
+    applied = np.array(kernel if applied is None else applied, dtype)
     add_bias = options.pop("add_bias", True)
 
     added = bias if add_bias else None
