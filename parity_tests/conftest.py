@@ -4,6 +4,7 @@ Warnings are errors too (pyproject.toml).
 """
 
 import gc
+import importlib
 import os
 
 # Two workers share the processor (`-n 2` in pyproject.toml): threads of PyTorch's that wait for each other on a core
@@ -91,8 +92,19 @@ def x64():
 
 
 @pytest.fixture
-def quickly_compiled():
-    """XLA optimises little and compiles in half the time: for tests that look at no float32 rounding and no speed."""
+def quickly_compiled(monkeypatch):
+    """XLA optimises little and compiles in an eighth of the time: for tests that look at no float32 rounding, no speed.
+
+    What makes the most of it, the emitters of fused loops, JAX has an option for with `jax.jit` and none for all.
+    """
+    compiler = importlib.import_module("jax._src.compiler")
+    options_of = compiler.get_compile_options
+
+    def without_emitters(*args, env_options_overrides=None, **options):
+        overrides = {"xla_cpu_use_fusion_emitters": False} | (env_options_overrides or {})
+        return options_of(*args, env_options_overrides=overrides, **options)
+
+    monkeypatch.setattr(compiler, "get_compile_options", without_emitters)
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield

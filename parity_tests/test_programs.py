@@ -20,7 +20,8 @@ import torch_bn
 from image_data.dataset import FILES
 
 ROOT = Path(__file__).parents[1]
-QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for runs of which the numbers do not matter
+# For runs of which the numbers do not matter: conftest.py's `quickly_compiled`.
+QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
 PROGRAMS = {"jax": ["train_jax.py"], "torch": ["-m", "torch_bn.training"]}
 
 

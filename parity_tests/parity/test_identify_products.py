@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from parity.identify.products import ProductSide, findings
 from parity_tests.parity.product_sides import WINGS, flax_side, torch_side
 
-pytestmark = pytest.mark.usefixtures("x64", "quickly_compiled")
+pytestmark = pytest.mark.usefixtures("x64")
 
 SPATIAL = {1: (11,), 2: (9, 8), 3: (6, 5, 7)}
 
