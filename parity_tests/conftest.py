@@ -55,12 +55,40 @@ def compiled_once(tmp_path_factory):
         os.environ[name.upper()] = str(value)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_of_one_file():
-    """A file's programs go with it, or a process grows to 4 GB; what another file needs again, XLA's folder has."""
-    yield
+# JAX keeps every program for as long as the process lives, a megabyte or two each: a process would grow to 4 GB.
+MOST_PROGRAMS = 250
+programs_kept = 0
+
+
+def count_program(event, seconds, **_):
+    global programs_kept
+    programs_kept += event.endswith("backend_compile_duration")
+
+
+jax.monitoring.register_event_duration_secs_listener(count_program)
+
+
+def forget_programs():
+    """What is needed again is read from XLA's folder."""
+    global programs_kept
     jax.clear_caches()
     gc.collect()
+    programs_kept = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """A file's programs go with it."""
+    yield
+    forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """And sooner, of a file that has many."""
+    yield
+    if programs_kept > MOST_PROGRAMS:
+        forget_programs()
 
 
 @pytest.fixture(scope="session", autouse=True)
