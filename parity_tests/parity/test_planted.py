@@ -87,10 +87,18 @@ def test_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
+def is_thorough(case: Case) -> bool:
+    """The large networks cost the most, and the deep chain shows the same; so do half of the deep chains.
+
+    Of four mistakes in a row, the deep chain has one in PyTorch's wing and one in Flax's; all are planted alone.
+    """
+    if case.depth == "deep" and case.code in CODES:
+        return CODES.index(case.code) % 4 in (1, 2)
+    return case.depth not in ("alone", "deep")
+
+
 SELECTED = [
-    # The large networks cost the most, and the deep chain shows the same.
-    pytest.param(case, id=case.name, marks=[pytest.mark.thorough] * (case.depth not in ("alone", "deep")))
-    for case in selected(CASES)
+    pytest.param(case, id=case.name, marks=[pytest.mark.thorough] * is_thorough(case)) for case in selected(CASES)
 ]
 
 
