@@ -1,7 +1,5 @@
 """What lies between two layers: each mistake in either wing, alone and two at once; silence on correct pairs."""
 
-import time
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -222,7 +220,9 @@ def test_no_dropout_without_randomness():
     assert codes(named(sources(u), through(F.relu, u), flax, rerun=(through(F.relu, u), flax))) == [("unexplained", "")]
 
 
-@pytest.mark.parametrize("factor", [1.01, 2.0, -1.0, 1 / 1.7])
+@pytest.mark.parametrize(
+    "factor", [1.01, -1.0, *(pytest.param(factor, marks=pytest.mark.thorough) for factor in (2.0, 1 / 1.7))]
+)
 @SWAP
 def test_a_factor_is_no_activation(factor, swap):
     u = maps()
@@ -244,7 +244,9 @@ def test_a_factor_is_no_activation(factor, swap):
     assert codes(named(sources(u), *sides, swap)) == [("activation", "activation")]
 
 
-@pytest.mark.parametrize("change", [lambda v: np.roll(v, 1, -1), lambda v: v[..., ::-1]])
+@pytest.mark.parametrize(
+    "change", [lambda v: np.roll(v, 1, -1), pytest.param(lambda v: v[..., ::-1], marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("shape", [(12, 8), (6, 7, 8), (6, 8, 8, 5)])
 @SWAP
 def test_another_order_without_a_flatten(shape, change, swap):
@@ -368,7 +370,7 @@ def test_bad_numbers():
     assert [finding.code for finding in named(sources(u), u, broken)] == ["unexplained"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(sorted(ACTIVATIONS)),
@@ -426,9 +428,7 @@ def test_deep_and_quick():
     """Many sources, 1e5 elements."""
     u = maps((16, 28, 28, 8))
     more = [Source(f"layer{i}", maps((16, 28, 28, 8), i)) for i in range(9, 20)]
-    start = time.process_time()
     found = named([Source("conv", u), *more], through(F.gelu, u), through(F.silu, u))
     assert codes(found) == [("activation", "activation")]
     residual = more[0].value + more[4].value
     assert codes(named(more, through(F.relu, residual), through(F.silu, residual))) == [("activation", "activation")]
-    assert time.process_time() - start < 10

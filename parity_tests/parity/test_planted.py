@@ -96,10 +96,18 @@ def test_the_page_of_mistakes_is_of_this_table():
     assert [(code, text, [int(n) for n in re.findall(r"/(\d+)", cells)]) for code, text, cells in rows] == wanted
 
 
+def is_thorough(case: Case) -> bool:
+    """The large networks cost the most, and the deep chain shows the same; so do half of the deep chains.
+
+    Of four mistakes in a row, the deep chain has one in PyTorch's wing and one in Flax's; all are planted alone.
+    """
+    if case.depth == "deep" and case.code in CODES:
+        return CODES.index(case.code) % 4 in (1, 2)
+    return case.depth not in ("alone", "deep")
+
+
 SELECTED = [
-    # The large networks cost the most, and the deep chain shows the same.
-    pytest.param(case, id=case.name, marks=[pytest.mark.thorough] * (case.depth not in ("alone", "deep")))
-    for case in selected(CASES)
+    pytest.param(case, id=case.name, marks=[pytest.mark.thorough] * is_thorough(case)) for case in selected(CASES)
 ]
 
 
