@@ -13,6 +13,7 @@ from parity.diagnosis.between import family as between
 from parity.diagnosis.between import input as inputs
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.finding import PHASE_ORDER, Finding, Located, in_order
+from parity.diagnosis.lone_layers import with_lone_layers
 from parity.diagnosis.mistakes import is_one_sided, phase_of
 from parity.diagnosis.norm import family as norms
 from parity.diagnosis.norm.sources import NormSide
@@ -72,27 +73,7 @@ class Diagnosis:
         if any(d.key == NETWORK and d.quantity == "output" for d in self.failing):
             found += self._last_glue()
         order = NormOrder(self.translation, self.forced, self.free, self._tolerance)
-        found = order.findings(found) + self._norms_alone()
-        return in_order(found)
-
-    def _norms_alone(self) -> list[Located]:
-        """Norms whose scale and bias one side only has: there the other side's has no tensors, and is no layer."""
-        pairing, order = self.translation.pairing, [call.path for call in self.torch.calls]
-        found = []
-        for layer in pairing.torch_alone:
-            if layer.kind in kinds.NORMS and layer.is_called and set(layer.tensors) - layer.statistics:
-                text = f"PyTorch's {layer.path} has {', '.join(layer.tensors)}, Flax has no such layer with parameters"
-                position = order.index(layer.path)
-                finding = Finding("affine-missing", text)
-                found.append(Located("backward", position, layer.path, "", finding, (layer.path, 0)))
-        bare = [g for g in self.torch.glue if "Norm" in " ".join(g.class_names)]
-        for layer in pairing.flax_alone:
-            if layer.kind in kinds.NORMS and layer.is_called and set(layer.tensors) - layer.statistics and bare:
-                g = bare.pop(0)
-                text = f"Flax's {layer.path} has {', '.join(layer.tensors)}, PyTorch's {g.path} has no parameters"
-                key = (order[g.position], 0) if g.position < len(order) else NETWORK
-                found.append(Located("backward", g.position, g.path, layer.path, Finding("affine-missing", text), key))
-        return found
+        return in_order(with_lone_layers(order.findings(found), self.translation, self.forced, self.free))
 
     def _tolerance(self, key: tuple[str, int], quantity: str) -> float:
         return max((t for d, t in self.tolerance.items() if d.key == key and d.quantity == quantity), default=1e-9)

@@ -13,7 +13,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
-from parity.comparison.differences import STEP_BOUND, Difference, differences, step_differences
+from parity.comparison.differences import STEP_BOUND, Difference, alone, differences, step_differences
 from parity.comparison.forcing import Forcing, OwnInputs
 from parity.comparison.rounding import Noise, nudged, rounding
 from parity.diagnosis import places
@@ -25,7 +25,6 @@ from parity.evidence.optimizers import rule_findings
 from parity.pairing.layers import Pairing, pair
 from parity.pairing.translation import Translation, apply_layout, flat_layout_inputs
 from parity.records.distance import error_of
-from parity.records.kinds import NORMS
 from parity.records.recording import NETWORK, Recording
 from parity.records.structure import of_layers, of_recording
 from parity.report import Report, verdict
@@ -174,7 +173,7 @@ class Comparison:
         if free.failure is None:
             self._run_float32(free)
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
-        left = left or any(x.kind in NORMS for x in (*self.pairing.torch_alone, *self.pairing.flax_alone))
+        left = left or any(alone(self.pairing, self.torch, free))
         if not self._failing(self.free) and not self.located and not left:
             return
         try:
