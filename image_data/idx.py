@@ -30,7 +30,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK = 1 << 20
 
 
-def read_idx(path: str | os.PathLike[str]) -> NDArray:
+def read_idx(path: str | os.PathLike[str]) -> NDArray[Any]:
     """The array in an IDX file, gzip-compressed or plain (told apart by the content, not by the name).
 
     Args:
@@ -67,7 +67,7 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray:
         raise ValueError(f"{path}: found a file that can't be read ({error.strerror}); expected an IDX file") from None
 
 
-def _parse(path: Path, stream: BinaryIO) -> NDArray:
+def _parse(path: Path, stream: BinaryIO) -> NDArray[Any]:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
         raise ValueError(f"{path}: found magic bytes {magic.hex(' ') or 'none'}; expected 00 00, a type, a rank")
@@ -93,7 +93,7 @@ def _parse(path: Path, stream: BinaryIO) -> NDArray:
     return array.astype(dtype.newbyteorder("="), copy=False)
 
 
-def write_idx(path: str | os.PathLike[str], array: NDArray) -> None:
+def write_idx(path: str | os.PathLike[str], array: NDArray[Any]) -> None:
     """Write an array as an IDX file, gzip-compressed if the name ends in .gz; the same array gives the same bytes.
 
     Raises:

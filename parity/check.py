@@ -16,20 +16,21 @@ from parity.sides.module import framework_of, is_tensor
 
 if TYPE_CHECKING:
     import torch
+    from flax import linen, nnx
 
 
 def check(
     torch_module: torch.nn.Module,
-    flax_module: Any,
-    *inputs: NDArray,
+    flax_module: linen.Module | nnx.Module,
+    *inputs: NDArray[Any],
     train: bool = True,
     variables: Any = None,
-    flax_inputs: Sequence[NDArray] | None = None,
-    flax_call: Callable | None = None,
+    flax_inputs: Sequence[NDArray[Any]] | None = None,
+    flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
-    loss: tuple[Callable, Callable] | None = None,
+    loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
     steps: int = 0,
-    optimizers: tuple[Callable, Any] | None = None,
+    optimizers: tuple[Callable[[Any], torch.optim.Optimizer], Any] | None = None,
 ) -> Report:
     """Compare a PyTorch module with a Flax module: every layer forward and backward, the statistics, the optimiser.
 
@@ -144,12 +145,12 @@ def _check_arguments(
 def trace(
     torch_module: Any,
     flax_module: Any,
-    *inputs: NDArray,
+    *inputs: NDArray[Any],
     train: bool = True,
-    flax_inputs: Sequence[NDArray] | None = None,
-    flax_call: Callable | None = None,
+    flax_inputs: Sequence[NDArray[Any]] | None = None,
+    flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
-    loss: tuple[Callable, Callable] | None = None,
+    loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
 ) -> Report:
     """Every layer of both sides with PyTorch's weights, in float64: each side on its own, and layer by layer.
 

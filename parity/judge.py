@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
-from parity.comparison.differences import STEP_BOUND, Difference, differences
+from parity.comparison.differences import STEP_BOUND, Difference, alone, differences
 from parity.comparison.rounding import rounding
 from parity.diagnosis import places
 from parity.diagnosis.finding import Located, in_order
@@ -20,7 +20,6 @@ from parity.diagnosis.product.rounded import precision_findings
 from parity.pairing.layers import Pairing, pairing_of
 from parity.pairing.translation import Translation, translated
 from parity.records.evidence import Evidence
-from parity.records.kinds import NORMS
 from parity.records.recording import NETWORK, PHASES, Failure
 from parity.report import Report, verdict
 from parity.report.verdict import Stop, layer_rows, which
@@ -171,7 +170,7 @@ class Judge:
         if failing and np.isnan(failing[0].error):
             return False  # there was nothing to compare there, and what is behind it shows no mistake
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
-        left = left or any(x.kind in NORMS for x in (*self.pairing.torch_alone, *self.pairing.flax_alone))
+        left = left or any(alone(self.pairing, self.torch.free, self.flax.free))
         return bool(failing or left or self._weights or self._precision or self.flax.free.failure)
 
     def asks_for_rounding(self) -> bool:

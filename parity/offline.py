@@ -25,14 +25,14 @@ from parity.sides.module import framework_of
 
 def dump(
     module: Any,
-    inputs: Sequence[NDArray],
+    inputs: Sequence[NDArray[Any]],
     path: str | Path,
     *,
     train: bool = True,
     weights: str | Path | None = None,
     flax_layout: bool = False,
-    loss: Callable | None = None,
-    flax_call: Callable | None = None,
+    loss: Callable[[Any], Any] | None = None,
+    flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
 ) -> Evidence:
     """Run one side in float64 and write down every layer's tensors and gradients.

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from parity.report import Report, both_names
 
+if TYPE_CHECKING:  # `parity.testing` is imported before it is known that a test needs either framework
+    from collections.abc import Callable, Mapping
 
-def assert_parity(torch_module: Any, flax_module: Any, inputs: Any, *more_inputs: Any, **options: Any) -> Report:
+    import torch
+    from flax import linen, nnx
+    from numpy.typing import NDArray
+
+
+class CheckOptions(TypedDict, total=False):
+    """The named arguments of `parity.check`, which documents them; all may be left out."""
+
+    train: bool
+    variables: Any
+    flax_inputs: Sequence[NDArray[Any]] | None
+    flax_call: Callable[..., Any] | None
+    layer_map: Mapping[str, str] | None
+    loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None
+    steps: int
+    optimizers: tuple[Callable[[Any], torch.optim.Optimizer], Any] | None
+
+
+def assert_parity(
+    torch_module: torch.nn.Module,
+    flax_module: linen.Module | nnx.Module,
+    inputs: NDArray[Any] | Sequence[NDArray[Any]],
+    *more_inputs: NDArray[Any],
+    **options: Unpack[CheckOptions],
+) -> Report:
     """Fail the test that calls this, unless the two modules are the same network.
 
     Args:

@@ -1,6 +1,6 @@
 """Carries weights between PyTorch and Flax, both ways, strictly and bit for bit.
 
-Which layer is which is found by `pairing/matching.py`, which tensor of it is which by the table in
+Which layer is which is found by `pairing/alignment.py`, which tensor of it is which by the table in
 `pairing/rules.py`.
 """
 
@@ -59,8 +59,8 @@ def to_flax(
     torch_module_or_state_dict: torch.nn.Module | Mapping[str, Any],
     flax_module: nn.Module | nnx.Module,
     *,
-    inputs: Sequence[NDArray] | None = None,
-    flax_inputs: Sequence[NDArray] | None = None,
+    inputs: Sequence[NDArray[Any]] | None = None,
+    flax_inputs: Sequence[NDArray[Any]] | None = None,
     layer_map: Mapping[str, str] | None = None,
     torch_module: torch.nn.Module | None = None,
 ) -> Any:
@@ -135,12 +135,12 @@ def to_flax(
 
 
 def to_torch(
-    variables: Mapping[str, Any] | nnx.State | nnx.Module,
+    variables: Mapping[str, Any] | nnx.State[Any, Any] | nnx.Module,
     torch_module: torch.nn.Module,
     *,
     flax_module: nn.Module | nnx.Module | None = None,
-    inputs: Sequence[NDArray] | None = None,
-    flax_inputs: Sequence[NDArray] | None = None,
+    inputs: Sequence[NDArray[Any]] | None = None,
+    flax_inputs: Sequence[NDArray[Any]] | None = None,
     layer_map: Mapping[str, str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Flax's variables as a state_dict for a PyTorch module, ready for `load_state_dict`.
@@ -253,12 +253,12 @@ def _torch_structure(source: Any, shapes: Mapping[str, tuple[int, ...]]) -> Stru
     return torch_layers.of_state(shapes)
 
 
-def named(variables: Any) -> dict[str, NDArray]:
+def named(variables: Any) -> dict[str, NDArray[Any]]:
     """Flax's variables by full name."""
     return {name: np.asarray(v) for name, v in flax_layers.flat_in_order(variables).items()}
 
 
-def as_tensor(array: NDArray) -> torch.Tensor:
+def as_tensor(array: NDArray[Any]) -> torch.Tensor:
     """The array as a tensor of its own, bfloat16 too."""
     return _from_numpy(array)
 

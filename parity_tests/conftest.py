@@ -3,6 +3,8 @@
 Warnings are errors too (pyproject.toml).
 """
 
+import gc
+import importlib
 import os
 
 # Two workers share the processor (`-n 2` in pyproject.toml): threads of PyTorch's that wait for each other on a core
@@ -12,10 +14,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# The same examples each time, none of them kept from an earlier run, and no clock: a busy machine fails no test.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_addoption(parser):
@@ -47,6 +55,42 @@ def compiled_once(tmp_path_factory):
         os.environ[name.upper()] = str(value)
 
 
+# JAX keeps every program for as long as the process lives, a megabyte or two each: a process would grow to 4 GB.
+MOST_PROGRAMS = 250
+programs_kept = 0
+
+
+def count_program(event, seconds, **_):
+    global programs_kept
+    programs_kept += event.endswith("backend_compile_duration")
+
+
+jax.monitoring.register_event_duration_secs_listener(count_program)
+
+
+def forget_programs():
+    """What is needed again is read from XLA's folder."""
+    global programs_kept
+    jax.clear_caches()
+    gc.collect()
+    programs_kept = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """A file's programs go with it."""
+    yield
+    forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """And sooner, of a file that has many."""
+    yield
+    if programs_kept > MOST_PROGRAMS:
+        forget_programs()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def float32_products():
     """On an accelerator too, where JAX multiplies float32 in TF32 or bfloat16 unless told otherwise."""
@@ -76,8 +120,19 @@ def x64():
 
 
 @pytest.fixture
-def quickly_compiled():
-    """XLA optimises little and compiles in half the time: for tests that look at no float32 rounding and no speed."""
+def quickly_compiled(monkeypatch):
+    """XLA optimises little and compiles in an eighth of the time: for tests that look at no float32 rounding, no speed.
+
+    What makes the most of it, the emitters of fused loops, JAX has an option for with `jax.jit` and none for all.
+    """
+    compiler = importlib.import_module("jax._src.compiler")
+    options_of = compiler.get_compile_options
+
+    def without_emitters(*args, env_options_overrides=None, **options):
+        overrides = {"xla_cpu_use_fusion_emitters": False} | (env_options_overrides or {})
+        return options_of(*args, env_options_overrides=overrides, **options)
+
+    monkeypatch.setattr(compiler, "get_compile_options", without_emitters)
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield

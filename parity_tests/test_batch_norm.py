@@ -1,5 +1,6 @@
 """Batch norm alone, both wings against exact arithmetic, in this project's, PyTorch's and Flax's conventions."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -62,6 +63,12 @@ def check(wing, arrays, dtype, *, y_bound=BOUNDS["y"], truth_of=exact.batch_norm
     return given
 
 
+# What is hard in float32 is easy for float64, which is looked at with `--all`.
+FLOAT32_FIRST = pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float64", marks=pytest.mark.thorough)], indirect=True
+)
+
+
 @pytest.mark.parametrize("wing", WINGS)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -97,31 +104,26 @@ def test_sorted_batch(wing, mean, dtype):
     check(wing, (x, *others, dy), dtype, train=True)
 
 
+@FLOAT32_FIRST
 @pytest.mark.parametrize("wing", WINGS)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("shape", [(640, 64), (10, 64, 8, 8), (2**18, 2), (2**12, 2, 8, 8)], ids=str)
 def test_long_sums_that_cancel(wing, shape, masked, dtype):
     """Nothing is left of the sums of dy and dy (x - mu): of 2^18 terms float32 would be off by hundreds of eps."""
-    arrays, mask = cancelling(shape, "float32", masked)
+    arrays, mask, truth = cancelling_and_truth(shape, "float32", masked)
     arrays = tuple(v.astype(dtype) for v in arrays)
-    check(wing, arrays, dtype, train=True, mask=mask, truth_of=truth_of_float32)
+    check(wing, arrays, dtype, train=True, mask=mask, truth_of=lambda *_, **__: truth)
 
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_a_million_rows_that_cancel_in_float64(wing):
     """What x - mu rounds off would count, 30 eps of max |dy|; but it is added up, and one last rounding is all."""
     with jax.enable_x64(True):
-        arrays, _ = cancelling((2**20, 4), "float64", False, mean=0.1)
-        truth = exact.long_batch_norm(*arrays, train=True)
+        arrays, _, truth = cancelling_and_truth((2**20, 4), "float64", False, long=True, mean=0.1)
         given = check(wing, arrays, "float64", train=True, truth_of=lambda *_, **__: truth)
         largest_dy = np.abs(arrays[-1]).max(0)
         for name in "dgamma", "dbeta":
             assert exact.error_in_eps(getattr(given, name), getattr(truth, name), "float64", largest_dy) <= 1, name
-
-
-def truth_of_float32(*arrays, **options):
-    """`exact.long_batch_norm` of arrays that hold float32 values, in whatever dtype."""
-    return exact.long_batch_norm(*(v.astype(np.float32) for v in arrays), **options)
 
 
 @pytest.mark.parametrize("wing", WINGS)
@@ -129,9 +131,8 @@ def truth_of_float32(*arrays, **options):
 @pytest.mark.parametrize("shape", [(64, 50), (320, 20), (10, 2, 16, 16)], ids=str)
 def test_sums_that_cancel(wing, shape, masked, dtype):
     """Fewer of them; and of float64, for which there is no wider type."""
-    arrays, mask = cancelling(shape, dtype, masked)
-    truth_of = exact.long_batch_norm if dtype == "float32" else exact.batch_norm
-    check(wing, arrays, dtype, train=True, mask=mask, truth_of=truth_of)
+    arrays, mask, truth = cancelling_and_truth(shape, dtype, masked, long=dtype == "float32")
+    check(wing, arrays, dtype, train=True, mask=mask, truth_of=lambda *_, **__: truth)
 
 
 def cancelling(shape, dtype, masked, mean=1e3):
@@ -143,6 +144,13 @@ def cancelling(shape, dtype, masked, mean=1e3):
     dy = dy - dy.mean(axes, dtype=np.float64, keepdims=True)
     dy -= d * (dy * d).mean(axes, keepdims=True) / (d * d).mean(axes, keepdims=True)
     return (x, *others, dy.astype(dtype)), mask
+
+
+@functools.lru_cache(maxsize=2)  # for both wings, and both dtypes: the truth takes longer than they do
+def cancelling_and_truth(shape, dtype, masked, long=True, mean=1e3):
+    arrays, mask = cancelling(shape, dtype, masked, mean)
+    truth_of = exact.long_batch_norm if long else exact.batch_norm
+    return arrays, mask, truth_of(*arrays, train=True, mask=mask)
 
 
 @pytest.mark.parametrize("wing", WINGS)
@@ -166,13 +174,22 @@ def test_mean_of_values_around_zero(wing, shape, dtype):
 FINITE = [name for name in HARD_INPUTS if name not in ("NaN in one channel", *CONSTANT) and "1e-20" not in name]
 
 
+@FLOAT32_FIRST
 @pytest.mark.parametrize("wing", WINGS)
 @pytest.mark.parametrize("name", FINITE)
 def test_hard_inputs(wing, name, dtype):
     """The rows of docs/batch_norm_exactness.md, up to a million rows; sums in integers are the truth."""
-    x, gamma, beta, dy = (v.astype(dtype) for v in HARD_INPUTS[name](1))
-    zero = np.zeros(len(gamma), dtype)
-    check(wing, (x, gamma, beta, zero, zero, dy), dtype, train=True, momentum=0.0, truth_of=truth_of_float32)
+    arrays, truth = hard_input_and_truth(name)
+    arrays = tuple(v.astype(dtype) for v in arrays)
+    check(wing, arrays, dtype, train=True, momentum=0.0, truth_of=lambda *_, **__: truth)
+
+
+@functools.lru_cache(maxsize=1)
+def hard_input_and_truth(name):
+    x, gamma, beta, dy = HARD_INPUTS[name](1)
+    zero = np.zeros(len(gamma), np.float32)
+    arrays = x, gamma, beta, zero, zero, dy
+    return arrays, exact.long_batch_norm(*arrays, train=True, momentum=0.0)
 
 
 @pytest.mark.parametrize("wing", WINGS)

@@ -106,7 +106,7 @@ def config(optimizer, lr, schedule="constant", weight_decay=0.0):
     ],
     ids=lambda c: f"{c.optimizer}-{c.schedule}-{c.weight_decay}",
 )
-def test_float64(config, x64):
+def test_float64(config, x64, quickly_compiled):
     """Losses of every step and weights after the last; all optimisers, schedules and kinds of weight decay."""
     a, b = run_torch(config, "float64"), run_jax(config, "float64")
     np.testing.assert_allclose(a[0], b[0], rtol=bounds.FLOAT64_LOSSES_200_STEPS)

@@ -20,7 +20,8 @@ import torch_bn
 from image_data.dataset import FILES
 
 ROOT = Path(__file__).parents[1]
-QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for runs of which the numbers do not matter
+# For runs of which the numbers do not matter: conftest.py's `quickly_compiled`.
+QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
 PROGRAMS = {"jax": ["train_jax.py"], "torch": ["-m", "torch_bn.training"]}
 
 
@@ -82,7 +83,8 @@ def test_any_folder_of_four_files(program, tmp_path):
     """And with JAX, two such runs are the same bit for bit."""
     folder, weights = small_folder(tmp_path / "data"), []
     for name in "ab" if program == "jax" else "a":
-        done = run(program, "--data-dir", folder, "--epochs", 2, "--batch-size", 50, "--out", tmp_path / name)
+        args = "--data-dir", folder, "--epochs", 2, "--batch-size", 50, "--out", tmp_path / name
+        done = run(program, *args, **QUICKLY_COMPILED)
         assert done.returncode == 0, done.stderr
         for line in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()):
             assert line["data"] == str(folder)
@@ -146,7 +148,8 @@ def test_a_run_that_diverges(program, tmp_path):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_interrupted(program, tmp_path):
     """Ctrl-C in the midst of an epoch: one line, exit status 130, the finished epochs are there."""
-    command = [sys.executable, *PROGRAMS[program], "--data", "sample", "--epochs", "500", "--out", str(tmp_path)]
+    given = ["--data-dir", str(small_folder(tmp_path / "data")), "--batch-size", "50", "--epochs", "100000"]
+    command = [sys.executable, *PROGRAMS[program], *given, "--out", str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # Whoever runs the tests in the background of a shell has them, and what they start, ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -155,15 +158,15 @@ def test_interrupted(program, tmp_path):
     with process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("epoch   2/500"):
+            if line.startswith("epoch      2/100000"):
                 process.send_signal(signal.SIGINT)
                 break
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors.count("\n") == 1
     assert "interrupted" in errors
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 2
-    assert (tmp_path / "weights.safetensors").exists()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 2
+    assert (tmp_path / "run" / "weights.safetensors").exists()
 
 
 FORBIDDEN = {

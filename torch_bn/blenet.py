@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from bn_common.checks import check_blenet, check_blenet_input
@@ -92,3 +94,7 @@ class BLeNet(nn.Module):
             shape=x.shape, dtype=dtype_name(x.dtype), layout="NCHW", image=self.image_shape, train=self.training
         )
         return self.fc(self.conv(x).flatten(1))
+
+    if TYPE_CHECKING:  # `nn.Module` declares that a call gives anything
+
+        def __call__(self, x: Tensor) -> Tensor: ...  # noqa: D102

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,10 @@ class BatchNorm(nn.Module):
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
         return y
+
+    if TYPE_CHECKING:  # `nn.Module` declares that a call gives anything
+
+        def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor: ...  # noqa: D102
 
     @classmethod
     def from_native(cls, native: nn.Module) -> BatchNorm:

@@ -12,7 +12,7 @@ from parity.pairing.layers import LayerPair, Pairing
 from parity.pairing.translation import Translation, apply_layout
 from parity.records import kinds
 from parity.records.distance import error_of
-from parity.records.recording import NETWORK, Call, Recording
+from parity.records.recording import NETWORK, Call, Layer, Recording
 
 
 class Difference(NamedTuple):
@@ -70,6 +70,21 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
                     given = flax.new_statistics[pair.flax.tensors[t.flax_name]]
                     add("statistics", (pair.torch.path, 0), pair.flax.path, t.torch_name, error_of(given, truth))
     return found
+
+
+def alone(pairing: Pairing, torch: Recording, flax: Recording) -> tuple[list[Layer], list[Layer]]:
+    """The layers of either side that have no partner on the other and are used: called, or with a gradient."""
+    left = tuple(map(set, pairing.left()))
+
+    def used(layer: Layer, run: Recording, names: set[str]) -> bool:
+        mine = [full for full in layer.tensors.values() if full in names]
+        called = any(call.path == layer.path for call in run.calls)
+        return any(called or np.any(run.gradients.get(full, np.zeros(()))) for full in mine)
+
+    return (
+        [layer for layer in pairing.torch_alone if used(layer, torch, left[0])],
+        [layer for layer in pairing.flax_alone if used(layer, flax, left[1])],
+    )
 
 
 def _not_finite(translation: Translation) -> Iterator[Difference]:

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from parity.records.recording import NETWORK
+from parity.diagnosis.mistakes import MISTAKES, UNEXPLAINED
+from parity.records.recording import NETWORK, PHASES
 
 
-class Finding(NamedTuple):
-    """One known mistake, recognised at one place.
+@dataclass(frozen=True)
+class Finding:
+    """One known mistake, recognised at one place, or what is not explained there.
 
     Attributes:
-      code: which mistake, see `docs/parity_mistakes.md`; or "unexplained".
+      code: which mistake, one of `mistakes.TABLE`; or "unexplained".
       evidence: one sentence with the numbers that show it.
-      role: what is charged there: "" the layer itself, or "activation", "pool", "dropout", "flatten" of what lies
-        between two layers.
+      charges: what is charged where it lies between two layers, see `mistakes.Mistake`; of a mistake it is the table's.
+
+    Raises:
+      ValueError: a code that is not in the table.
     """
 
     code: str
     evidence: str
-    role: str = ""
+    charges: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code == UNEXPLAINED:
+            return
+        if self.code not in MISTAKES:
+            raise ValueError(f"code is {self.code!r}; allowed: {', '.join(map(repr, [*MISTAKES, UNEXPLAINED]))}")
+        object.__setattr__(self, "charges", MISTAKES[self.code].charges)
 
 
-PHASE_ORDER = {"forward": 0, "loss": 1, "backward": 2, "statistics": 3, "optimizer": 4}
+PHASE_ORDER = {phase: place for place, phase in enumerate(PHASES)}
 
 
 class Located(NamedTuple):

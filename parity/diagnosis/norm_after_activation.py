@@ -39,7 +39,7 @@ class NormOrder:
         calls = self.torch.calls
         for position, call in enumerate(calls[1:], 1):
             pair = self.translation.pair_of.get(call.path)
-            before = [f for f in found if f.key == call.key and f.finding.role == "activation"]
+            before = [f for f in found if f.key == call.key and f.finding.charges == "activation"]
             if pair is None or pair.kind not in kinds.NORMS or not before:
                 continue
             mine = self.flax_calls[pair.flax.path, call.index]
@@ -59,7 +59,7 @@ class NormOrder:
             name = acts[1] if acts[0] == "identity" else acts[0]
             behind = calls[position + 1].key if position + 1 < len(calls) else NETWORK
             after = [
-                f for f in found if f.key == behind and f.position > position - 1 and f.finding.role == "activation"
+                f for f in found if f.key == behind and f.position > position - 1 and f.finding.charges == "activation"
             ]
             text = f"{early} applies {name} before {call.path}, the other side behind it"
             if not after and not self._behind(position, early, name, tolerance):

@@ -13,6 +13,8 @@ from parity.diagnosis.between import family as between
 from parity.diagnosis.between import input as inputs
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.finding import PHASE_ORDER, Finding, Located, in_order
+from parity.diagnosis.lone_layers import with_lone_layers
+from parity.diagnosis.mistakes import is_one_sided, phase_of
 from parity.diagnosis.norm import family as norms
 from parity.diagnosis.norm.sources import NormSide
 from parity.diagnosis.norm_after_activation import NormOrder
@@ -24,11 +26,9 @@ from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.recording import NETWORK, Call, Recording
 
-STATISTICS = {"momentum-inverted", "momentum", "unbiased-variance", "statistics-frozen"}
-GRADIENTS = {"stopped-statistics-gradient"}
 MOST_SOURCES = 8
-# What a finding's role charges: which of PyTorch's modules without tensors, by the names of their classes.
-ROLES = {
+# What a finding charges between two layers: which of PyTorch's modules without tensors, by the names of their classes.
+CHARGED = {
     "activation": lambda names: not re.search("Pool|Drop|Flatten|Pad|Upsample", names),
     "pool": lambda names: "Pool" in names,
     "dropout": lambda names: "Drop" in names,
@@ -73,27 +73,7 @@ class Diagnosis:
         if any(d.key == NETWORK and d.quantity == "output" for d in self.failing):
             found += self._last_glue()
         order = NormOrder(self.translation, self.forced, self.free, self._tolerance)
-        found = order.findings(found) + self._norms_alone()
-        return in_order(found)
-
-    def _norms_alone(self) -> list[Located]:
-        """Norms whose scale and bias one side only has: there the other side's has no tensors, and is no layer."""
-        pairing, order = self.translation.pairing, [call.path for call in self.torch.calls]
-        found = []
-        for layer in pairing.torch_alone:
-            if layer.kind in kinds.NORMS and layer.is_called and set(layer.tensors) - layer.statistics:
-                text = f"PyTorch's {layer.path} has {', '.join(layer.tensors)}, Flax has no such layer with parameters"
-                position = order.index(layer.path)
-                finding = Finding("affine-missing", text)
-                found.append(Located("backward", position, layer.path, "", finding, (layer.path, 0)))
-        bare = [g for g in self.torch.glue if "Norm" in " ".join(g.class_names)]
-        for layer in pairing.flax_alone:
-            if layer.kind in kinds.NORMS and layer.is_called and set(layer.tensors) - layer.statistics and bare:
-                g = bare.pop(0)
-                text = f"Flax's {layer.path} has {', '.join(layer.tensors)}, PyTorch's {g.path} has no parameters"
-                key = (order[g.position], 0) if g.position < len(order) else NETWORK
-                found.append(Located("backward", g.position, g.path, layer.path, Finding("affine-missing", text), key))
-        return found
+        return in_order(with_lone_layers(order.findings(found), self.translation, self.forced, self.free))
 
     def _tolerance(self, key: tuple[str, int], quantity: str) -> float:
         return max((t for d, t in self.tolerance.items() if d.key == key and d.quantity == quantity), default=1e-9)
@@ -146,7 +126,7 @@ class Diagnosis:
 
     def _located(self, finding: Finding, call: Call, flax_layer: str, position: int) -> Located:
         """Glue is charged to PyTorch's own module where there is one, otherwise to the next layer."""
-        fits = ROLES.get(finding.role)
+        fits = CHARGED.get(finding.charges)
         modules = [
             g for g in self.torch.glue if g.position == position and fits is not None and fits(" ".join(g.class_names))
         ]
@@ -191,7 +171,7 @@ class Diagnosis:
 
     def _left(self, pair: LayerPair, found: Sequence[Finding]) -> list[Finding]:
         """Parameters that one side only has."""
-        if any(f.code in ("bias-missing", "affine-missing") for f in found):
+        if any(is_one_sided(f.code) for f in found):
             return []
         left = [(n, "PyTorch", "Flax") for n in pair.torch_left if n not in pair.torch.statistics]
         left += [(n, "Flax", "PyTorch") for n in pair.flax_left if n not in pair.flax.statistics]
@@ -295,9 +275,7 @@ def role_of(local: str, is_statistic: bool) -> str | None:
 
 
 def _phase(finding: Finding, quantities: Sequence[Difference]) -> str:
-    if finding.code in STATISTICS:
-        return "statistics"
-    if finding.code in GRADIENTS:
-        return "backward"
+    if phase_of(finding.code) != "forward":
+        return phase_of(finding.code)
     phases = {d.phase for d in quantities}
     return min(phases, key=PHASE_ORDER.__getitem__) if phases else "backward"

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from parity.comparison.forcing import Forcing, OwnInputs
 from parity.comparison.rounding import STEP, noise_of, nudged, nudged_variables
 from parity.evidence.about import details
-from parity.pairing.layers import in_order, pair_layers
+from parity.pairing.layers import pair
 from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.evidence import Evidence, Noise
 from parity.records.recording import Recording
+from parity.records.structure import of_layers, of_recording
 from parity.records.weight_files import read_weights
 from parity.sides import jax as flax_side
 
@@ -80,9 +81,7 @@ class FlaxRuns:
         What neither has is 0, a scale or variance 1.
         """
         self.given = None if variables is None else flax_side.flat_variables(variables)
-        torch_shapes = {name: tuple(a.shape) for name, a in torch.tensors.items()}
-        flax_shapes = {name: tuple(v.shape) for name, v in self.shapes.items()}
-        pairing = pair_layers(in_order(torch), list(self.layers.values()), (torch_shapes, flax_shapes), layer_map)
+        pairing = pair(of_recording(torch), of_layers(self.layers, self.shapes), layer_map)
         translation = Translation(torch, pairing)
         self._use(pairing.to_flax(torch.tensors))
         # Layer by layer, without gradients: in which order what is flattened arrives, and the network's output.

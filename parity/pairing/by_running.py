@@ -13,9 +13,9 @@ import torch
 from flax import nnx
 from numpy.typing import NDArray
 
-from parity.pairing import matching
+from parity.pairing.flattening import reorder_behind_flattens
 from parity.pairing.guesses import given_guesses, guesses
-from parity.pairing.layers import Pairing
+from parity.pairing.layers import Pairing, pair
 from parity.records.recording import Layer
 from parity.records.structure import Flattened, Guess, Structure
 from parity.sides import jax as flax_side
@@ -61,7 +61,7 @@ def settle(
             continue
         run = None if runner is None else runner.run(guess)
         torch_.layers, torch_.feeders = _in_order(original, run), None if run is None else run.feeders
-        found = matching.match(torch_, flax, layer_map)
+        found = _paired(torch_, flax, layer_map)
         count = _misfits(found)
         unchanged = best is not None and best[2].shapes == flax.shapes
         if best is None or count < best[0]:
@@ -73,7 +73,7 @@ def settle(
             assert isinstance(flax_module, nnx.Module)
             flax = flax_layers.of_definition(flax_module, side)
             _suppose_flattened(torch_)
-            return matching.match(torch_, flax, layer_map), flax
+            return _paired(torch_, flax, layer_map), flax
         raise ValueError(
             "flax_module takes none of the inputs that PyTorch's first layer suggests; allowed: inputs=[...], numpy "
             f"arrays in PyTorch's layout that it does take. It says: {type(error).__name__}: {error}"
@@ -88,7 +88,7 @@ def settle(
     flax.flattened = flax_layers.flattened(side, flax, guess)
     if run is None and not flax.flattened:
         _suppose_flattened(torch_)
-    return matching.match(torch_, flax, layer_map), flax
+    return _paired(torch_, flax, layer_map), flax
 
 
 @_in_silence
@@ -110,7 +110,7 @@ def settle_torch(
         guess, run = ran
         torch_.layers, torch_.feeders = _in_order(torch_.layers, run), run.feeders
         torch_.flattened = runner.flattened(guess, run)
-    return matching.match(torch_, flax, layer_map)
+    return _paired(torch_, flax, layer_map)
 
 
 def _candidates(
@@ -153,3 +153,9 @@ def _suppose_flattened(structure: Structure) -> None:
 def _misfits(found: Pairing) -> int:
     left = found.left()
     return sum(not t.fits for pair in found.layers for t in pair.tensors) + len(left[0]) + len(left[1])
+
+
+def _paired(torch_: Structure, flax: Structure, layer_map: Mapping[str, str] | None) -> Pairing:
+    found = pair(torch_, flax, layer_map)
+    reorder_behind_flattens(found, torch_, flax)
+    return found

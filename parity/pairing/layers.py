@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,19 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.pairing import rules
+from parity.pairing.alignment import LEFT, LIKE_KIND, SAME_KIND, Alignment, in_order, like, shapes_of
+from parity.pairing.names import similarity
 from parity.pairing.rules import TensorPair
+from parity.pairing.unordered import by_names
 from parity.records import kinds
 from parity.records.recording import Layer, Recording
+from parity.records.structure import Structure, of_recording
 
-# What a pair of layers is worth in the alignment, and what a layer without a partner costs.
-SAME_KIND, LIKE_KIND, FITTING, MISFIT, LEFT, ALONE = 10.0, 4.0, 5.0, -2.0, -1.0, -3.0
-FORBIDDEN = -1e9
-LIKE = (
-    {"conv", "linear"},
-    {"batch_norm", "layer_norm", "group_norm", "rms_norm"},
-    {"conv", "conv_transpose"},
-    {"linear", "embedding"},
-)
+# What it costs a pair in the alignment by order that its shapes differ.
+MISFIT = -2.0
 
 
 @dataclass
@@ -103,131 +99,73 @@ def _is_matrix(pair: LayerPair, tensor: TensorPair) -> bool:
     return kinds.WEIGHT.fullmatch(tensor.torch_name) is not None and pair.kind == "linear"
 
 
-def pair_layers(
-    torch: Sequence[Layer],
-    flax: Sequence[Layer],
-    shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]],
+def pair(
+    torch: Structure,
+    flax: Structure,
     layer_map: Mapping[str, str] | None = None,
 ) -> Pairing:
-    """Align two lists of layers.
+    """Which layer and which tensor is which on the other side.
 
-    The alignment is the one of largest total worth that keeps the order on both sides (Needleman and Wunsch 1970):
-    layers of the same kind, with tensors of the same shapes. Called layers first, then bare parameters; tensors that
-    are left are paired one by one, by name and shape.
+    What fits in its kind and shapes is aligned by names, feeders and order (see `parity.pairing.alignment`); then what
+    does not fit but stands in the same place, as where a mistake has changed a shape; tensors that are left are paired
+    one by one, by name and shape.
 
     Args:
-      torch: PyTorch's, in the order of execution.
-      flax: Flax's, likewise.
-      shapes: of all tensors by full name, PyTorch's and Flax's.
-      layer_map: {PyTorch's dotted name: Flax's path} of some layers.
+      torch: PyTorch's layers, in the order of execution where it is known.
+      flax: Flax's, likewise; where their order means nothing, their names decide.
+      layer_map: {PyTorch's dotted name: Flax's path} of layers that are paired otherwise than by themselves.
 
     Raises:
-      ValueError: a name in the map that is no layer.
+      ValueError: a name in the map that is no layer; layers that only an order could tell apart, and there is none.
     """
-    layer_map = layer_map or {}
-    by_path = {layer.path: layer for layer in torch}, {layer.path: layer for layer in flax}
-    problems = [f"{t!r} (PyTorch)" for t in layer_map if t not in by_path[0]]
-    problems += [f"{f!r} (Flax)" for f in layer_map.values() if f not in by_path[1]]
-    if problems:
-        raise ValueError(
-            f"layer_map names {', '.join(problems)}; allowed: {', '.join(map(repr, by_path[0]))} "
-            f"to {', '.join(map(repr, by_path[1]))}"
-        )
-    pairs = [_pair(by_path[0][t], by_path[1][f], shapes) for t, f in layer_map.items()]
-    # First what fits, in the common order; then what fits out of order (parallel branches may be called either way
-    # round); then what does not fit, as where a mistake has changed a shape.
+    known = dict(layer_map or {})
+    _check_map(known, torch, flax)
+    found = Alignment(torch, flax, known).run() if flax.ordered else by_names(torch, flax, known)
+    by_path = {layer.path: layer for layer in flax.layers}
+    pairs = [_pair(t, by_path[found[t.path]], torch, flax) for t in torch.layers if t.path in found]
     for called in True, False:
-        for misfits in False, False, True:
-            paired = {p.torch.path for p in pairs}, {p.flax.path for p in pairs}
-            a = [x for x in torch if x.is_called == called and x.path not in paired[0]]
-            b = [x for x in flax if x.is_called == called and x.path not in paired[1]]
-            pairs += _align(a, b, shapes, misfits=misfits)
-    pairs = _with_feeders(pairs, layer_map, shapes)
-    order = {layer.path: i for i, layer in enumerate(torch)}
+        taken = {p.flax.path for p in pairs}
+        a = [x for x in torch.layers if x.is_called == called and x.path not in found]
+        b = [x for x in flax.layers if x.is_called == called and x.path not in taken]
+        pairs += _misfits(a, b, torch, flax)
+    order = {layer.path: i for i, layer in enumerate(torch.layers)}
     pairs.sort(key=lambda pair: order[pair.torch.path])
     paired = {p.torch.path for p in pairs}, {p.flax.path for p in pairs}
     pairing = Pairing(
-        pairs, [x for x in torch if x.path not in paired[0]], [x for x in flax if x.path not in paired[1]]
+        pairs, [x for x in torch.layers if x.path not in paired[0]], [x for x in flax.layers if x.path not in paired[1]]
     )
-    _pair_loose(pairing, shapes)
+    _pair_loose(pairing, (torch.shapes, flax.shapes))
+    _complete(pairing, torch, flax)
     return pairing
 
 
-def _with_feeders(pairs: list[LayerPair], layer_map: Mapping[str, str], shapes) -> list[LayerPair]:
-    """Layers that only the order told apart, as the norms of two branches, exchanged where what feeds them says so."""
-    flax_of = {pair.torch.path: pair.flax for pair in pairs}
-    for pair in pairs:
-        feeder = flax_of.get(pair.torch.feeder or "")
-        if pair.torch.feeder is None or feeder is None or pair.torch.path in layer_map:
-            continue
-        mine = flax_of[pair.torch.path]
-        if mine.feeder == feeder.path:
-            continue
-        for other in pairs:
-            theirs = flax_of[other.torch.path]
-            same = theirs.kind == mine.kind and _shapes_of(theirs, shapes[1]) == _shapes_of(mine, shapes[1])
-            if theirs.feeder == feeder.path and same and other.torch.path not in layer_map:
-                flax_of[pair.torch.path], flax_of[other.torch.path] = theirs, mine
-                break
-    return [p if flax_of[p.torch.path] is p.flax else _pair(p.torch, flax_of[p.torch.path], shapes) for p in pairs]
+def _check_map(layer_map: Mapping[str, str], torch: Structure, flax: Structure) -> None:
+    paths = [layer.path for layer in torch.layers], [layer.path for layer in flax.layers]
+    problems = [f"{t!r} (PyTorch)" for t in layer_map if t not in paths[0]]
+    problems += [f"{f!r} (Flax)" for f in layer_map.values() if f not in paths[1]]
+    if problems:
+        raise ValueError(
+            f"layer_map names {', '.join(problems)}; allowed: {', '.join(map(repr, paths[0]))} "
+            f"to {', '.join(map(repr, paths[1]))}"
+        )
 
 
-def _shapes_of(layer: Layer, shapes) -> dict[str, tuple[int, ...]]:
-    return {local: tuple(shapes[full]) for local, full in layer.tensors.items()}
+def _pair(t: Layer, f: Layer, torch: Structure, flax: Structure) -> LayerPair:
+    kind = t.kind if t.kind != "other" else f.kind
+    found = rules.pair_tensors(kind, shapes_of(t, torch), shapes_of(f, flax), f.config)
+    return LayerPair(t, f, list(found.pairs), list(found.torch_left), list(found.flax_left))
 
 
-def _pair(torch: Layer, flax: Layer, shapes) -> LayerPair:
-    kind = torch.kind if torch.kind != "other" else flax.kind
-    found = rules.pair_tensors(
-        kind,
-        {name: tuple(shapes[0][full]) for name, full in torch.tensors.items()},
-        {name: tuple(shapes[1][full]) for name, full in flax.tensors.items()},
-        flax.config,
-    )
-    return LayerPair(torch, flax, list(found.pairs), list(found.torch_left), list(found.flax_left))
-
-
-def _worth(torch: Layer, flax: Layer, shapes, *, misfits: bool) -> tuple[float, LayerPair | None]:
-    if torch.kind == flax.kind:
-        worth = SAME_KIND
-    elif like(torch.kind, flax.kind):
-        worth = LIKE_KIND
-    else:
-        return FORBIDDEN, None
-    pair = _pair(torch, flax, shapes)
-    fits = [t.fits for t in pair.tensors]
-    if not (fits and all(fits)) and ("other" in (torch.kind, flax.kind) or not misfits):
-        return FORBIDDEN, None
-    worth += FITTING if fits and all(fits) else MISFIT
-    worth += LEFT * (len(pair.torch_left) + len(pair.flax_left))
-    return worth + difflib.SequenceMatcher(None, torch.path, flax.path).ratio() / 10, pair
-
-
-def _align(torch: Sequence[Layer], flax: Sequence[Layer], shapes, *, misfits: bool) -> list[LayerPair]:
-    rows, columns = len(torch), len(flax)
-    worth = [[_worth(t, f, shapes, misfits=misfits) for f in flax] for t in torch]
-    best = np.zeros((rows + 1, columns + 1))
-    best[:, 0], best[0, :] = ALONE * np.arange(rows + 1), ALONE * np.arange(columns + 1)
-    for i in range(rows):
-        for j in range(columns):
-            best[i + 1, j + 1] = max(best[i, j] + worth[i][j][0], best[i, j + 1] + ALONE, best[i + 1, j] + ALONE)
-    pairs: list[LayerPair] = []
-    i, j = rows, columns
-    while i and j:
-        pair = worth[i - 1][j - 1][1]
-        if pair is not None and best[i, j] == best[i - 1, j - 1] + worth[i - 1][j - 1][0]:
-            pairs.append(pair)
-            i, j = i - 1, j - 1
-        elif best[i, j] == best[i - 1, j] + ALONE:
-            i -= 1
-        else:
-            j -= 1
-    return pairs[::-1]
-
-
-def like(first: str, second: str) -> bool:
-    """Whether layers of these kinds may be the same layer; what is of no known kind may be anything."""
-    return first == second or "other" in (first, second) or any({first, second} <= both for both in LIKE)
+def _misfits(ts: Sequence[Layer], fs: Sequence[Layer], torch: Structure, flax: Structure) -> list[LayerPair]:
+    """Layers of known and like kinds whose shapes differ, in their common order."""
+    worth = np.full((len(ts), len(fs)), -np.inf)
+    for i, t in enumerate(ts):
+        for j, f in enumerate(fs):
+            if "other" not in (t.kind, f.kind) and like(t.kind, f.kind):
+                pair = _pair(t, f, torch, flax)
+                worth[i, j] = (SAME_KIND if t.kind == f.kind else LIKE_KIND) + MISFIT
+                worth[i, j] += LEFT * (len(pair.torch_left) + len(pair.flax_left)) + similarity(t.path, f.path) / 10
+    return [_pair(ts[i], fs[j], torch, flax) for i, j in in_order(worth)]
 
 
 def _owners(layers: Sequence[Layer]) -> dict[str, Layer]:
@@ -264,20 +202,35 @@ def _pair_loose(pairing: Pairing, shapes) -> None:
 
 
 def pairing_of(torch: Recording, flax: Recording, layer_map: Mapping[str, str] | None = None) -> Pairing:
-    """Which layer is which, in the order of execution.
+    """Which layer of two recordings is which.
 
     Raises:
       ValueError: a name in layer_map that is no layer.
     """
-    shapes = tuple({name: tuple(a.shape) for name, a in recording.tensors.items()} for recording in (torch, flax))
-    return pair_layers(in_order(torch), in_order(flax), (shapes[0], shapes[1]), layer_map)
+    return pair(of_recording(torch), of_recording(flax), layer_map)
 
 
-def in_order(recording: Recording) -> list[Layer]:
-    """The layers in the order of their first call; then those that were not called, of which only the tensors count."""
-    called = list(dict.fromkeys(call.path for call in recording.calls))
-    layers = [recording.layers[path] for path in called]
-    rest = [layer for path, layer in recording.layers.items() if path not in called]
-    for layer in rest:
-        layer.is_called = False  # takes part with its tensors only
-    return layers + rest
+def _complete(found: Pairing, torch: Structure, flax: Structure) -> None:
+    """Pair what is alone and stands in one place on both sides, though its shapes differ."""
+    loose = {t for t, _, _ in found.loose}
+    for t in list(found.torch_alone):
+        if loose & set(t.tensors.values()):
+            continue
+        f = next((f for f in found.flax_alone if _in_one_place(t, f, found, torch, flax)), None)
+        if f is not None:
+            found.layers.append(_pair(t, f, torch, flax))
+            found.torch_alone.remove(t)
+            found.flax_alone.remove(f)
+
+
+def _in_one_place(t: Layer, f: Layer, found: Pairing, torch: Structure, flax: Structure) -> bool:
+    if not like(t.kind, f.kind) or _ranks(t, torch) != _ranks(f, flax):
+        return False
+    partner = {pair.torch.path: pair.flax.path for pair in found.layers}
+    before = [partner[x.path] for x in torch.layers[: torch.layers.index(t)] if x.path in partner]
+    place = [x.path for x in flax.layers[: flax.layers.index(f)] if x.path in partner.values()]
+    return set(before) == set(place)
+
+
+def _ranks(layer: Layer, structure: Structure) -> list[int]:
+    return sorted(len(structure.shapes[full]) for full in layer.tensors.values())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Move = Callable[[NDArray], NDArray]
+Move = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 class Layout(NamedTuple):

@@ -6,13 +6,15 @@ Needs neither framework; `sides/torch/layers.py` and `sides/jax/layers.py` fill 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from parity.records.kinds import Shape
-from parity.records.recording import Layer
+from parity.records.recording import Layer, Recording
 
 
 class Flattened(NamedTuple):
@@ -54,3 +56,28 @@ class Guess(NamedTuple):
 def natural(path: str) -> list[tuple[int, int | str]]:
     """A key to sort names by, in which block_10 comes after block_2."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path) if part]
+
+
+def of_layers(layers: Mapping[str, Layer], variables: Mapping[str, Any]) -> Structure:
+    """Layers in the order of their first call, and all their tensors, or these tensors' shapes and dtypes."""
+    feeders = {path: layer.feeder for path, layer in layers.items() if layer.feeder is not None}
+    return Structure(list(layers.values()), {name: tuple(v.shape) for name, v in variables.items()}, feeders=feeders)
+
+
+def of_recording(recording: Recording) -> Structure:
+    """The layers in the order of their first call; then those that were not called, of which only the tensors count.
+
+    Which layer's output goes into which layer as it is, the numbers say.
+    """
+    called = list(dict.fromkeys(call.path for call in recording.calls))
+    layers = [recording.layers[path] for path in called]
+    rest = [layer for path, layer in recording.layers.items() if path not in called]
+    for layer in rest:
+        layer.is_called = False  # takes part with its tensors only
+    feeders = {}
+    for i, call in enumerate(recording.calls):
+        if call.index == 0 and call.inputs:
+            before = (c.path for c in reversed(recording.calls[:i]) if np.array_equal(c.output, call.inputs[0]))
+            if (feeder := next(before, None)) is not None:
+                feeders[call.path] = feeder
+    return Structure(layers + rest, {name: tuple(a.shape) for name, a in recording.tensors.items()}, feeders=feeders)

@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 from parity.comparison.bounds import FORWARD_BOUND
 from parity.comparison.differences import Difference
 from parity.diagnosis.finding import Located
+from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED, UNEXPLAINED, is_one_sided
 from parity.pairing.layers import Pairing
 from parity.records.recording import NETWORK, PHASES, Recording
 from parity.report.findings import Diagnosis, Divergence, LayerRow
 from parity.report.report import Report
+
+MOST_BESIDES = 8
+"""Places told one by one beside the first, where what differs is not explained."""
 
 
 class Stop(NamedTuple):
@@ -65,8 +69,8 @@ def report(
     Returns:
       The report; what differs and was not recognised is "unexplained".
     """
-    known = [f for f in located if f.finding.code != "unexplained"]
-    others = [f for f in located if f.finding.code == "unexplained"] if known else []
+    known = [f for f in located if f.finding.code != UNEXPLAINED]
+    others = [f for f in located if f.finding.code == UNEXPLAINED][0 if known else 1 :]
     chosen = [Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in known or located[:1]]
     divergence = _divergence(first, located, torch, bound)
     stop = next((s for s in stops if first is None or PHASES.index(s.phase) < PHASES.index(first.phase)), None)
@@ -76,16 +80,18 @@ def report(
     elif divergence is not None and math.isnan(divergence.error):
         where = divergence.torch_layer or "the network"
         text = f"not finite at {where}: its {divergence.quantity} is NaN or infinite, so nothing was compared there"
-        chosen = [Diagnosis("not-compared", divergence.torch_layer, text, divergence.flax_layer)]
+        chosen = [Diagnosis(NOT_COMPARED, divergence.torch_layer, text, divergence.flax_layer)]
     elif divergence is not None and not chosen:
         text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
-        chosen = [Diagnosis("unexplained", divergence.torch_layer, text, divergence.flax_layer)]
+        chosen = [Diagnosis(UNEXPLAINED, divergence.torch_layer, text, divergence.flax_layer)]
     # Where a known mistake has been found, it is what stops a run that others of its shapes would not.
     told = [] if known else stops
-    chosen += [Diagnosis("could-not-run", s.torch_layer, s.text, s.flax_layer) for s in told]
+    chosen += [Diagnosis(COULD_NOT_RUN, s.torch_layer, s.text, s.flax_layer) for s in told]
     besides = [s.text for s in stops if s not in told] + [
-        f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others
+        f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others[:MOST_BESIDES]
     ]
+    if len(others) > MOST_BESIDES:
+        besides.append(f"besides, at {len(others) - MOST_BESIDES} more places what differs is not explained")
     return Report(divergence, list(dict.fromkeys(chosen)), rows, [*notes, *besides, *_not_compared(rows)], details)
 
 
@@ -117,7 +123,7 @@ def _divergence(
 
 def _of_finding(f: Located) -> Divergence:
     """Of a finding that no number of the run shows."""
-    phase = "backward" if f.finding.code in ("bias-missing", "affine-missing") else f.phase
+    phase = "backward" if is_one_sided(f.finding.code) else f.phase
     quantity = "a parameter of one side only" if phase == "backward" else "output"
     return Divergence(phase, f.layer, f.flax_layer, float("inf"), FORWARD_BOUND, quantity)
 

@@ -32,6 +32,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(scaling, "NAMES", ("jax_bn", "torch_native"))
 
 
+@pytest.mark.thorough  # eight processes, each with its framework; two of them are in the next test
 def test_a_quick_run(tiny, tmp_path, capsys):
     """Checked, measured, printed and written: rows with all their fields, the plots, the page."""
     args = ["--quick", "--peers", "torch_bn", "--threads", "1", "--scaling"]

@@ -102,7 +102,7 @@ def grad_of(axis_name):
 
 def check_against_whole(dx, y, stats):
     """As if the two halves had been one batch; a mean of 1e3 would show E[x^2] - E[x]^2."""
-    whole_dx, (whole_y, whole_stats) = sharded(grad_of(None), (8, 4, 3))
+    whole_dx, (whole_y, whole_stats) = sharded(jax.jit(grad_of(None)), (8, 4, 3))
     np.testing.assert_allclose(y, whole_y, atol=4e-6)
     np.testing.assert_allclose(dx, whole_dx, atol=4e-6)
     np.testing.assert_allclose(stats.mean, whole_stats.mean, rtol=3e-7)
@@ -114,7 +114,7 @@ def test_vmap_axis():
         split = jax.vmap(grad_of("batch"), in_axes=(0, 0, None, None, None), axis_name="batch")
         return split(x.reshape(2, 4, 4, 3), dy.reshape(2, 4, 4, 3), scale, bias, stats)
 
-    dx, (y, stats) = sharded(run, (8, 4, 3))
+    dx, (y, stats) = sharded(jax.jit(run), (8, 4, 3))
     for device in range(2):
         check_against_whole(
             dx.reshape(8, 4, 3), y.reshape(8, 4, 3), jax.tree.map(lambda s, device=device: s[device], stats)
@@ -152,7 +152,7 @@ def test_one_value_a_device_is_enough_for_two_devices():
     np.testing.assert_allclose(fn(x[:, None]).mean(0), 0, atol=1e-6)
 
 
-def test_blenet_over_two_devices(x64):
+def test_blenet_over_two_devices(x64, quickly_compiled):
     """One image on each device is a batch of two. In float64: two images leave every normalised value near +-1, and
     what is between them is rounding, blown up layer by layer.
     """
@@ -178,9 +178,9 @@ def test_transformations():
         return stats, y
 
     scanned, ys = jax.lax.scan(step, stats, xs)
-    looped = stats
+    looped, alone = stats, jax.jit(step)
     for x, y in zip(xs, ys, strict=True):
-        looped, z = jax.jit(step)(looped, x)
+        looped, z = alone(looped, x)
         np.testing.assert_allclose(y, z, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scanned, looped)
 
@@ -188,11 +188,13 @@ def test_transformations():
         return (jax_bn.batch_norm(x, scale, zeros, stats, train=True)[0] ** 3).sum()
 
     scales = jnp.stack([ones, 2 * ones])
-    both = jax.vmap(jax.grad(total), in_axes=(None, 0))(xs[0], scales)
-    np.testing.assert_allclose(both[1], jax.grad(jax.checkpoint(total))(xs[0], scales[1]), rtol=2e-5, atol=1e-5)
+    both = jax.jit(jax.vmap(jax.grad(total), in_axes=(None, 0)))(xs[0], scales)
+    np.testing.assert_allclose(
+        both[1], jax.jit(jax.grad(jax.checkpoint(total)))(xs[0], scales[1]), rtol=2e-5, atol=1e-5
+    )
 
 
-def test_forward_mode_and_linearize(x64):
+def test_forward_mode_and_linearize(x64, quickly_compiled):
     """jvp and linearize are the transposes of vjp; the Hessian is the same by either way round."""
     x, dx, dy = (np.random.default_rng(i).normal(size=(6, 2)) for i in range(3))
     scale, bias = jnp.asarray([0.5, 2.0]), jnp.asarray([1.0, -1.0])
@@ -259,13 +261,13 @@ def test_one_sum_over_the_devices_each_way():
             out_specs=((split, whole, whole), whole),
         )
     )
-    found, truth = spread(x, dy, scale, bias), gradients(None, x, dy, scale, bias)
+    found, truth = spread(x, dy, scale, bias), jax.jit(partial(gradients, None))(x, dy, scale, bias)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, truth)
     assert spread.lower(x, dy, scale, bias).as_text().count("stablehlo.all_reduce") == 2
 
 
 @pytest.mark.parametrize("counts", [(5, 3), (8, 0), (1, 1)])
-def test_uneven_pieces(counts, x64):
+def test_uneven_pieces(counts, x64, quickly_compiled):
     """Devices with different numbers of examples, padded, as one batch; also with none, or one, on a device."""
     x, dy = (np.random.default_rng(i).normal(1e3 * (1 - i), 1, (sum(counts), 4, 3)) for i in range(2))
     scale, bias = jnp.asarray([2.0, 0.5, 1.0]), jnp.asarray([0.1, 0.2, 0.3])
@@ -286,7 +288,7 @@ def test_uneven_pieces(counts, x64):
     gradient = jax.grad(loss, has_aux=True)
     spread = jax.jit(jax.vmap(lambda *a: gradient(*a, "i"), axis_name="i"))
     dx, (y, new) = spread(padded(x), padded(dy), jnp.asarray(mask))
-    whole_dx, (whole_y, whole) = gradient(jnp.asarray(x), jnp.asarray(dy), None, None)
+    whole_dx, (whole_y, whole) = jax.jit(gradient, static_argnums=(2, 3))(jnp.asarray(x), jnp.asarray(dy), None, None)
     keep = mask[:, :, 0, 0]
     np.testing.assert_allclose(np.asarray(y)[keep], whole_y, atol=1e-9)
     np.testing.assert_allclose(np.asarray(dx)[keep], whole_dx, atol=1e-9)

@@ -24,51 +24,11 @@ from rich.progress import track
 
 import parity
 from bn_common.run_folder import write_whole
+from parity.diagnosis.mistakes import TABLE
 from parity_tests.parity.planted import CASES, Case
 from parity_tests.parity.planted.networks import two_mistakes, unexplained
 from parity_tests.parity.zoo import ZOO, randomise
 
-MISTAKES: dict[str, str] = {
-    "momentum-inverted": "the weight of the old value taken for the weight of the new one",
-    "momentum": "another momentum, neither equal nor the complement",
-    "unbiased-variance": "the moving variance is kept times m/(m-1) on one side",
-    "initial-variance": "moving_var starts at 0 on one side, at 1 on the other",
-    "statistics-frozen": "the moving statistics never move",
-    "epsilon": "1e-3 for 1e-5, and so on",
-    "epsilon-outside-sqrt": "sqrt(var) + eps for sqrt(var + eps)",
-    "eval-uses-batch-statistics": "prediction normalises with the batch's own statistics",
-    "train-uses-moving-statistics": "training normalises with the moving statistics",
-    "wrong-reduction-axes": "statistics per row, per pixel or per image",
-    "affine-swapped": "gamma and beta exchanged",
-    "affine-missing": "gamma and beta not loaded, or not there",
-    "bias-missing": "a layer without bias on one side",
-    "kernel-transposed": "the matrix of a linear layer not transposed",
-    "kernel-layout": "OIHW read as HWIO, axes exchanged",
-    "kernel-flipped": "true convolution for correlation",
-    "kernel-hw-swapped": "height and width exchanged",
-    "flatten-order": "C, H, W for H, W, C behind a flatten",
-    "padding": "SAME for explicit padding, circular for zeros, none",
-    "stride": "another stride, of a convolution or a pool",
-    "dilation": "another dilation",
-    "pool-kind": "maximum for average",
-    "pool-count-padding": "padding counted in the average on one side",
-    "activation": "tanh-GELU for GELU, SiLU for sigmoid, another slope, none",
-    "norm-after-activation": "batch norm on the wrong side of the activation",
-    "dropout-active": "dropout left on in prediction",
-    "stopped-statistics-gradient": "mean and var taken as constants in the derivative",
-    "loss-reduction": "sum for mean",
-    "label-offset": "labels from 1",
-    "input-scale": "0..255 for 0..1",
-    "input-layout": "NHWC read as NCHW, height and width exchanged",
-    "adam-epsilon": "another epsilon, or inside the root",
-    "bias-correction": "Adam without it",
-    "weight-decay-coupling": "L2 for decoupled weight decay",
-    "momentum-dampening": "dampening on one side",
-    "nesterov": "Nesterov's momentum on one side",
-    "learning-rate": "a factor between the learning rates",
-    "per-device-statistics": "statistics of half a batch, or a quarter",
-    "matmul-precision": "TF32 or bfloat16 products",
-}
 COLUMNS = [(wing, depth) for wing in ("torch", "flax") for depth in ("alone", "deep")]
 
 ALIKE = """\
@@ -138,7 +98,7 @@ def table(outcomes: list[Outcome]) -> str:
         "| code | the mistake | PyTorch, alone | PyTorch, deep | Flax, alone | Flax, deep | what the numbers say |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
-    for code, mistake in MISTAKES.items():
+    for code, _, _, sentence, _ in TABLE:
         of_code = [o for o in outcomes if o.case.code == code]
         if not of_code:
             continue
@@ -147,7 +107,7 @@ def table(outcomes: list[Outcome]) -> str:
             here = [o for o in of_code if o.case.wing == wing and (o.case.depth == "alone") == (depth == "alone")]
             cells.append(f"{sum(o.named for o in here)}/{len(here)}")
         example = next((o.evidence for o in of_code if o.named), "not named").replace("|", "\\|")
-        lines.append(f"| `{code}` | {mistake} | {' | '.join(cells)} | {example} |")
+        lines.append(f"| `{code}` | {sentence} | {' | '.join(cells)} | {example} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,7 @@
 """Products as PyTorch and as JAX compute them, with a kernel that may be another than the one held; for the tests."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,42 +61,52 @@ def torch_side(kind, x, kernel, bias, applied=None, *, dtype=np.float64, hints=T
 
 def flax_side(kind, x, kernel, bias, applied=None, *, dtype=np.float64, hints=True, **options):
     """What Flax does, with `stride`, `padding` (as JAX takes it), `dilation`, `groups`."""
-    rank, applied = x.ndim - 2, np.array(kernel if applied is None else applied, dtype)
+    applied = np.array(kernel if applied is None else applied, dtype)
     add_bias = options.pop("add_bias", True)
 
-    def forward(values, weights):
-        if kind == "linear":
-            y = values @ weights
-        else:
-            strides = _per_axis(options.get("stride", 1), rank)
-            dilation = _per_axis(options.get("dilation", 1), rank)
-            padding = options.get("padding", 0)
-            padding = [(padding, padding)] * rank if isinstance(padding, int) else padding
-            letters = LETTERS[rank]
-            numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
-            if kind == "conv":
-                y = lax.conv_general_dilated(
-                    values,
-                    weights,
-                    strides,
-                    padding,
-                    rhs_dilation=dilation,
-                    dimension_numbers=numbers,
-                    feature_group_count=options.get("groups", 1),
-                )
-            else:
-                y = lax.conv_transpose(
-                    values, weights, strides, padding, rhs_dilation=dilation, dimension_numbers=numbers
-                )
-        if bias is None or not add_bias:
-            return y
-        return y + jnp.asarray(bias, y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-
-    y, pull = jax.vjp(forward, jnp.asarray(x, dtype), jnp.asarray(applied))
-    dy = np.random.default_rng(7).normal(size=y.shape).astype(dtype)
-    dx, dkernel = pull(jnp.asarray(dy))
+    added = bias if add_bias else None
+    same = {name: options[name] for name in ("stride", "padding", "dilation", "groups") if name in options}
+    same = {name: tuple(map(tuple, v)) if isinstance(v, list) else v for name, v in same.items()}
+    product = partial(_product, kind, tuple(same.items()))
+    given = jnp.asarray(x, dtype), jnp.asarray(applied), None if added is None else jnp.asarray(added, dtype)
+    shape = jax.eval_shape(product, *given).shape
+    dy = np.random.default_rng(7).normal(size=shape).astype(dtype)
+    y, dx, dkernel = _product_and_gradients(kind, tuple(same.items()), *given, jnp.asarray(dy))
     arrays = [np.asarray(a) for a in (y, dy, dx, dkernel)]
     return _side(x, kernel, bias, arrays, applied, options if hints else {})
+
+
+def _product(kind, options, values, weights, bias):
+    rank, options = values.ndim - 2, dict(options)
+    if kind == "linear":
+        y = values @ weights
+    else:
+        strides = _per_axis(options.get("stride", 1), rank)
+        dilation = _per_axis(options.get("dilation", 1), rank)
+        padding = options.get("padding", 0)
+        padding = [(padding, padding)] * rank if isinstance(padding, int) else padding
+        letters = LETTERS[rank]
+        numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+        if kind == "conv":
+            y = lax.conv_general_dilated(
+                values,
+                weights,
+                strides,
+                padding,
+                rhs_dilation=dilation,
+                dimension_numbers=numbers,
+                feature_group_count=options.get("groups", 1),
+            )
+        else:
+            y = lax.conv_transpose(values, weights, strides, padding, rhs_dilation=dilation, dimension_numbers=numbers)
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _product_and_gradients(kind, options, values, weights, bias, dy):
+    """One program for the three, and for all arrays of these shapes."""
+    y, pull = jax.vjp(lambda x, w: _product(kind, options, x, w, bias), values, weights)
+    return y, *pull(dy)
 
 
 def _side(x, kernel, bias, arrays, applied, config):

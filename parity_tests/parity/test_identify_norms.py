@@ -323,7 +323,7 @@ def correct_pairs(draw):
     return given, convention, draw(st.booleans())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(correct_pairs())
 def test_a_correct_pair_is_silence(pair):
     given, convention, train = pair
@@ -336,7 +336,7 @@ def test_a_correct_pair_is_silence(pair):
         assert describe(other, 1e-9, train=train) is not None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(["batch", "halves", "first half", "moving", (1,), (2,), (3,), (1, 2)]),

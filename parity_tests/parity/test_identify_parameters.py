@@ -210,7 +210,7 @@ class TestOther:
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=5), st.integers(0, 99), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_correct_parameters_are_silent(shape, seed, single):
     rng = np.random.default_rng(seed)
     kernel, bias = rng.normal(size=shape), rng.normal(size=shape[-1])

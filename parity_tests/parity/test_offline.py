@@ -14,8 +14,8 @@ import torch
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+import parity
 from parity import offline
-from parity.check import trace
 from parity.records import dump_file
 from parity.records.evidence import Evidence
 from parity.records.recording import Call, Failure, Layer, Recording
@@ -303,10 +303,10 @@ def test_any_name(tmp_path, name):
 
 def test_trace(torch_net, flax_net):
     """Every layer is run on PyTorch's input whether or not anything differs."""
-    report = trace(torch_net, flax_net(), X, train=False)
+    report = parity.trace(torch_net, flax_net(), X, train=False)
     assert report.ok, str(report)
     layered = [row for row in report.layers if row.phase in ("forward", "backward")]
     assert all(row.local_error is not None and row.local_error < 1e-13 for row in layered)
-    report = trace(torch_net, flax_net(1e-3), X, train=False, layer_map={"1": "BatchNorm_0"})
+    report = parity.trace(torch_net, flax_net(1e-3), X, train=False, layer_map={"1": "BatchNorm_0"})
     alone = [row for row in report.layers if row.local_error and row.local_error > 1e-6 and row.phase == "forward"]
     assert [(row.torch_layer, row.quantity) for row in alone] == [("1", "output")]

@@ -8,54 +8,21 @@ ResNet, a transformer); all ways with PLANTED=all, and by
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
 import parity
+from parity.diagnosis.finding import Finding
+from parity.diagnosis.mistakes import COULD_NOT_RUN, MISTAKES, NOT_COMPARED, TABLE, UNEXPLAINED
+from parity.records.recording import PHASES
 from parity_tests.parity.planted import CASES, Case, Planted
 from parity_tests.parity.planted.networks import two_mistakes, unexplained
 
-CODES = [
-    "momentum-inverted",
-    "unbiased-variance",
-    "initial-variance",
-    "statistics-frozen",
-    "epsilon",
-    "epsilon-outside-sqrt",
-    "eval-uses-batch-statistics",
-    "train-uses-moving-statistics",
-    "wrong-reduction-axes",
-    "affine-swapped",
-    "affine-missing",
-    "bias-missing",
-    "kernel-transposed",
-    "kernel-layout",
-    "kernel-flipped",
-    "kernel-hw-swapped",
-    "flatten-order",
-    "padding",
-    "stride",
-    "dilation",
-    "pool-kind",
-    "pool-count-padding",
-    "activation",
-    "norm-after-activation",
-    "dropout-active",
-    "stopped-statistics-gradient",
-    "loss-reduction",
-    "label-offset",
-    "input-scale",
-    "input-layout",
-    "adam-epsilon",
-    "bias-correction",
-    "weight-decay-coupling",
-    "momentum-dampening",
-    "nesterov",
-    "learning-rate",
-    "per-device-statistics",
-    "matmul-precision",
-]
+ROOT = Path(__file__).parents[2]
+CODES = list(MISTAKES)
 
 
 def selected(cases: Iterable[Case]) -> list[Case]:
@@ -64,7 +31,7 @@ def selected(cases: Iterable[Case]) -> list[Case]:
         return list(cases)
     first: dict[tuple, Case] = {}
     for case in cases:
-        deep_wing = ("torch", "flax")[CODES.index(case.code) % 2] if case.code in CODES else case.wing
+        deep_wing = ("torch", "flax")[CODES.index(case.code) % 2]
         kind = case.code, case.wing, case.depth, "nnx" in case.variant
         if case.depth not in ("alone", "deep"):
             first.setdefault((case.depth,), case)  # they cost the most, and the deep chain shows the same
@@ -83,14 +50,64 @@ def test_every_code_is_planted_in_either_wing_alone_and_deep():
     assert wanted <= planted
 
 
+def test_nothing_else_is_planted():
+    assert {case.code for case in CASES} == set(CODES)
+
+
 def test_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
+def test_the_table_of_mistakes():
+    assert len(MISTAKES) == len(TABLE)
+    assert not {UNEXPLAINED, NOT_COMPARED, COULD_NOT_RUN} & set(MISTAKES)
+    for mistake in TABLE:
+        assert mistake.phase in PHASES
+        assert mistake.charges in ("", "activation", "pool", "dropout", "flatten")
+        assert mistake.sentence
+
+
+@pytest.mark.parametrize("code", ["", "Epsilon", NOT_COMPARED, COULD_NOT_RUN])
+def test_a_finding_is_of_the_table(code):
+    with pytest.raises(ValueError, match=f"code is '{code}'; allowed: 'eval-uses-batch-statistics', "):
+        Finding(code, "")
+
+
+def test_a_finding_charges_what_the_table_says():
+    assert {code: Finding(code, "").charges for code in CODES} == {m.code: m.charges for m in TABLE}
+    assert Finding(UNEXPLAINED, "").charges == ""
+    assert Finding(UNEXPLAINED, "", charges="pool").charges == "pool"
+
+
+def test_the_readme_counts_what_is_planted():
+    assert re.findall(r"all (\d+) mistakes", (ROOT / "README.md").read_text()) == [str(len(CASES))]
+
+
+def test_the_page_of_mistakes_is_of_this_table():
+    """docs/parity_mistakes.md: the mistakes in their order, and how often each is planted."""
+    page = (ROOT / "docs/parity_mistakes.md").read_text()
+    assert re.findall(r"^(\d+) mistakes are planted", page, re.MULTILINE) == [str(len(CASES))]
+    rows = re.findall(r"^\| `([a-z-]+)` \| (.*?) \| (\d+/\d+ \| \d+/\d+ \| \d+/\d+ \| \d+/\d+) \|", page, re.MULTILINE)
+    wanted = []
+    for mistake in TABLE:
+        planted = [(c.wing, c.depth == "alone") for c in CASES if c.code == mistake.code]
+        counts = [planted.count((wing, alone)) for wing in ("torch", "flax") for alone in (True, False)]
+        wanted.append((mistake.code, mistake.sentence, counts))
+    assert [(code, text, [int(n) for n in re.findall(r"/(\d+)", cells)]) for code, text, cells in rows] == wanted
+
+
+def is_thorough(case: Case) -> bool:
+    """The large networks cost the most, and the deep chain shows the same; so do half of the deep chains.
+
+    Of four mistakes in a row, the deep chain has one in PyTorch's wing and one in Flax's; all are planted alone.
+    """
+    if case.depth == "deep" and case.code in CODES:
+        return CODES.index(case.code) % 4 in (1, 2)
+    return case.depth not in ("alone", "deep")
+
+
 SELECTED = [
-    # The large networks cost the most, and the deep chain shows the same.
-    pytest.param(case, id=case.name, marks=[pytest.mark.thorough] * (case.depth not in ("alone", "deep")))
-    for case in selected(CASES)
+    pytest.param(case, id=case.name, marks=[pytest.mark.thorough] * is_thorough(case)) for case in selected(CASES)
 ]
 
 

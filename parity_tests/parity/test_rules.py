@@ -308,7 +308,7 @@ def test_behind_a_flatten(promoting):
     np.testing.assert_array_equal(layout.to_torch(kernel), w)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), kind=st.sampled_from(["linear", "conv", "conv_transpose", "layer_norm", "attention"]))
 def test_moves_are_permutations(data, kind):
     """There and back is the identity, and nothing is computed: any dtype goes through."""

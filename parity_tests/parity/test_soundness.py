@@ -11,7 +11,6 @@ from torch import nn
 
 import parity
 from parity import offline, weights
-from parity.check import trace
 from parity.sides import torch as torch_side
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -70,7 +69,7 @@ def test_a_norms_epsilon_behind_large_activations(kind):
 def test_empty_inputs_are_refused(tmp_path):
     for call in (
         lambda: parity.check(gelu_net(), TanhGelu(), X[:0], train=False),
-        lambda: trace(gelu_net(), TanhGelu(), X[:0], train=False),
+        lambda: parity.trace(gelu_net(), TanhGelu(), X[:0], train=False),
         lambda: offline.dump(gelu_net(), [X[:0]], tmp_path / "dump"),
     ):
         with pytest.raises(ValueError, match=r"inputs are empty, of shape \(0, 4\).*allowed: an example or more"):
@@ -88,7 +87,7 @@ def test_what_is_not_finite_is_not_compared(where, way):
             module[2].weight[0, 0] = torch.nan
     else:
         x[:, 0] = np.nan if where == "input" else np.inf
-    function = parity.check if way == "check" else trace
+    function = parity.check if way == "check" else parity.trace
     report = function(module, TanhGelu(), x, train=False)
     assert not report.ok
     assert report.diagnoses[0].code == "not-compared"
@@ -136,7 +135,7 @@ def test_tensors_do_not_cross_kinds():
 
     class Forgotten(nnx.Module):
         def __init__(self, rngs):
-            self.c1, self.c2 = nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.Conv(8, 8, (3, 3), rngs=rngs)
+            self.c1, self.c2 = (nnx.Conv(n, 8, (3, 3), padding="VALID", rngs=rngs) for n in (3, 8))
 
         def __call__(self, x):
             return self.c2(self.c1(x))
@@ -155,6 +154,38 @@ def test_tensors_do_not_cross_kinds():
         "c2.bias is missing (for params/c2/bias)",
     ):  # fmt: skip
         assert line in str(error.value)
+    report = parity.check(module, Forgotten(nnx.Rngs(0)), np.ones((2, 3, 8, 8), np.float32) * X[:2, :3, None, None])
+    assert [(d.code, d.layer) for d in report.diagnoses] == [
+        ("bias-missing", "c1"),
+        ("no-partner", "n1"),
+        ("bias-missing", "c2"),
+    ]
+    assert report.diagnoses[1].evidence == "PyTorch's n1 (weight, bias) has no partner in Flax"
+
+
+def test_what_has_no_partner_is_named():
+    """Query, key and value in one matrix on one side: no line of the report mentioned it."""
+
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+    class Separate(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.MultiHeadDotProductAttention(2)(x)
+
+    x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+    report = parity.check(Fused(), Separate(), x, train=False, flax_inputs=[x])
+    assert not report.ok
+    assert report.diagnoses[0].code == "no-partner"
+    assert "qkv (weight, bias)" in report.diagnoses[0].evidence
 
 
 class Scaled(nn.Module):

@@ -22,6 +22,11 @@ from parity.wings import blenet
 from parity.wings.blenet import BLENET_GAUGES
 
 
+@pytest.fixture(autouse=True)
+def programs():
+    """As whoever uses them has them: float32's rounding is looked at."""
+
+
 def images(count=3, size=8, fig_size=12):
     rng = np.random.default_rng(0)
     return [(rng.normal(size=(size, 1, fig_size, fig_size)), rng.integers(0, 10, size)) for _ in range(count)]

@@ -15,13 +15,15 @@ from parity_tests.parity.planted.training import RIGHT, cross_entropy, deep, opt
 from parity_tests.parity.zoo import ZOO, outputs, randomise, twisted
 from parity_tests.parity.zoo.others import own_norm
 
+# The same networks are there in linen, and NNX is there in smaller ones.
+LARGE_IN_NNX = {"resnet-nnx", "vgg-nnx", "vit-nnx"}
 CASES = [
     pytest.param(
         pair,
         mode,
         id=f"{pair.name}-{mode}",
         # In prediction there is less to be silent about than in training.
-        marks=[pytest.mark.thorough] * (mode == "eval" and "train" in pair.modes),
+        marks=[pytest.mark.thorough] * ((mode == "eval" and "train" in pair.modes) or pair.name in LARGE_IN_NNX),
     )
     for pair in ZOO
     for mode in pair.modes

@@ -162,10 +162,10 @@ def _compare(a: Chain, b: Chain, rank: int) -> list[Finding]:
         evidence = f"PyTorch applies {_applied(a)}, Flax {_applied(b)}"
         # An activation of a number times x is none that is taken for another, as little as a number times one.
         scaled = a.activation.startswith(OF_A_MULTIPLE) or b.activation.startswith(OF_A_MULTIPLE)
-        found.append(Finding("unexplained", evidence) if scaled else Finding("activation", evidence, "activation"))
+        found.append(Finding("unexplained", evidence) if scaled else Finding("activation", evidence))
     if "order" in differences:
         evidence = f"PyTorch takes the {a.order}, Flax the {b.order}, and the two do not commute"
-        found.append(Finding("unexplained", evidence, "pool"))
+        found.append(Finding("unexplained", evidence, charges="pool"))
     found += _compare_pools(a, b, differences) + gain
     if "layout" in differences:
         found.append(_layouts(a, b, rank))
@@ -181,7 +181,7 @@ def _gain(a: Chain, b: Chain) -> Finding:
     ratio = b.gain / a.gain
     if a.pool and b.pool and any(abs(ratio / k - 1) < 1e-5 for n in (np.prod(a.pool.window),) for k in (n, 1 / n)):
         which = SIDES if ratio < 1 else SIDES[::-1]
-        return Finding("pool-kind", f"{which[0]} sums over the window, {which[1]} takes the average", "pool")
+        return Finding("pool-kind", f"{which[0]} sums over the window, {which[1]} takes the average")
     if a.activation != b.activation:
         texts = [_applied(chain) + (f" times {chain.gain:.6g}" if chain.gain != 1 else "") for chain in (a, b)]
         return Finding("unexplained", f"PyTorch applies {texts[0]}, Flax {texts[1]}")
@@ -192,30 +192,30 @@ def _layouts(a: Chain, b: Chain, rank: int) -> Finding:
     """Axes in another order: a mistake of the flatten only where one merged them, and the rank is lower than before."""
     if max(len(chain.layout.split(",")) for chain in (a, b)) >= rank:
         texts = [f"{chain.layout or 'keeps the axes as they are'}" for chain in (a, b)]
-        return Finding("flatten-order", f"PyTorch flattens {texts[0]}, Flax {texts[1]}", "flatten")
+        return Finding("flatten-order", f"PyTorch flattens {texts[0]}, Flax {texts[1]}")
     texts = [f"has the axes in the order {c.layout}" if c.layout else "keeps the axes as they are" for c in (a, b)]
     return Finding("unexplained", f"PyTorch {texts[0]}, Flax {texts[1]}")
 
 
 def _compare_pools(a: Chain, b: Chain, differences: list[str]) -> list[Finding]:
     if "presence" in differences:
-        return [Finding("pool-kind", f"PyTorch applies {a.pool or 'no pool'}, Flax {b.pool or 'no pool'}", "pool")]
+        return [Finding("pool-kind", f"PyTorch applies {a.pool or 'no pool'}, Flax {b.pool or 'no pool'}")]
     found = []
     if a.pool and b.pool:
         both = f"PyTorch applies {a.pool}, Flax {b.pool}"
         if "kind" in differences:
-            found.append(Finding("pool-kind", both, "pool"))
+            found.append(Finding("pool-kind", both))
         if "window" in differences:
             evidence = f"PyTorch's window is {times(a.pool.window)}, Flax's {times(b.pool.window)}"
-            found.append(Finding("pool-kind", evidence, "pool"))
+            found.append(Finding("pool-kind", evidence))
         if "stride" in differences:
             evidence = f"PyTorch's pool has stride {times(a.pool.stride)}, Flax's {times(b.pool.stride)}"
-            found.append(Finding("stride", evidence, "pool"))
+            found.append(Finding("stride", evidence))
         if "padding" in differences:
             evidence = f"PyTorch's pool is padded by {pads(a.pool.padding)}, Flax's by {pads(b.pool.padding)}"
-            found.append(Finding("padding", evidence, "pool"))
+            found.append(Finding("padding", evidence))
         if "counted" in differences:
-            found.append(Finding("pool-count-padding", _counting(a.pool, b.pool), "pool"))
+            found.append(Finding("pool-count-padding", _counting(a.pool, b.pool)))
     return found
 
 
@@ -245,7 +245,7 @@ def _dropout(chains: tuple[Chain | None, Chain | None], random: Sequence[bool | 
     if not sentences:
         return []
     mode = "although it was switched off for the comparison" if train else "in prediction"
-    return [Finding("dropout-active", f"{'; '.join(sentences)}: dropout is active {mode}", "dropout")]
+    return [Finding("dropout-active", f"{'; '.join(sentences)}: dropout is active {mode}")]
 
 
 def _related(sources: Sequence[Source], torch: Array, flax: Array, tolerance: float, train: bool) -> list[Finding]:
@@ -261,12 +261,12 @@ def _related(sources: Sequence[Source], torch: Array, flax: Array, tolerance: fl
                     return [_gain(*(Chain("", gain=one.gain if side == name else 1.0) for name in SIDES))]
         if sentence := relations.reordered(torch, flax, tolerance):
             if not sources or _merges(sources[0], torch):
-                return [Finding("flatten-order", sentence, "flatten")]
+                return [Finding("flatten-order", sentence)]
             return [Finding("unexplained", "Flax's values are PyTorch's in another order, and nothing is flattened")]
         if both := relations.activations_between(torch, flax, tolerance):
             texts = [_applied(Chain("", activation=name)) for name in both]
             evidence = f"PyTorch applies {texts[0]}, Flax {texts[1]} to the same values"
-            return [Finding("activation", evidence, "activation")]
+            return [Finding("activation", evidence)]
         return _some_function(sources, torch, flax)
 
 

@@ -163,8 +163,8 @@ def _compare(torch: _Reading, flax: _Reading) -> list[Finding]:
             # No layout holds an image so: it was turned over, or its colours exchanged, on one side only.
             return [Finding("unexplained", f"{evidence}; {_scale_sentence(torch, flax)}" if is_scaled else evidence)]
         flattened = all(text.startswith("flattened") for text in texts)
-        code, role = ("flatten-order", "flatten") if flattened else ("input-layout", "")
-        found.append(Finding(code, evidence.replace("reads the input axes", "reads the input with axes"), role))
+        code = "flatten-order" if flattened else "input-layout"
+        found.append(Finding(code, evidence.replace("reads the input axes", "reads the input with axes")))
     if is_scaled:
         found.append(Finding("input-scale", _scale_sentence(torch, flax)))
     return found

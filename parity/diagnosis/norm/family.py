@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from parity.diagnosis.finding import Finding
+from parity.diagnosis.mistakes import rank
 from parity.diagnosis.norm.forward import (
     NormBehaviour,
     candidates,
@@ -36,26 +37,6 @@ from parity.diagnosis.norm.statistics import SIDES, initial_findings, statistics
 
 # How each side normalises; None: it fits nothing.
 Pair = tuple[NormBehaviour | None, NormBehaviour | None]
-
-# The most fundamental first: what a mistake further down may follow from.
-ORDER = (
-    "eval-uses-batch-statistics",
-    "train-uses-moving-statistics",
-    "wrong-reduction-axes",
-    "per-device-statistics",
-    "affine-swapped",
-    "affine-missing",
-    "bias-missing",
-    "epsilon-outside-sqrt",
-    "epsilon",
-    "initial-variance",
-    "statistics-frozen",
-    "momentum-inverted",
-    "momentum",
-    "unbiased-variance",
-    "stopped-statistics-gradient",
-    "unexplained",
-)
 
 
 class _Family:
@@ -335,4 +316,4 @@ def _ordered(found: list[Finding]) -> list[Finding]:
         evidence = by_code.setdefault(finding.code, [])
         if finding.evidence not in evidence:
             evidence.append(finding.evidence)
-    return [Finding(code, "; ".join(by_code[code])) for code in sorted(by_code, key=ORDER.index)]
+    return [Finding(code, "; ".join(by_code[code])) for code in sorted(by_code, key=rank)]

@@ -7,12 +7,14 @@ Both are asked the same questions (`sides/ask.py`), each side alone is fitted to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parity.diagnosis.finding import Finding
+from parity.diagnosis.mistakes import rank
 from parity.diagnosis.optimizer.descriptions import Description, choose, describe_in_words, readings, series, text
 from parity.diagnosis.optimizer.fit import adopt, fit
 from parity.diagnosis.optimizer.rules import LOOSER, Rule
@@ -21,15 +23,6 @@ from parity.sides.ask import ask
 from parity.sides.torch.ask import TorchFactory
 
 FEWEST_STEPS = 6
-CODES = (
-    "adam-epsilon",
-    "bias-correction",
-    "weight-decay-coupling",
-    "momentum-dampening",
-    "nesterov",
-    "learning-rate",
-    "unexplained",
-)
 
 
 def probe_findings(
@@ -83,7 +76,7 @@ def probe_findings(
         for finding in known[key]:
             per_code.setdefault(finding.code, (finding.evidence, []))[1].append(answer.name)
     found = []
-    for code in sorted(per_code, key=CODES.index):
+    for code in sorted(per_code, key=rank):
         evidence, names = per_code[code]
         found.append(Finding(code, evidence + _where(names, len(answers))))
     return found
@@ -165,7 +158,7 @@ def _compare(a: Description, b: Description) -> list[Finding]:
             others.append(f"{name} is {x:.{digits}g} in PyTorch and {y:.{digits}g} in Flax")
     if others and found:
         also = "; besides, " + ", ".join(others)
-        return [found[0]._replace(evidence=found[0].evidence + also), *found[1:]]
+        return [replace(found[0], evidence=found[0].evidence + also), *found[1:]]
     return found or [Finding("unexplained", f"{a.algorithm}: " + ", ".join(others))] if others else found
 
 

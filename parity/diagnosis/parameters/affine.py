@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def _statistics(truth: dict[str, Array], held: dict[str, Array], tolerance: floa
         if finding is not None and "mean" in wrong and not held["mean"].any() and finding.code == "initial-variance":
             # One cause: the statistics were not carried over at all.
             found = [f for f in found if not f.evidence.startswith("Flax's mean is all zeros")]
-            finding = finding._replace(evidence=f"{finding.evidence}; its moving mean is still 0")
+            finding = replace(finding, evidence=f"{finding.evidence}; its moving mean is still 0")
         found.append(finding or unexplained(role, truth[role], held[role], tolerance))
     return found
 

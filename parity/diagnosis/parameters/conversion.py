@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from parity.diagnosis.finding import Finding, Located
 from parity.diagnosis.parameters import family as parameters
-from parity.pairing.layers import Pairing
+from parity.pairing.layers import LayerPair, Pairing
 from parity.pairing.translation import Translation
 from parity.records.recording import Recording
 
@@ -18,7 +19,7 @@ from parity.records.recording import Recording
 def of_layout(finding: Finding, kind: str) -> Finding:
     """A convolution's kernel with inputs and outputs exchanged is one of the wrong layouts, not a transposed matrix."""
     wrong = finding.code == "kernel-transposed" and kind in ("conv", "conv_transpose")
-    return finding._replace(code="kernel-layout") if wrong else finding
+    return replace(finding, code="kernel-layout") if wrong else finding
 
 
 def _attention(expected: Mapping[str, NDArray], given: Mapping[str, NDArray]) -> list[Finding]:
@@ -33,7 +34,7 @@ def _attention(expected: Mapping[str, NDArray], given: Mapping[str, NDArray]) ->
             shape = (-1, truth.shape[-1]) if part.startswith("out") else (len(truth), -1)
             a, b = truth.reshape(shape), mine.reshape(shape)
             got = parameters.findings("linear", {"kernel": a}, {"kernel": b}, raw={"kernel": a.T})
-            found += [f._replace(evidence=f"{part}: {f.evidence}") for f in got]
+            found += [replace(f, evidence=f"{part}: {f.evidence}") for f in got]
         else:
             found += parameters.findings("linear", {"bias": truth.ravel()}, {"bias": mine.ravel()})
     return found
@@ -67,6 +68,8 @@ def conversion_findings(
                 for f in parameters.findings(pair.kind, truth, mine, spatial=flattened.get(pair.torch.path), raw=raw)
             ]
         )
+        if any(f.code == "unexplained" for f in got) and (other := _whose(mine, pair, pairing, expected)):
+            got = [Finding("unexplained", f"Flax's {pair.flax.path} holds the weights of PyTorch's {other}")]
         position = order.get(pair.torch.path, len(order))
         for f in got:
             # In training the moving variance is not looked at, only moved on.
@@ -79,6 +82,18 @@ def conversion_findings(
             finding = Finding("unexplained", f"{flax_name} does not hold PyTorch's {torch_name}")
             found.append(Located("forward", order.get(layer, 0), layer, flax_name, finding, (layer, 0)))
     return found
+
+
+def _whose(mine: Mapping[str, NDArray], pair: LayerPair, pairing: Pairing, expected: Mapping[str, NDArray]) -> str:
+    """PyTorch's layer whose weights these are, where they are another layer's; "" if they are nobody's."""
+    for other in pairing.layers:
+        held = {t.flax_name: expected.get(other.flax.tensors[t.flax_name]) for t in other.tensors}
+        alike = held.keys() == mine.keys() and all(
+            a is not None and a.shape == mine[n].shape and _same(mine[n], a) for n, a in held.items()
+        )
+        if alike and other is not pair:
+            return other.torch.path
+    return ""
 
 
 def _same(a: NDArray, b: NDArray) -> bool:

@@ -91,7 +91,8 @@ def structure(side: Side, inputs: Sequence[NDArray], *, train: bool) -> tuple[di
             side.is_opened = False
     layers = layers_of(side, found.variables, found.called)
     for path, layer in layers.items():
-        layer.feeder = found.feeders.get(path)
+        feeder = found.feeders.get(path)
+        layer.feeder = feeder if feeder in layers else None
     return layers, found.variables
 
 

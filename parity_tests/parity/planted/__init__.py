@@ -1,6 +1,6 @@
 """The corpus of planted mistakes."""
 
-from parity_tests.parity.planted import glue, kernels, networks, norms, training
+from parity_tests.parity.planted import glue, kernels, lone, networks, norms, training
 from parity_tests.parity.planted.chain import Case, Planted
 
 CASES: list[Case] = [
@@ -8,6 +8,7 @@ CASES: list[Case] = [
     *kernels.cases(),
     *glue.cases(),
     *training.cases(),
+    *lone.cases(),
     *networks.cases(),
 ]
 

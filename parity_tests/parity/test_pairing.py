@@ -1,0 +1,193 @@
+"""Which layer is which: names, feeders and order in one assignment."""
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+import parity
+from parity.pairing.layers import pair
+from parity.pairing.names import alike
+from parity.records.recording import Layer
+from parity.records.structure import Structure
+
+PARTS = "query", "key", "value"
+X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+
+
+class Attention(nn.Module):
+    """Calls its layers in a given order."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in PARTS)
+
+    def forward(self, x):
+        made = {name: getattr(self, name)(x) for name in self.order}
+        return torch.softmax(made["query"] @ made["key"].transpose(1, 2), -1) @ made["value"]
+
+
+class LinenAttention(linen.Module):
+    order: tuple
+    names: tuple = PARTS
+
+    @linen.compact
+    def __call__(self, x):
+        name = dict(zip(PARTS, self.names, strict=True))
+        made = {part: linen.Dense(8, name=name[part])(x) for part in self.order}
+        return jax.nn.softmax(made["query"] @ made["key"].swapaxes(1, 2), -1) @ made["value"]
+
+
+class NnxAttention(nnx.Module):
+    def __init__(self, order):
+        self.order = tuple(order)
+        for name in PARTS:
+            setattr(self, name, nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+
+    def __call__(self, x):
+        made = {name: getattr(self, name)(x) for name in self.order}
+        return jax.nn.softmax(made["query"] @ made["key"].swapaxes(1, 2), -1) @ made["value"]
+
+
+def attention():
+    torch.manual_seed(0)
+    return Attention(("key", "value", "query"))
+
+
+ORDERS = [("query", "value", "key"), ("value", "query", "key")]
+
+
+def by_name(module):
+    return {
+        "params": {
+            n: {
+                "kernel": getattr(module, n).weight.detach().numpy().T,
+                "bias": getattr(module, n).bias.detach().numpy(),
+            }
+            for n in PARTS
+        }
+    }
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+@pytest.mark.parametrize("make", [LinenAttention, NnxAttention])
+def test_names_win_over_the_order_of_calls(make, order):
+    module, flax_module = attention(), make(order)
+    carried = parity.to_flax(module, flax_module, inputs=[X], flax_inputs=[X])
+    flat = carried["params"] if make is LinenAttention else carried
+    for name in PARTS:
+        np.testing.assert_array_equal(np.asarray(flat[name]["kernel"]).T, getattr(module, name).weight.detach())
+    state = parity.to_torch(carried, attention(), flax_module=flax_module, inputs=[X], flax_inputs=[X])
+    for name, value in module.state_dict().items():
+        np.testing.assert_array_equal(state[name], value)
+    report = parity.check(module, flax_module, X, train=False)
+    assert report.ok, report
+
+
+def test_names_win_over_numbers():
+    """Right variables are right; with key and value exchanged in them, these two are charged, and not the query."""
+    module, flax_module = attention(), LinenAttention(ORDERS[0])
+    assert parity.check(module, flax_module, X, train=False, variables=by_name(module)).ok
+    params = by_name(module)["params"]
+    exchanged = {"params": {**params, "key": params["value"], "value": params["key"]}}
+    report = parity.check(module, flax_module, X, train=False, variables=exchanged)
+    assert report.diagnoses[0].evidence == "Flax's key holds the weights of PyTorch's value"
+    assert "holds the weights of PyTorch's key" in str(report)
+    assert "query" not in "".join([d.layer for d in report.diagnoses])
+
+
+def test_the_order_decides_where_names_say_nothing():
+    module = Attention(PARTS)
+    for names in (("Dense_0", "Dense_1", "Dense_2"), ("a", "b", "c")):
+        carried = parity.to_flax(module, LinenAttention(PARTS, names), inputs=[X], flax_inputs=[X])
+        for part, name in zip(PARTS, names, strict=True):
+            np.testing.assert_array_equal(carried["params"][name]["kernel"].T, getattr(module, part).weight.detach())
+
+
+def structure(paths, kind="linear", feeders=None, is_torch=True):
+    sep, weight = (".", "weight") if is_torch else ("/", "kernel")
+    layers = [Layer(p, kind, "", {weight: f"{p}{sep}{weight}"}) for p in paths]
+    return Structure(layers, {x.tensors[weight]: (8, 8) for x in layers}, feeders=feeders or {})
+
+
+def partners(torch_paths, flax_paths, layer_map=None):
+    found = pair(structure(torch_paths), structure(flax_paths, is_torch=False), layer_map)
+    return {p.torch.path: p.flax.path for p in found.layers}
+
+
+def test_a_stack_of_layers_each_called_in_another_order():
+    """Twelve layers of equal shapes: the numbers say which layer, the words which part, whatever is called first."""
+    t = [f"encoder.layer.{i}.attention.self.{part}" for i in range(12) for part in PARTS]
+    f = [f"encoder/layer/{i}/attention/self/{part}" for i in range(12) for part in ("value", "query", "key")]
+    assert partners(t, f) == {path: path.replace(".", "/") for path in t}
+    f = [f"blocks_{i}/attn/{short}_proj" for i in range(12) for short in "vqk"]
+    long = {"q": "query", "k": "key", "v": "value"}
+    assert partners(t, f) == {
+        f"encoder.layer.{i}.attention.self.{long[s]}": f"blocks_{i}/attn/{s}_proj" for i in range(12) for s in "qkv"
+    }
+
+
+def test_numbers_may_begin_at_zero_or_one_and_ten_comes_after_two():
+    t = [f"layer{i}.conv" for i in range(1, 13)]
+    f = [f"layer{i}/conv" for i in range(12)]
+    assert partners(t, f) == dict(zip(t, f, strict=True))
+    # JAX sorts the names: layers_10 before layers_2. The order of calls is another.
+    assert partners(t, sorted(f)) == dict(zip(t, f, strict=True))
+
+
+def test_a_missing_layer_does_not_shift_the_others():
+    t = [f"fc{i}" for i in range(5)]
+    f = ["fc0", "fc1", "fc3", "fc4"]
+    assert partners(t, f) == {p: p for p in f}
+    a = [f"Dense_{i}" for i in range(4)]
+    assert list(partners(["up", "down", "gate", "out"], a).values()) == a
+
+
+def test_a_map_is_kept():
+    assert partners(["query", "key"], ["key", "query"], {"query": "key"}) == {"query": "key", "key": "query"}
+
+
+def test_what_one_side_alone_says_counts_nothing():
+    assert np.ptp(alike(["left", "right"], ["Dense_0", "Dense_1"])) == 0
+    assert np.ptp(alike(["fc1", "fc2"], ["Dense_0", "Dense_1"])) == 0  # linen's own numbers are the order
+    said = alike(["self.query", "self.key"], ["query_proj", "key_proj"])
+    assert said[0][0] > said[0][1]
+    assert said[1][1] > said[1][0]
+
+
+class TwoBranches(nn.Module):
+    """Norms of one shape that only what feeds them tells apart; the branches are called either way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.na, self.nb = (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Conv2d(3, 6, 1),
+            *(nn.BatchNorm2d(6) for _ in "ab"),
+        )
+
+    def forward(self, x):
+        return self.na(self.a(x)) * self.nb(self.b(x)).exp()
+
+
+class LinenBranches(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        side = linen.BatchNorm(use_running_average=True)(linen.Conv(6, (1, 1))(x))
+        return linen.BatchNorm(use_running_average=True)(linen.Conv(6, (3, 3))(x)) * jnp.exp(side)
+
+
+def test_norms_go_with_what_feeds_them():
+    torch.manual_seed(0)
+    module = TwoBranches()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape) * 0.3)
+    x = np.random.default_rng(0).normal(size=(2, 3, 6, 5)).astype(np.float32)
+    report = parity.check(module, LinenBranches(), x, train=False)
+    assert report.ok, report
