@@ -37,9 +37,6 @@ parity.cli.train imports torch
 parity.cli.train imports torch_bn
 parity.conventions imports flax
 parity.conventions imports torch
-parity.diagnosis.optimizer.family imports parity.sides.ask
-parity.diagnosis.optimizer.family imports parity.sides.torch.ask
-parity.evidence.optimizers imports flax
 parity.pairing.by_running imports flax
 parity.pairing.by_running imports parity.sides.jax
 parity.pairing.by_running imports parity.sides.jax.layers
