@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.differences import check_inputs
-from parity.evidence.about import details
-from parity.judge import DumpComparison
-from parity.pairing.translation import flat_layout_inputs
+from parity.comparison.differences import check_inputs, step_differences
+from parity.judge import Judge, stopped
 from parity.report import Report
+from parity.sides.module import framework_of, is_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -64,43 +63,59 @@ def check(
       TypeError: an argument of another kind.
       ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, another number of
         flax_inputs.
-      Exception: what either module raises on these inputs.
+      Exception: what either module raises on these inputs whatever their dtype.
     """
-    from parity.evidence.both import Comparison
+    from parity.evidence.jax import FlaxRuns
+    from parity.evidence.optimizers import rule_findings
+    from parity.evidence.torch import TorchRuns
 
     _check_arguments(
         torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's modules: an eager run in float64 meets more of them
-        comparison = Comparison(torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss)
-        comparison.carry(variables)
-        comparison.run()
-        if steps:
-            assert optimizers is not None
-            comparison.train(steps, optimizers)
-        return comparison.report()
+        torch = TorchRuns(torch_module, inputs, train=train, loss=loss and loss[0])
+        first = torch.evidence()
+        if not first.free.has_ended:
+            return stopped(first)
+        arrays = torch.inputs_for_flax(first.free, flax_inputs)
+        flax = FlaxRuns(flax_module, arrays, train=train, loss=loss and loss[1], flax_call=flax_call)
+        translation = flax.carry(first.free, layer_map, variables)
+        second = flax.evidence()
+        judge = Judge(first, second, translation)
+        if judge.asks_for_own_dtype():
+            torch.add_own_dtype(first)
+            flax.add_own_dtype(second)
+        if judge.asks_for_layers():
+            second.forced = flax.forced(translation)
+        if judge.asks_for_rounding():
+            first.noise, second.noise = torch.noise(first.free), flax.noise(second.free)
+        if steps and optimizers:
+            judge.rules, notes = rule_findings(translation.pairing, first.free, optimizers)
+            judge.notes += notes
+            if judge.agrees:  # else every step would only carry on what differs
+                states = torch.steps(optimizers[0], steps), flax.steps(optimizers[1], steps)
+                judge.steps = step_differences(translation.pairing, first.free, *states)
+        return judge.report()
 
 
 def _check_arguments(
     torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers
 ) -> None:
-    import torch
-
-    from parity.sides import jax as flax_side
+    from parity.sides.jax import side_of
 
     def require(fine: bool, name: str, given: Any, allowed: str, kind: type[Exception] = TypeError) -> None:
         if not fine:
             raise kind(f"{name} is {given}; allowed: {allowed}")
 
-    require(isinstance(torch_module, torch.nn.Module), "torch_module", type(torch_module).__name__, "a torch.nn.Module")
-    flax_side.side_of(flax_module)
+    require(framework_of(torch_module) == "torch", "torch_module", type(torch_module).__name__, "a torch.nn.Module")
+    side_of(flax_module)
     require(len(inputs) > 0, "inputs", "none", "one numpy array or more", ValueError)
     check_inputs(inputs)
     for name, arrays in (("inputs", inputs), ("flax_inputs", () if flax_inputs is None else flax_inputs)):
         require(not isinstance(arrays, np.ndarray), name, "one array", "a sequence of arrays")
         for a in arrays:
-            fine = hasattr(a, "__array__") and not isinstance(a, torch.Tensor)
+            fine = hasattr(a, "__array__") and not is_tensor(a)
             require(fine, f"one of {name}", type(a).__name__, "numpy arrays")
             require(np.asarray(a).dtype.kind in "fiub", f"one of {name}", np.asarray(a).dtype, "numbers")
     fine = flax_inputs is None or len(flax_inputs) == len(inputs)
@@ -155,18 +170,22 @@ def trace(
     Returns:
       The report.
     """
-    from parity.evidence.jax import dump_flax
-    from parity.evidence.torch import dump_torch
+    from parity.evidence.jax import FlaxRuns
+    from parity.evidence.torch import TorchRuns
 
-    given = [np.asarray(a) for a in inputs]
-    check_inputs(given)
-    losses = loss or (None, None)
-    torch = dump_torch(torch_module, given, train=train, loss=losses[0])
-    torch.details |= details(torch_module, train, losses[0])
-    torch.sha256 = "not written"
-    arrays = flat_layout_inputs(given) if flax_inputs is None else [np.asarray(a) for a in flax_inputs]
-    flax = dump_flax(
-        flax_module, arrays, train=train, other=torch, loss=losses[1], flax_call=flax_call, layer_map=layer_map
-    )
-    flax.details |= details(flax_module, train, losses[1])
-    return DumpComparison(torch, flax, layer_map).report()
+    check_inputs(inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch = TorchRuns(torch_module, inputs, train=train, loss=loss and loss[0])
+        first = torch.evidence()
+        if not first.free.has_ended:
+            return stopped(first)
+        arrays = torch.inputs_for_flax(first.free, flax_inputs)
+        flax = FlaxRuns(flax_module, arrays, train=train, loss=loss and loss[1], flax_call=flax_call)
+        translation = flax.carry(first.free, layer_map)
+        second = flax.evidence()
+        judge = Judge(first, second, translation)
+        second.forced = flax.forced(translation)
+        if judge.asks_for_rounding():
+            first.noise, second.noise = torch.noise(first.free), flax.noise(second.free)
+        return judge.report()

@@ -1,47 +1,102 @@
-"""From two dumps to a report; needs no framework."""
+"""From the evidence of two sides to a report; needs no framework."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
-from parity.comparison.differences import Difference, alone, differences
+from parity.comparison.differences import STEP_BOUND, Difference, alone, differences
+from parity.comparison.rounding import rounding
+from parity.diagnosis import places
 from parity.diagnosis.finding import Located, in_order
+from parity.diagnosis.loss import loss_findings
+from parity.diagnosis.mistakes import UNEXPLAINED
+from parity.diagnosis.parameters.conversion import conversion_findings
+from parity.diagnosis.product.rounded import precision_findings
 from parity.pairing.layers import Pairing, pairing_of
 from parity.pairing.translation import Translation, translated
-from parity.records.dump_file import Dump
-from parity.records.recording import NETWORK, PHASES
+from parity.records.evidence import Evidence
+from parity.records.recording import NETWORK, PHASES, Failure
 from parity.report import Report, verdict
-from parity.report.verdict import layer_rows
+from parity.report.verdict import Stop, layer_rows, which
 
 
-class DumpComparison:
-    """Two dumps side by side."""
+def of_dumps(torch: Evidence, flax: Evidence, layer_map: Mapping[str, str] | None) -> Judge:
+    """Two dumps side by side; the run in single-layer mode counts only where it was fed this very dump."""
+    if flax.details.get("fed_by") != torch.sha256:
+        flax.forced = None
+    pairing = pairing_of(torch.free, flax.free, layer_map)
+    translation = translated(torch.free, flax.forced or flax.free, pairing)
+    judge = Judge(torch, flax, translation)
+    given = [made.details["inputs"] for made in (torch, flax)]
+    if None not in given and given[0] != given[1]:
+        judge.notes.append("the two dumps were given different inputs")
+    if judge.other_weights:
+        judge.notes.append(
+            f"{len(judge.other_weights)} of {len(pairing.tensors())} tensors differ before the run, "
+            f"{judge.other_weights[0]} first: dump --weights takes the weights of the other dump"
+        )
+    return judge
 
-    def __init__(self, torch: Dump, flax: Dump, layer_map: Mapping[str, str] | None) -> None:
-        self.torch, self.flax = torch, flax
+
+def stopped(torch: Evidence) -> Report:
+    """PyTorch's module came to no end in float64: there is nothing to hold the other side against."""
+    failure = torch.free.failure
+    assert failure is not None
+    stop = Stop("PyTorch, on its own,", failure.phase, failure.layer, "", failure.error)
+    about = {name: torch.details[name] for name in ("mode", "dtype", "torch", "numpy")}
+    return verdict.report(None, [], [], torch.notes, stops=[stop], torch=torch.free, bound=lambda _: 0, details=about)
+
+
+class Judge:
+    """Two sides side by side.
+
+    Both on their own come first. Whoever can still run them looks whether the judge asks for more (`asks_for_layers`,
+    `asks_for_rounding`) and adds it to the evidence before the report.
+
+    Args:
+      torch: PyTorch's evidence.
+      flax: Flax's.
+      translation: which layer, tensor and axis is which.
+    """
+
+    def __init__(self, torch: Evidence, flax: Evidence, translation: Translation) -> None:
+        self.torch, self.flax, self.translation = torch, flax, translation
+        self.pairing: Pairing = translation.pairing
         self.train = torch.details["mode"] == "train"
-        self.notes: list[str] = []
-        fed = flax.forced if flax.details.get("fed_by") == torch.sha256 else None
-        self.reference = flax.free if fed is None else fed
-        self.pairing: Pairing = pairing_of(torch.free, flax.free, layer_map)
-        self.translation: Translation = translated(torch.free, self.reference, self.pairing)
-        self.free = differences(self.translation, flax.free, train=self.train) + self._loss_difference()
-        if fed is None:
-            self.local = [d for d in self.free if self._is_local(d)]
-        else:
-            self.local = differences(self.translation, fed, train=self.train)
-        self.located = self._located()
+        self.notes = [*torch.notes, *flax.notes]
+        self.free = differences(translation, flax.free, train=self.train)
+        self.free += [*self._unfit(), *self._loss()]
+        self.steps: list[Difference] = []
+        self.rules: list[Located] = []
+        if torch.free.dropout_off or flax.free.dropout_off:
+            self.notes.append("dropout was switched off on both sides, as it is random in training")
 
-    def _loss_difference(self) -> list[Difference]:
-        a, b = self.torch.free.loss, self.flax.free.loss
-        if a is None or b is None or self.flax.free.failure is not None:
-            return []
-        return [Difference("loss", NETWORK, "", "value", abs(a - b) / max(abs(a), 1e-30))]
+    # What is compared.
+
+    def _unfit(self) -> Iterable[Difference]:
+        """Layers whose tensors have other shapes: they were run with others."""
+        seen = {d.key for d in self.free if d.quantity == "output" and not d.error <= FORWARD_BOUND}
+        for pair in self.pairing.layers:
+            if not all(t.fits for t in pair.tensors) and (pair.torch.path, 0) not in seen:
+                yield Difference("forward", (pair.torch.path, 0), pair.flax.path, "output", float("inf"))
+
+    def _loss(self) -> Iterable[Difference]:
+        a, b = self.torch.free, self.flax.free
+        if a.loss is not None and b.loss is not None and a.has_ended and b.has_ended:
+            yield Difference("loss", NETWORK, "", "value", abs(a.loss - b.loss) / max(abs(a.loss), 1e-30))
+
+    @cached_property
+    def local(self) -> list[Difference]:
+        """Every layer's own differences: in single-layer mode, or else where both sides were given the same."""
+        if self.flax.forced is not None:
+            return differences(self.translation, self.flax.forced, train=self.train)
+        return [d for d in self.free if self._is_local(d)]
 
     def _is_local(self, d: Difference) -> bool:
         """Whether both sides were given the same there, so that the difference is the layer's own."""
@@ -58,89 +113,183 @@ class DumpComparison:
             return not any(f.key == d.key and f.quantity in ("input", "output gradient") for f in failing)
         return not any(f.phase == "forward" for f in failing)
 
+    @cached_property
+    def own(self) -> dict[tuple, tuple[float, float]]:
+        """In the modules' own dtypes: what is compared -> (difference, rounding of both sides together)."""
+        torch, flax = self.torch.own, self.flax.own
+        if torch is None or flax is None or torch.failure is not None or flax.failure is not None:
+            return {}
+        mine = Translation(torch, self.pairing)
+        mine.chosen = self.translation.chosen
+        rounded = rounding(torch, self.torch.free), rounding(flax, self.flax.free)
+        found = {}
+        for d in differences(mine, flax, train=self.train):
+            keys = (d.phase, d.key), (d.phase, (d.flax_layer, d.key[1]))
+            found[which(d)] = d.error, sum(side.get(key, 0.0) for side, key in zip(rounded, keys, strict=True))
+        return found
+
+    @cached_property
+    def other_weights(self) -> list[str]:
+        """Flax's names of the tensors that differ before the run."""
+        expected, given = self.pairing.to_flax(self.torch.free.tensors), self.flax.free.tensors
+        fits = {flax for _, flax, pair in self.pairing.tensors() if pair.fits}
+        return [n for n, a in expected.items() if n in fits and n in given and not _same(given[n], a)]
+
+    # What rounding explains.
+
     def bound(self, d: Difference, *, local: bool = False) -> float:
         """What rounding explains of a difference."""
+        if d.phase == "optimizer":
+            return STEP_BOUND
         bound = BACKWARD_BOUND if d.phase == "backward" else FORWARD_BOUND
         phase = "backward" if d.phase == "loss" else d.phase
-        keys = (self.torch, d.key), (self.flax, (d.flax_layer, d.key[1]))
-        noise = [made.noise.get((phase, key), max(made.noise.values(), default=0.0)) for made, key in keys]
-        measured = 30 * max(noise)
+        keys = (self.torch.noise, d.key), (self.flax.noise, (d.flax_layer, d.key[1]))
+        measured = 30 * max(noise.get((phase, key), max(noise.values(), default=0.0)) for noise, key in keys)
         return max(bound, min(measured, MOST_NOISE if local else MOST_CARRIED))
 
-    def _located(self) -> list[Located]:
-        expected = self.pairing.to_flax(self.torch.free.tensors)
-        given = self.flax.free.tensors
-        other = [n for n, a in expected.items() if n in given and not _same(given[n], a)]
-        if other:
-            self.notes.append(
-                f"{len(other)} of {len(expected)} tensors differ before the run, {other[0]} first: "
-                "dump --weights takes the weights of the other dump"
-            )
-        inputs = [made.details["inputs"] for made in (self.torch, self.flax)]
-        if None not in inputs and inputs[0] != inputs[1]:
-            self.notes.append("the two dumps were given different inputs")
-        bounds = {d: self.bound(d, local=True) for d in self.local}
+    def _failing(self) -> list[Difference]:
+        """What no rounding explains, in the order of the phases."""
+        found = [d for d in [*self.free, *self.steps] if not d.error <= self.bound(d)]
+        return sorted(found, key=lambda d: PHASES.index(d.phase))
+
+    # What more is to be run.
+
+    def asks_for_own_dtype(self) -> bool:
+        """Whether both ran, and the first difference is one that can be explained."""
+        failing = self._failing()
+        ran = self.torch.free.has_ended and self.flax.free.failure is None
+        return ran and not (failing and np.isnan(failing[0].error))
+
+    @property
+    def agrees(self) -> bool:
+        """Each side on its own gives the same so far."""
+        return not self._failing() and not self.stops
+
+    def asks_for_layers(self) -> bool:
+        """Whether there is something that the run in single-layer mode can explain."""
+        failing = self._failing()
+        if failing and np.isnan(failing[0].error):
+            return False  # there was nothing to compare there, and what is behind it shows no mistake
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
         left = left or any(alone(self.pairing, self.torch.free, self.flax.free))
-        wrong = left or any(not d.error <= bounds[d] for d in self.local)
-        failing = self._failing()
-        if not wrong and not other and not failing:
-            return []
-        if failing and np.isnan(failing[0].error):  # what is behind it shows no mistake
-            return []
-        try:
-            from parity.diagnosis import loss as losses
-            from parity.diagnosis import places
-            from parity.diagnosis.parameters.conversion import conversion_findings
-        except ImportError as error:
-            self.notes.append(f"which mistake it is can't be said here: {error}")
-            return []
-        found: list[Located] = []
-        if other:
-            found += conversion_findings(self.translation, expected, given, self.torch.free, train=self.train)
-        if wrong:
-            given_inputs = self.reference.inputs
-            run = places.Diagnosis(
-                self.translation,
-                self.reference,
-                self.flax.free,
-                self.local,
-                bounds,
-                train=self.train,
-                flax_inputs=given_inputs,
-            ).run()
-            charged = {f.layer for f in found}
-            # Where its weights are at fault, the layer need not be accused as well.
-            found += [f for f in run if f.layer not in charged or f.finding.code != "unexplained"]
-        fed = self.reference is not self.flax.free
-        if self.torch.details["loss"] != "default" and (fed or not self._failing(("forward",))):
-            found += losses.loss_findings(self.translation, self.reference, FORWARD_BOUND)
-        return in_order(found)
+        return bool(failing or left or self._weights or self._precision or self.flax.free.failure)
 
-    def _failing(self, phases: Sequence[str] = PHASES) -> list[Difference]:
-        found = [d for d in self.free if d.phase in phases and not d.error <= self.bound(d)]
-        return sorted(found, key=lambda d: PHASES.index(d.phase))
+    def asks_for_rounding(self) -> bool:
+        """Whether what the layers differ by may be rounding.
+
+        Larger differences no rounding explains, and where nothing local differs, rounding is what is carried along.
+        """
+        if self.flax.forced is None:
+            return False
+        doubtful = [d for d in self.local if self.bound(d) < d.error]
+        return not doubtful or any(d.error <= MOST_NOISE for d in doubtful)
+
+    # Which mistakes it is.
+
+    @cached_property
+    def _weights(self) -> list[Located]:
+        """Mistakes of the weights: of the user's own, or of a dump with others."""
+        given = self.flax.given if self.flax.given is not None else self.flax.free.tensors
+        if self.flax.given is None and not self.other_weights:
+            return []
+        expected = self.pairing.to_flax(self.torch.free.tensors)
+        return conversion_findings(self.translation, expected, given, self.torch.free, train=self.train)
+
+    @cached_property
+    def _precision(self) -> list[Located]:
+        """Products in less than the modules' own dtype."""
+        if self.torch.own is None or self.flax.own is None:
+            return []
+        sides = (self.torch.own, self.torch.exact), (self.flax.own, self.flax.exact)
+        return precision_findings(self.translation, *sides)
+
+    def _located(self) -> list[Located]:
+        found = [*self._weights, *self._precision]
+        if not self.asks_for_layers():
+            return in_order([*found, *self.rules])
+        forced = self.flax.forced
+        reference = self.flax.free if forced is None else forced
+        bounds = {d: self.bound(d, local=True) for d in self.local}
+        run = places.Diagnosis(
+            self.translation,
+            reference,
+            self.flax.free,
+            self.local,
+            bounds,
+            train=self.train,
+            flax_inputs=reference.inputs,
+        ).run()
+        explained, charged = {(f.layer, f.finding.code) for f in found}, {f.layer for f in found}
+        # Where its weights are at fault, the layer need not be accused as well.
+        found += [
+            f
+            for f in run
+            if (f.layer, f.finding.code) not in explained and not (f.finding.code == UNEXPLAINED and f.layer in charged)
+        ]
+        alike = forced is not None or not any(d.phase == "forward" for d in self._failing())
+        if self.torch.details["loss"] != "default" and alike and not (reference.failure or self.torch.free.failure):
+            found += loss_findings(self.translation, reference, FORWARD_BOUND)
+        return in_order([*found, *self.rules])
+
+    # What is told.
+
+    @property
+    def stops(self) -> list[Stop]:
+        """The runs that could not be made, or not to their end; each exception once."""
+        runs = (
+            ("PyTorch, on its own,", self.torch.free),
+            ("Flax, on its own,", self.flax.free),
+            ("Flax, layer by layer,", self.flax.forced),
+            ("PyTorch, in its own dtype,", self.torch.own),
+            ("Flax, in its own dtype,", self.flax.own),
+        )
+        found: dict[Failure, Stop] = {}
+        for name, run in runs:
+            if run is not None and run.failure is not None:
+                found.setdefault(run.failure, self._stop(name, run.framework, run.failure))
+        return list(found.values())
+
+    def _stop(self, name: str, framework: str, failure: Failure) -> Stop:
+        flax = {pair.torch.path: pair.flax.path for pair in self.pairing.layers}
+        torch = {pair.flax.path: pair.torch.path for pair in self.pairing.layers}
+        if framework == "torch":
+            return Stop(name, failure.phase, failure.layer, flax.get(failure.layer, ""), failure.error)
+        return Stop(name, failure.phase, torch.get(failure.layer, ""), failure.layer, failure.error)
 
     def report(self) -> Report:
         """What was found."""
-        failing, located = self._failing(), self.located
-        fed = self.reference is not self.flax.free
-        if fed and not located and not any(d.error > self.bound(d, local=True) for d in self.local):
-            # Every layer agrees to rounding: what is left is rounding carried along.
-            failing = [d for d in failing if not d.error < 1e-3]
-        rows = layer_rows(self.pairing, self.free, self.local, self.bound)
-        first, torch = next(iter(failing), None), self.torch.free
-        return verdict.report(first, located, rows, self.notes, torch=torch, bound=self.bound, details=self._details())
+        failing, located = self._failing(), self._located()
+        local = self.local if self.flax.forced is not None or failing else []
+        alike = self.flax.forced is not None and bool(local) and not located and self.flax.forced.failure is None
+        alike = alike and not any(d.error > self.bound(d, local=True) for d in local)
+        if alike and all(np.isfinite(d.error) and d.error < 1e-3 for d in failing):
+            failing = []  # every layer agrees to rounding: what is left is rounding carried along
+        first = next(iter(failing), None)
+        # A product of low precision may hide behind the noise that it makes itself.
+        rough = {f.key for f in located if f.finding.code == "matmul-precision"}
+        forward = [d for d in self.free if d.phase == "forward" and d.key in rough and d.error > 0]
+        if forward and (first is None or first.phase != "forward"):
+            first = max(forward[:2], key=lambda d: d.error)
+        return verdict.report(
+            first,
+            located,
+            layer_rows(self.pairing, [*self.free, *self.steps], local, self.bound, self.own),
+            self.notes,
+            stops=self.stops,
+            torch=self.torch.free,
+            bound=self.bound,
+            details=self._details(),
+        )
 
     def _details(self) -> dict[str, Any]:
         a, b = self.torch.details, self.flax.details
         return {
             "mode": a["mode"],
-            "dtype": "float64",
+            "dtype": "float64" if self.torch.own is None else "float64, and float32 beside it",
             "torch_module": a["class"],
             "flax_module": b["class"],
             "loss values": {"PyTorch": self.torch.free.loss, "Flax": self.flax.free.loss},
-            **{name: v for name, v in (*a.items(), *b.items()) if name in ("torch", "jax", "flax")},
+            **{name: v for name, v in (*a.items(), *b.items()) if name in ("torch", "jax", "flax", "numpy")},
         }
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.differences import check_inputs
-from parity.evidence.about import about, details
-from parity.judge import DumpComparison
+from parity.evidence.about import about
+from parity.judge import of_dumps
 from parity.pairing.translation import flat_layout_inputs
 from parity.records import dump_file
-from parity.records.dump_file import Dump
+from parity.records.evidence import Evidence
 from parity.report import Report
 from parity.sides.module import framework_of
 
@@ -34,7 +34,7 @@ def dump(
     loss: Callable[[Any], Any] | None = None,
     flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
-) -> Dump:
+) -> Evidence:
     """Run one side in float64 and write down every layer's tensors and gradients.
 
     Args:
@@ -66,24 +66,56 @@ def dump(
         raise ValueError(f"mode is {mode}; allowed: {other.details['mode']}, in which {weights} was dumped")
     given = [np.asarray(a) for a in inputs]
     check_inputs(given)
-    options: dict[str, Any] = {"train": train, "weights": weights, "other": other, "loss": loss, "layer_map": layer_map}
     framework = framework_of(module)
     if framework == "torch":
-        from parity.evidence.torch import dump_torch
-
-        made = dump_torch(module, given, **options)
+        made = _dump_torch(module, given, train, weights, other, loss, layer_map)
     elif framework == "flax":
-        from parity.evidence.jax import dump_flax
-
-        made = dump_flax(module, given if flax_layout else flat_layout_inputs(given), flax_call=flax_call, **options)
+        arrays = given if flax_layout else flat_layout_inputs(given)
+        made = _dump_flax(module, arrays, train, weights, other, loss, flax_call, layer_map)
     else:
         allowed = "a torch.nn.Module, flax.linen.Module or flax.nnx.Module"
         raise TypeError(f"module is {type(module).__name__}; allowed: {allowed}")
     made.name = str(path)
-    made.details |= details(module, train, loss)
     made.details["inputs"] = None if flax_layout else [about(a) for a in given]
     dump_file.save(made, path)
     return made
+
+
+def _dump_torch(module, inputs, train, weights, other, loss, layer_map) -> Evidence:
+    from parity.evidence.torch import TorchRuns
+
+    runs = TorchRuns(module, inputs, train=train, loss=loss)
+    runs.take(weights, other, layer_map)
+    made = runs.evidence()
+    _must_have_run(made)
+    made.noise = runs.noise(made.free)
+    runs.add_own_dtype(made)
+    return made
+
+
+def _dump_flax(module, inputs, train, weights, other, loss, flax_call, layer_map) -> Evidence:
+    from parity.evidence.jax import FlaxRuns
+
+    runs = FlaxRuns(module, inputs, train=train, loss=loss, flax_call=flax_call)
+    if other is None or other.free.framework == "flax":
+        runs.take(weights, other)
+        made = runs.evidence()
+        _must_have_run(made)
+    else:
+        translation = runs.carry(other.free, layer_map)
+        made = runs.evidence()
+        made.forced = runs.forced(translation)
+        made.details["fed_by"] = other.sha256
+    made.noise = runs.noise(made.free)
+    runs.add_own_dtype(made)
+    return made
+
+
+def _must_have_run(made: Evidence) -> None:
+    """Alone, a module that does not run is the user's mistake: what it raised is raised."""
+    failure = made.free.failure
+    if failure is not None and failure.cause is not None:
+        raise failure.cause
 
 
 def compare(first: str | Path, second: str | Path, *, layer_map: Mapping[str, str] | None = None) -> Report:
@@ -113,4 +145,4 @@ def compare(first: str | Path, second: str | Path, *, layer_map: Mapping[str, st
     ]:
         if a != b:
             raise ValueError(f"{key} is {a} in {torch.name} and {b} in {flax.name}; allowed: the same in both")
-    return DumpComparison(torch, flax, layer_map).report()
+    return of_dumps(torch, flax, layer_map).report()

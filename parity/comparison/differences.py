@@ -45,31 +45,24 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
         found.append(Difference(phase, key, layer, quantity, error))
 
     found += _not_finite(translation)
-    stopped = False
     for call, flax_key in keys:
         mine = calls.get(flax_key)
-        if mine is None and flax.failure is not None and not stopped:
-            # The run ended here: what arrives has a shape that this layer cannot take.
-            add("forward", call.key, flax_key[0], "input", float("inf"))
-            stopped = True
         if mine is None:
             # A layer that was never seen is inside a transformation of the user's own.
-            if flax.failure is None and any(c.path == flax_key[0] for c in flax.calls):
+            if flax.has_ended and any(c.path == flax_key[0] for c in flax.calls):
                 add("forward", call.key, flax_key[0], "output", float("inf"))
             continue
         for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
             add("forward", call.key, flax_key[0], "input", error_of(arrived, translation.input(call, i, arrived)))
         add("forward", call.key, flax_key[0], "output", error_of(mine.output, translation.output(call, mine.output)))
-    if flax.failure is not None and not stopped:  # behind the last layer
-        add("forward", NETWORK, "", "output", float("inf"))
-    if flax.failure is None:
+    if flax.has_ended and torch.has_ended:
         if len(torch.outputs) != len(flax.outputs):
             add("forward", NETWORK, "", "output", float("inf"))
         for i, output in enumerate(flax.outputs[: len(torch.outputs)]):
             add("forward", NETWORK, "", "output", error_of(output, translation.result(i, output)))
-    if flax.gradients and flax.failure is None:
+    if flax.gradients and torch.gradients:
         found += _backward(translation, flax, keys, calls)
-    if train and flax.failure is None:
+    if train and flax.has_ended and torch.has_ended:
         for _, pair in translation.pair_of.items():
             for t in pair.tensors:
                 if t.torch_name in pair.torch.statistics and pair.flax.tensors[t.flax_name] in flax.new_statistics:

@@ -1,107 +1,77 @@
 """How much of a float64 run is rounding: a layer may compute in float32 inside, and that is no mistake.
 
-The measure is the second difference, (y(x + h) + y(x - h)) / 2 - y(x): of a smooth function of the order of h^2, while
-whatever is rounded to float32 on the way moves by jumps of an ulp, 1e-7, whatever h is.
+The measure is the second difference, (y(x + h) + y(x - h)) / 2 - y(x), of runs on inputs and parameters nudged up and
+down: of a smooth function of the order of h^2, while whatever is rounded to float32 on the way moves by jumps of an
+ulp, 1e-7, whatever h is. All of it is float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.differences import Difference
-from parity.pairing.translation import Translation
+from parity.records.evidence import Noise
 from parity.records.recording import NETWORK, Recording
 
 STEP = 1e-6
+# What is 0 but for rounding (a bias's gradient before a batch norm) says nothing of the rest of its layer.
+SMALL = 1e-6
 
 
-class Noise:
-    """The rounding of each call on both sides, relative to the largest value of its arrays.
+def noise_of(base: Recording, plus: Recording, minus: Recording) -> Noise:
+    """The rounding of each phase and call, relative to the largest value of its arrays.
 
     Args:
-      torch_run, flax_run: run a side again, with `inputs=` and all parameters changed by `nudge=`.
-      torch, flax: the runs to measure around.
-      translation: which layer is which.
-      torch_inputs, flax_inputs: of these runs.
+      base: the run to measure around.
+      plus: with inputs and parameters nudged by `STEP`.
+      minus: with these nudged by -`STEP`.
     """
-
-    def __init__(
-        self,
-        torch_run: Callable[..., Recording],
-        flax_run: Callable[..., Recording],
-        torch: Recording,
-        flax: Recording,
-        translation: Translation,
-        torch_inputs: Sequence[NDArray],
-        flax_inputs: Sequence[NDArray],
-    ) -> None:
-        path = {pair.flax.path: pair.torch.path for pair in translation.pairing.layers}
-        self.measured: dict[tuple[str, tuple[str, int]], float] = {}
-        sides: list[tuple] = [(torch, torch_run, torch_inputs, {})]
-        if flax.failure is None:
-            sides.append((flax, flax_run, flax_inputs, path))
-        for base, run, inputs, names in sides:
-            nudged = [run(float64=True, inputs=_nudged(inputs, step), nudge=step) for step in (STEP, -STEP)]
-            sizes = _largest(base)
-            for which, a, plus, minus in zip(*(list(x) for x in _columns(base, *nudged)), strict=True):
-                if a is None or a.shape != plus.shape or a.dtype.kind != "f":
-                    continue
-                # A gradient that is 0 by cancellation is nothing but rounding.
-                size = max(float(np.abs(a).max(initial=0)), 1e-6 * sizes[which[0]])
-                noise = float(np.abs((plus + minus) / 2 - a).max(initial=0) / size) if size else 0.0
-                if not np.isfinite(noise):
-                    continue
-                key = (which[0], (names.get(which[1], which[1]), which[2]))
-                self.measured[key] = max(self.measured.get(key, 0.0), noise)
-
-    def of(self, d: Difference) -> float:
-        """The rounding where this difference was found."""
-        phase = {"loss": "backward"}.get(d.phase, d.phase)
-        return self.measured.get((phase, d.key), max(self.measured.values(), default=0.0))
+    runs = [dict(_arrays(recording)) for recording in (base, plus, minus)]
+    largest = _largest(base)
+    found: Noise = {}
+    for place, a in runs[0].items():
+        up, down = (run.get(place) for run in runs[1:])
+        size = np.abs(a).max(initial=0.0)
+        if a.dtype.kind != "f" or up is None or down is None or up.shape != a.shape or down.shape != a.shape:
+            continue
+        if not size > SMALL * largest[place[0]]:
+            continue
+        with np.errstate(invalid="ignore"):  # infinities, of which nothing is measured
+            value = float(np.abs((up + down) / 2 - a).max(initial=0.0) / size)
+        if np.isfinite(value):
+            found[place[:2]] = max(value, found.get(place[:2], 0.0))
+    return found
 
 
-def rounding(rough: Recording, exact: Recording, names: dict[str, str]) -> dict[tuple[str, tuple[str, int]], float]:
+def rounding(rough: Recording, exact: Recording) -> Noise:
     """By phase and call, how far a float32 run is from the same side's float64 run, relative to the largest value.
 
     Args:
       rough: the float32 run.
       exact: the float64 run.
-      names: other names for the layers.
     """
     sizes, exact_arrays = _largest(exact), dict(_arrays(exact))
-    found: dict[tuple[str, tuple[str, int]], float] = {}
-    for which, a in _arrays(rough):
-        b = exact_arrays.get(which)
+    found: Noise = {}
+    for place, a in _arrays(rough):
+        b = exact_arrays.get(place)
         if b is None or a.shape != b.shape or a.dtype.kind != "f":
             continue
-        size = max(float(np.abs(b).max(initial=0)), 1e-6 * sizes[which[0]])
-        key = (which[0], (names.get(which[1], which[1]), which[2]))
+        size = max(float(np.abs(b).max(initial=0)), SMALL * sizes[place[0]])
         error = float(np.abs(a - b).max(initial=0) / size) if size else 0.0
-        found[key] = max(found.get(key, 0.0), error)
+        found[place[:2]] = max(found.get(place[:2], 0.0), error)
     return found
 
 
-def _largest(recording: Recording) -> dict[str, float]:
-    """By phase, the largest value of all arrays."""
-    sizes = {"forward": 0.0, "backward": 0.0, "statistics": 0.0}
-    for key, a in _arrays(recording):
-        sizes[key[0]] = max(sizes[key[0]], float(np.abs(a[np.isfinite(a)]).max(initial=0)))
-    return sizes
+def nudged(inputs: Sequence[NDArray], step: float) -> list[NDArray]:
+    """Inputs a little larger or smaller, each number by the factor 1 + step or 1 - step."""
+    rng = np.random.default_rng(1)
+    return [a * (1 + step * rng.choice([-1.0, 1.0], a.shape)) if a.dtype.kind == "f" else a for a in inputs]
 
 
-def _nudged(inputs: Sequence[NDArray], step: float) -> list[NDArray]:
-    signs = np.random.default_rng(1)
-    return [
-        a * (1 + step * signs.choice([-1.0, 1.0], a.shape)) if (a := np.asarray(v)).dtype.kind == "f" else a
-        for v in inputs
-    ]
-
-
-def nudged(variables: Mapping[str, Any], step: float) -> dict[str, Any]:
+def nudged_variables(variables: Mapping[str, Any], step: float) -> dict[str, Any]:
     """Flax's variables, every parameter changed by `step` of its size, up or down."""
 
     def moved(v: Any) -> NDArray:
@@ -111,27 +81,23 @@ def nudged(variables: Mapping[str, Any], step: float) -> dict[str, Any]:
     return {n: moved(v) if n.startswith("params/") else v for n, v in variables.items()}
 
 
-def _columns(base: Recording, plus: Recording, minus: Recording) -> Iterator[list]:
-    rows = [dict(_arrays(r)) for r in (base, plus, minus)]
-    keys = [key for key in rows[0] if all(key in row for row in rows)]
-    yield [key[:3] for key in keys]
-    for row in rows:
-        yield [row[key] for key in keys]
+def _largest(recording: Recording) -> dict[str, float]:
+    """By phase, the largest value of all arrays."""
+    sizes = {"forward": 0.0, "backward": 0.0, "statistics": 0.0}
+    for (phase, *_), a in _arrays(recording):
+        sizes[phase] = max(sizes[phase], float(np.abs(a[np.isfinite(a)]).max(initial=0)))
+    return sizes
 
 
-def _arrays(r: Recording) -> Iterator[tuple[tuple, NDArray]]:
-    for call in r.calls:
-        yield ("forward", *call.key, "y"), call.output
-        for i, a in enumerate(call.arrived):
-            yield ("forward", *call.key, i), a
-        for i, g in enumerate((call.output_gradient, *call.input_gradients)):
-            if g is not None:
-                yield ("backward", *call.key, i), g
-    for i, a in enumerate(r.outputs):
-        yield ("forward", *NETWORK, i), a
-    for layer in r.layers.values():
-        for full in layer.tensors.values():
-            if full in r.gradients:
-                yield ("backward", layer.path, 0, full), r.gradients[full]
-            if full in r.new_statistics:
-                yield ("statistics", layer.path, 0, full), r.new_statistics[full]
+def _arrays(recording: Recording) -> Iterator[tuple[tuple, NDArray]]:
+    for call in recording.calls:
+        yield ("forward", call.key, "output"), call.output
+        yield from ((("forward", call.key, i), a) for i, a in enumerate(call.arrived))
+        gradients = (call.output_gradient, *call.input_gradients)
+        yield from ((("backward", call.key, i), g) for i, g in enumerate(gradients) if g is not None)
+    yield from ((("forward", NETWORK, i), a) for i, a in enumerate(recording.outputs))
+    for phase, named in (("backward", recording.gradients), ("statistics", recording.new_statistics)):
+        for layer in recording.layers.values():
+            yield from (
+                ((phase, (layer.path, 0), full), named[full]) for full in layer.tensors.values() if full in named
+            )

@@ -1,91 +1,168 @@
-"""Flax's half of `parity dump`. Never imports torch."""
+"""What Flax's module is run for. Never imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.forcing import forcing
-from parity.comparison.nudging import NOISE_STEP, noise_of, nudged
+from parity.comparison.forcing import Forcing, OwnInputs
+from parity.comparison.rounding import STEP, noise_of, nudged, nudged_variables
+from parity.evidence.about import details
 from parity.pairing.layers import pair
-from parity.records.dump_file import Dump
-from parity.records.recording import Layer, Recording
+from parity.pairing.translation import Translation
+from parity.records import kinds
+from parity.records.evidence import Evidence, Noise
+from parity.records.recording import Recording
 from parity.records.structure import of_layers, of_recording
 from parity.records.weight_files import read_weights
 from parity.sides import jax as flax_side
-from parity.sides.jax.module import default_loss
 
 
-def dump_flax(
-    module: Any,
-    inputs: Sequence[NDArray],
-    *,
-    train: bool,
-    weights: str | Path | None = None,
-    other: Dump | None = None,
-    loss: Callable | None = None,
-    flax_call: Callable | None = None,
-    layer_map: Mapping[str, str] | None = None,
-) -> Dump:
-    """Record the module on these inputs, see `parity.offline.dump`."""
-    side = flax_side.side_of(module, flax_call)
-    layers, shapes = flax_side.structure(side, inputs, train=train)
+class FlaxRuns:
+    """The runs of one module on one set of inputs.
 
-    def run(variables: Mapping[str, Any], arrays: Sequence[NDArray] = inputs, **given: Any) -> Recording:
-        # Operation by operation: several runs of the same shapes share what is compiled for each.
-        options: dict[str, Any] = {"train": train, "loss": loss or default_loss, "compiled": False} | given
-        return flax_side.record(side, layers, variables, arrays, **options)
+    Args:
+      module: a linen module or an `nnx.Module`; it stays as it is.
+      inputs: in Flax's layout.
+      train: train or eval mode.
+      loss: of the output; None: the default one.
+      flax_call: see `parity.check`.
+    """
 
-    with flax_side.environment(float64=False):
-        variables = {name: np.asarray(v) for name, v in side.initial(inputs, train=train).items()}
-    forced = None
-    if other is not None and other.free.framework == "torch":
-        variables, forced = _carry(run, layers, variables, other.free, layer_map)
-    elif other is not None:
-        variables |= _checked(other.free.tensors, shapes, str(weights))
-    elif weights is not None:
-        variables |= _checked(read_weights(Path(weights)), shapes, str(weights))
-    try:
-        free = run(variables)
-    except Exception:
-        if forced is None:
-            raise
-        free = run(variables, gradients=False)  # as far as it goes with PyTorch's weights
-    noise = {}
-    if free.failure is None:
-        noise = noise_of(free, *(run(variables, nudged(inputs, step)) for step in (NOISE_STEP, -NOISE_STEP)))
-    details = {"jax": jax.__version__, "flax": flax.__version__}
-    return Dump(free, forced, noise, details | ({} if other is None else {"fed_by": other.sha256}))
+    def __init__(
+        self,
+        module: Any,
+        inputs: Sequence[NDArray],
+        *,
+        train: bool,
+        loss: Callable | None,
+        flax_call: Callable | None = None,
+    ) -> None:
+        self.module, self.inputs, self.train, self.loss = module, list(inputs), train, loss
+        self.side = flax_side.side_of(module, flax_call)
+        self.layers, self.shapes = flax_side.structure(self.side, self.inputs, train=train)
+        self.variables: dict[str, Any] = {}
+        self.carried: dict[str, Any] = {}
+        self.given: Mapping[str, Any] | None = None
+        self.swapped: list[int] = []
+        self.programs: dict = {}
+
+    def run(
+        self,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        float64: bool = True,
+        force: Any = None,
+        gradients: bool = True,
+        step: float = 0.0,
+    ) -> Recording:
+        """A run on its own or in single-layer mode; inputs and parameters nudged by `step`."""
+        return flax_side.record(
+            self.side,
+            self.layers,
+            nudged_variables(self.variables, step) if step else variables or self.variables,
+            nudged(self.inputs, step) if step else self.inputs,
+            train=self.train,
+            float64=float64,
+            loss=self._loss(),
+            force=force,
+            gradients=gradients,
+            programs=self.programs,
+        )
+
+    def carry(self, torch: Recording, layer_map: Mapping[str, str] | None, variables: Any = None) -> Translation:
+        """Take PyTorch's weights, or the user's own, which are examined; and say which layer, tensor and axis is which.
+
+        What neither has is 0, a scale or variance 1.
+        """
+        self.given = None if variables is None else flax_side.flat_variables(variables)
+        pairing = pair(of_recording(torch), of_layers(self.layers, self.shapes), layer_map)
+        translation = Translation(torch, pairing)
+        self._use(pairing.to_flax(torch.tensors))
+        # Layer by layer, without gradients: in which order what is flattened arrives, and the network's output.
+        translation.settle(self.forced(translation, gradients=False))
+        if any(which[-1] == "output" and layout[0] == "flatten" for which, layout in translation.chosen.items()):
+            # A norm behind a flatten hands the order on.
+            translation.settle(self.forced(translation, gradients=False))
+        for path, shape in dict(translation.flattens()).items():
+            pairing.with_flatten(path, shape)
+        self._use(pairing.to_flax(torch.tensors))
+        self.swapped = [i for i in range(len(torch.outputs)) if translation.chosen.get(("result", i)) == ("swap",)]
+        return translation
+
+    def _use(self, carried: Mapping[str, Any]) -> None:
+        """The variables of the next runs: the user's, else PyTorch's; what fits neither is filled in."""
+        for name, v in self.shapes.items():
+            sources = (self.given or {}, carried)
+            known = (a[name] for a in sources if name in a and np.shape(a[name]) == tuple(v.shape))
+            self.variables[name] = next(known, None)
+            if self.variables[name] is None:
+                self.variables[name] = _filler(name, v.shape)
+        self.carried = {**self.variables, **{name: a for name, a in carried.items() if name in self.shapes}}
+
+    def take(self, weights: str | Path | None, other: Evidence | None) -> None:
+        """The module's own variables; with those of a file or a dump of Flax's, if given."""
+        with flax_side.environment(float64=False):
+            initial = self.side.initial(self.inputs, train=self.train)
+            self.variables = {name: np.asarray(v) for name, v in initial.items()}
+        if other is not None:
+            self.variables |= _checked(other.free.tensors, self.shapes, str(weights))
+        elif weights is not None:
+            self.variables |= _checked(read_weights(Path(weights)), self.shapes, str(weights))
+
+    def evidence(self) -> Evidence:
+        """The run on its own."""
+        free = self.run()
+        about = flax_side.versions() | details(self.module, self.train, self.loss)
+        found = Evidence(free, given=self.given, details=about)
+        called = {call.path for call in free.calls}
+        unseen = [path for path, layer in self.layers.items() if layer.is_called and path not in called]
+        if unseen and free.has_ended:
+            found.notes.append(f"inside a jit, remat or scan, which can't be looked into: {', '.join(unseen)}")
+        return found
+
+    def forced(self, translation: Translation, *, gradients: bool = True) -> Recording:
+        """The run in single-layer mode: every layer on PyTorch's input.
+
+        On that, a layer behind another shape may take PyTorch's weights, though it would not on its own.
+        """
+        runs = [self.run(force=Forcing(translation), gradients=gradients)]
+        if not runs[0].has_ended:
+            runs.append(self.run(self.carried, force=Forcing(translation), gradients=gradients))
+        return max(runs, key=lambda run: (run.has_ended, len(run.calls)))
+
+    def steps(self, transform: Any, steps: int) -> list[dict[str, NDArray]]:
+        """The parameters before the first step of training and after each."""
+        from parity.sides.jax.train import flax_steps  # which imports torch, too
+
+        return flax_steps(self.side, self.variables, self.inputs, transform, steps, train=self.train, loss=self._loss())
+
+    def _loss(self) -> Callable:
+        return self.loss or partial(flax_side.default_loss, swapped=self.swapped)
+
+    def noise(self, free: Recording) -> Noise:
+        """How much of the free run is rounding."""
+        return noise_of(free, self.run(step=STEP), self.run(step=-STEP)) if free.failure is None else {}
+
+    def add_own_dtype(self, evidence: Evidence) -> None:
+        """The run in the module's own dtype, and float64 beside it layer by layer."""
+        own = evidence.own = self.run(float64=False)
+        if own.has_ended:
+            exact = self.run(force=OwnInputs(own), gradients=False)
+            products = {path for path, layer in self.layers.items() if layer.kind in (*kinds.PRODUCTS, "other")}
+            evidence.exact = {call.key: call.output for call in exact.calls if call.path in products}
 
 
-def _carry(
-    run: Callable,
-    layers: dict[str, Layer],
-    variables: dict[str, Any],
-    other: Recording,
-    layer_map: Mapping[str, str] | None,
-) -> tuple[dict[str, Any], Recording]:
-    """The variables with a PyTorch dump's weights in them; and the run in single-layer mode with these."""
-    pairing = pair(of_recording(other), of_layers(layers, variables), layer_map)
-    carried = _fitting(pairing.to_flax(other.tensors), variables)
-    # Layer by layer on PyTorch's inputs: what is flattened shows in which order it arrives.
-    probe = forcing(other, pairing)
-    first = run(carried, force=probe, gradients=False)
-    probe.translation.settle(first)
-    for path, shape in dict(probe.translation.flattens()).items():
-        pairing.with_flatten(path, shape)
-    carried = _fitting(pairing.to_flax(other.tensors), variables)
-    return carried, run(carried, force=probe)
-
-
-def _fitting(carried: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: carried[n] if n in carried and np.shape(carried[n]) == np.shape(v) else v for n, v in variables.items()}
+def _filler(name: str, shape: tuple[int, ...]) -> NDArray:
+    last = name.rpartition("/")[2]
+    is_scale = kinds.SCALE.fullmatch(last) or kinds.WEIGHT.fullmatch(last)
+    is_one = is_scale if name.startswith("params/") else kinds.VAR.fullmatch(last)
+    return np.ones(shape) if is_one and len(shape) < 2 else np.zeros(shape)
 
 
 def _checked(given: Mapping[str, NDArray], shapes: Mapping[str, Any], name: str) -> Mapping[str, NDArray]:

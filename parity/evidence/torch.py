@@ -1,75 +1,113 @@
-"""PyTorch's half of `parity dump`. Never imports jax."""
+"""What PyTorch's module is run for. Never imports jax."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from parity.comparison.nudging import NOISE_STEP, noise_of, nudged
+from parity.comparison.rounding import STEP, noise_of, nudged
+from parity.evidence.about import details
 from parity.pairing.layers import pairing_of
-from parity.pairing.translation import translated
-from parity.records.dump_file import Dump
+from parity.pairing.translation import flat_layout_inputs, translated
+from parity.records.distance import error_of
+from parity.records.evidence import Evidence, Noise
 from parity.records.recording import Recording
 from parity.records.weight_files import read_weights
 from parity.sides import torch as torch_side
-from parity.sides.torch.module import default_loss, load_state
 
 MOST_FLATTENS = 3
 
 
-def dump_torch(
-    module: nn.Module,
-    inputs: Sequence[NDArray],
-    *,
-    train: bool,
-    weights: str | Path | None = None,
-    other: Dump | None = None,
-    loss: Callable | None = None,
-    layer_map: Mapping[str, str] | None = None,
-) -> Dump:
-    """Record the module on these inputs, see `parity.offline.dump`."""
+class TorchRuns:
+    """The runs of one module on one set of inputs.
 
-    def run(inputs: Sequence[NDArray] = inputs) -> Recording:
-        return torch_side.record(module, inputs, train=train, loss=loss or default_loss)
-
-    if other is not None or weights is not None:
-        module = copy.deepcopy(module).double()
-    if other is not None:
-        _carry(module, run, other.free, layer_map)
-    elif weights is not None:
-        load_state(module, read_weights(Path(weights)), str(weights))
-    free = run()
-    noise = noise_of(free, run(nudged(inputs, NOISE_STEP)), run(nudged(inputs, -NOISE_STEP)))
-    return Dump(free, noise=noise, details={"torch": torch.__version__})
-
-
-def _carry(
-    module: nn.Module, run: Callable[[], Recording], other: Recording, layer_map: Mapping[str, str] | None
-) -> None:
-    """Give the module the weights of a dump.
-
-    What stands behind a flatten shows in which order its inputs come once the layers before it have their weights; so
-    it takes a run more than there are flattens one behind the other.
+    Args:
+      module: any module; it stays as it is.
+      inputs: in PyTorch's layout.
+      train: train or eval mode.
+      loss: of the output; None: the default one.
     """
-    if other.framework == "torch":
-        load_state(module, other.tensors, "of the dump")
-        return
-    known: dict[str, tuple[int, ...]] | None = None
-    for _ in range(MOST_FLATTENS + 1):
-        mine = run()
-        pairing = pairing_of(mine, other, layer_map)
-        flattens = dict(translated(mine, other, pairing).flattens())
-        carried = {name: torch.from_numpy(a) for name, a in pairing.to_torch(other.tensors).items()}
-        with torch.no_grad():
-            state = module.state_dict()
-            for name, value in carried.items():
-                if value.shape == state[name].shape:
-                    state[name].copy_(value)
-        if flattens == known:
+
+    def __init__(self, module: Any, inputs: Sequence[NDArray], *, train: bool, loss: Callable | None) -> None:
+        self.module, self.train, self.loss = module, train, loss
+        self.own = module  # in its own dtype
+        self.inputs = [np.asarray(a) for a in inputs]
+
+    def run(self, *, float64: bool = True, step: float = 0.0) -> Recording:
+        """A run on its own; inputs and parameters nudged by `step`."""
+        inputs = nudged(self.inputs, step) if step else self.inputs
+        module = self.module if float64 else self.own
+        return torch_side.record(module, inputs, train=self.train, float64=float64, loss=self.loss, nudge=step)
+
+    def evidence(self) -> Evidence:
+        """The run on its own.
+
+        Raises:
+          Exception: what the module raises whatever the dtype.
+        """
+        found = Evidence(self.run(), details=torch_side.versions() | details(self.module, self.train, self.loss))
+        if found.free.failure is not None and not found.free.has_ended:
+            own = self.run(float64=False)
+            if own.failure is not None and own.failure.cause is not None and not own.has_ended:
+                raise own.failure.cause
+        return found
+
+    def inputs_for_flax(self, free: Recording, given: Sequence[NDArray] | None) -> list[NDArray]:
+        """The inputs in Flax's layout; or those given in it, but for float32's rounding, which float64 would show."""
+        usual = flat_layout_inputs(self.inputs, free)
+        if given is None:
+            return usual
+        arrays = [np.asarray(a) for a in given]
+        return [b if _nearly(a, b) else a for a, b in zip(arrays, usual, strict=True)]
+
+    def steps(self, factory: Callable, steps: int) -> list[dict[str, NDArray]]:
+        """The parameters before the first step of training and after each."""
+        from parity.sides.torch.train import torch_steps  # which imports optax, too
+
+        return torch_steps(self.module, self.inputs, factory, steps, train=self.train, loss=self.loss)
+
+    def noise(self, free: Recording) -> Noise:
+        """How much of the free run is rounding."""
+        return noise_of(free, self.run(step=STEP), self.run(step=-STEP)) if free.failure is None else {}
+
+    def add_own_dtype(self, evidence: Evidence) -> None:
+        """The run in the module's own dtype, and float64 beside it layer by layer."""
+        evidence.own = self.run(float64=False)
+        evidence.exact = torch_side.products(self.own, evidence.own, train=self.train)
+
+    def take(self, weights: str | Path | None, other: Evidence | None, layer_map: Mapping[str, str] | None) -> None:
+        """Go on with copies that have these weights: of a file, or of a dump of either side."""
+        if other is None and weights is None:
             return
-        known = flattens
+        self.module, self.own = (torch_side.lifted(self.own, float64=float64) for float64 in (True, False))
+        if other is not None and other.free.framework == "flax":
+            self._carry(other.free, layer_map)
+            return
+        given = read_weights(Path(str(weights))) if other is None else other.free.tensors
+        for module in (self.module, self.own):
+            torch_side.load_state(module, given, str(weights) if other is None else "of the dump")
+
+    def _carry(self, other: Recording, layer_map: Mapping[str, str] | None) -> None:
+        """Give the module the weights of Flax's dump.
+
+        What stands behind a flatten shows in which order its inputs come once the layers before it have their weights;
+        so it takes a run more than there are flattens one behind the other.
+        """
+        known: dict[str, tuple[int, ...]] | None = None
+        for _ in range(MOST_FLATTENS + 1):
+            mine = self.run()
+            pairing = pairing_of(mine, other, layer_map)
+            flattens = dict(translated(mine, other, pairing).flattens())
+            for module in (self.module, self.own):
+                torch_side.put(module, pairing.to_torch(other.tensors))
+            if flattens == known:
+                return
+            known = flattens
+
+
+def _nearly(a: NDArray, b: NDArray) -> bool:
+    return a.dtype.kind == b.dtype.kind == "f" and error_of(a, b) <= 1e-6

@@ -6,14 +6,16 @@ The JSON file:
      "framework": "torch" | "flax", "details": {"mode": "train" | "eval", "class", "versions", "inputs", ...},
      "layers": [{"path", "kind", "class_name", "tensors": {local name: full name}, "statistics", "config", "is_called",
                  "calls": how many}],
-     "runs": {"free": {"loss", "failure", "calls": [{"path", "index"}], "glue": [{"path", "class_name", "position"}]},
-              "forced": the same, or absent},
-     "noise": [[phase, path, index, value]]}
+     "runs": {"free": {"loss", "failure", "failed_in": [phase, path], "dropout_off", "calls": [{"path", "index"}],
+                       "glue": [{"path", "class_name", "position"}]},
+              "forced": the same, or absent, "own": the same, or absent},
+     "noise": [[phase, path, index, value]], "notes": [text]}
 
 Layers stand in the order of the module's definition, calls in the order of execution. The arrays, each in the
 framework's own layout, are called RUN/tensor/FULL NAME, RUN/new_statistic/FULL NAME, RUN/gradient/FULL NAME,
 RUN/input/I, RUN/input_gradient/I, RUN/output/I, RUN/output_gradient/I, and RUN/call/N/ input/I, arrived/I,
-input_gradient/I, output, output_gradient for the N-th call. What there is not (the gradient of an integer) is absent.
+input_gradient/I, output, output_gradient for the N-th call. exact/N is the output of the N-th call of "own" in float64,
+see `records/evidence.py`. What there is not (the gradient of an integer; what an older dump did not write) is absent.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +34,14 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from bn_common.run_folder import write_whole
-from parity.records.recording import Call, GlueCall, Layer, Recording
+from parity.records.evidence import Evidence
+from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
 
 FORMAT, VERSION = "parity dump", 1
 LISTS = {"input": "inputs", "input_gradient": "input_gradients", "output": "outputs"}
 LISTS |= {"output_gradient": "output_gradients"}
 MAPS = {"tensor": "tensors", "new_statistic": "new_statistics", "gradient": "gradients"}
 CALL_LISTS = {"input": "inputs", "arrived": "arrived", "input_gradient": "input_gradients"}
-
-Noise = dict[tuple[str, tuple[str, int]], float]
-
-
-@dataclass
-class Dump:
-    """What one side did.
-
-    Attributes:
-      free: the run on its own.
-      forced: Flax's run in single-layer mode, fed PyTorch's arrays of another dump; None where there is none.
-      noise: (phase, (layer, call)) -> rounding, relative, see `parity/comparison/rounding.py`.
-      details: mode, class, versions, hashes of the inputs.
-      name: of the files, for messages.
-      sha256: of the file with the arrays.
-    """
-
-    free: Recording
-    forced: Recording | None = None
-    noise: Noise = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-    name: str = ""
-    sha256: str = ""
 
 
 def files_of(path: str | Path) -> tuple[Path, Path]:
@@ -81,17 +60,20 @@ def is_dump(path: str | Path) -> bool:
         return False
 
 
-def save(dump: Dump, path: str | Path) -> None:
+def save(dump: Evidence, path: str | Path) -> None:
     """Write both files, each whole or not at all.
 
     Raises:
       OSError: a file can't be written.
     """
     arrays_file, about_file = files_of(path)
-    runs = {name: run for name, run in (("free", dump.free), ("forced", dump.forced)) if run is not None}
-    # Arrays of both runs that are the same (the weights) are written once.
+    every = ("free", dump.free), ("forced", dump.forced), ("own", dump.own)
+    runs = {name: run for name, run in every if run is not None}
+    # The weights are those of the free run, and written once.
     named = {f"{run}/{name}": a for run, recording in runs.items() for name, a in arrays(recording)}
-    named = {name: a for name, a in named.items() if not name.startswith("forced/tensor/")}
+    named = {name: a for name, a in named.items() if not name.startswith(("forced/tensor/", "own/tensor/"))}
+    numbers = {} if dump.own is None else {call.key: n for n, call in enumerate(dump.own.calls)}
+    named |= {f"exact/{numbers[key]}": a for key, a in dump.exact.items() if key in numbers}
     content = safetensors.numpy.save({name: np.array(a, order="C") for name, a in named.items()})
     dump.sha256 = hashlib.sha256(content).hexdigest()
     about = {
@@ -103,12 +85,13 @@ def save(dump: Dump, path: str | Path) -> None:
         "layers": [_layer(layer, dump.free) for layer in dump.free.layers.values()],
         "runs": {name: _run(run) for name, run in runs.items()},
         "noise": [[phase, *key, value] for (phase, key), value in dump.noise.items()],
+        "notes": dump.notes,
     }
     write_whole(arrays_file, content)
     write_whole(about_file, (json.dumps(plain(about), indent=1, allow_nan=False) + "\n").encode())
 
 
-def load(path: str | Path) -> Dump:
+def load(path: str | Path) -> Evidence:
     """Read a dump.
 
     Raises:
@@ -126,10 +109,22 @@ def load(path: str | Path) -> Dump:
     named = safetensors.numpy.load(content)
     layers = {entry["path"]: _read_layer(entry) for entry in about["layers"]}
     runs = {name: _read_run(name, entry, about["framework"], layers, named) for name, entry in about["runs"].items()}
-    if "forced" in runs:
-        runs["forced"].tensors = runs["free"].tensors
+    for run in runs.values():
+        run.tensors = runs["free"].tensors
     noise = {(phase, (layer, index)): float(value) for phase, layer, index, value in about["noise"]}
-    return Dump(runs["free"], runs.get("forced"), noise, about["details"], str(path), about["sha256"])
+    own = runs.get("own")
+    numbered = enumerate(own.calls if own is not None else [])
+    return Evidence(
+        runs["free"],
+        runs.get("forced"),
+        noise,
+        own,
+        {call.key: named[f"exact/{n}"] for n, call in numbered if f"exact/{n}" in named},
+        notes=about.get("notes", []),
+        details=about["details"],
+        name=str(path),
+        sha256=about["sha256"],
+    )
 
 
 def arrays(recording: Recording) -> Iterator[tuple[str, NDArray]]:
@@ -175,7 +170,9 @@ def _as_tuple(value: Any) -> Any:
 def _run(recording: Recording) -> dict[str, Any]:
     return {
         "loss": recording.loss,
-        "failure": None if recording.failure is None else str(recording.failure),
+        "failure": None if recording.failure is None else recording.failure.error,
+        "failed_in": None if recording.failure is None else [recording.failure.phase, recording.failure.layer],
+        "dropout_off": recording.dropout_off,
         "calls": [{"path": call.path, "index": call.index} for call in recording.calls],
         "glue": [dataclasses.asdict(glue) for glue in recording.glue],
     }
@@ -185,7 +182,10 @@ def _read_run(
     name: str, entry: Mapping[str, Any], framework: Any, layers: dict[str, Layer], named: Mapping
 ) -> Recording:
     recording = Recording(framework, layers, loss=None if entry["loss"] is None else float(entry["loss"]))
-    recording.failure = None if entry["failure"] is None else RuntimeError(entry["failure"])
+    if entry["failure"] is not None:
+        phase, layer = entry.get("failed_in") or ("forward", "")
+        recording.failure = Failure(entry["failure"], layer, phase)
+    recording.dropout_off = entry.get("dropout_off", False)
     recording.glue = [GlueCall(**glue) for glue in entry["glue"]]
     own = {key.removeprefix(f"{name}/"): a for key, a in named.items() if key.startswith(f"{name}/")}
     for key, attribute in MAPS.items():

@@ -71,6 +71,29 @@ class GlueCall:
     position: int
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What stopped a run.
+
+    Attributes:
+      error: the exception's type and the first line of its message.
+      layer: in whose call it was raised; "" outside of all.
+      phase: "forward" | "backward".
+      cause: the exception itself, where the run was made here.
+    """
+
+    error: str
+    layer: str = ""
+    phase: str = "forward"
+    cause: Exception | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, cause: Exception, layer: str = "", phase: str = "forward") -> Failure:
+        """What this exception says."""
+        text = str(cause).strip().splitlines()
+        return cls(f"{type(cause).__name__}: {text[0] if text else ''}".removesuffix(": "), layer, phase, cause)
+
+
 @dataclass
 class Recording:
     """One run of one side.
@@ -88,7 +111,7 @@ class Recording:
       outputs: the floating arrays of the output, flattened.
       output_gradients: of the loss.
       loss: its value, None where there is nothing to differentiate.
-      failure: what stopped the run before its end.
+      failure: what stopped the run before its end; in the backward pass, what the forward pass gave is there.
       dropout_off: a dropout was in it, and was switched off.
     """
 
@@ -104,8 +127,13 @@ class Recording:
     outputs: list[NDArray] = field(default_factory=list)
     output_gradients: list[NDArray] = field(default_factory=list)
     loss: float | None = None
-    failure: Exception | None = None
+    failure: Failure | None = None
     dropout_off: bool = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the forward pass came to its end."""
+        return self.failure is None or self.failure.phase == "backward"
 
     def call(self, key: tuple[str, int]) -> Call | None:
         """The call of that layer and index."""

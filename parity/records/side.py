@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 def loss_weights(count: int) -> NDArray:
     """The w of the default loss, sum over n of w[n] * (sum over all y in entry n of the first axis of sin(y + 1)).
 
-    It does not ask for the order of y within an entry, so it is the same in either layout; and its gradient,
-    w[n] cos(y + 1), differs from number to number.
+    It does not ask for the order of y within an entry, so each side computes it alone, whatever its layout; and its
+    gradient, w[n] cos(y + 1), differs from number to number.
 
     Args:
-      count: length of the first axis.
+      count: length of the first axis, or of the one that holds the other side's first.
 
     Returns:
       [count], fixed.

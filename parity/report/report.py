@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -75,6 +76,8 @@ class Report:
         first = self.first_divergence
         if first is not None:
             where = both_names(first.torch_layer, first.flax_layer)
+            if math.isnan(first.error):
+                return f"not compared from {first.phase} at {where} on{f': {codes}' if codes else ''}"
             what = f" {first.quantity}" if first.quantity else ""
             return (
                 f"differs first in {first.phase} at {where}:{what} error {number(first.error)}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from parity.comparison.bounds import FORWARD_BOUND
 from parity.comparison.differences import Difference
@@ -19,13 +19,37 @@ MOST_BESIDES = 8
 """Places told one by one beside the first, where what differs is not explained."""
 
 
+class Stop(NamedTuple):
+    """A run that could not be made, or not to its end.
+
+    Attributes:
+      run: which, in words.
+      phase: "forward" | "backward".
+      torch_layer, flax_layer: where; "" outside of all layers.
+      error: what was raised, in words.
+    """
+
+    run: str
+    phase: str
+    torch_layer: str
+    flax_layer: str
+    error: str
+
+    @property
+    def text(self) -> str:
+        """In a sentence."""
+        where = self.torch_layer or self.flax_layer
+        where = f" in {where}" if where else " in the backward pass" if self.phase == "backward" else ""
+        return f"{self.run} could not run: {self.error}{where}"
+
+
 def report(
     first: Difference | None,
     located: Sequence[Located],
     rows: list[LayerRow],
     notes: Sequence[str],
     *,
-    not_run: Sequence[str] = (),
+    stops: Sequence[Stop] = (),
     torch: Recording,
     bound: Callable[[Difference], float],
     details: dict[str, Any],
@@ -37,7 +61,7 @@ def report(
       located: the findings, in order; known mistakes are named, others only where there is no known one.
       rows: of the table, see `layer_rows`.
       notes: what else is to be said.
-      not_run: what of the comparison could not be run.
+      stops: what of the comparison could not be run.
       torch: PyTorch's run.
       bound: what rounding explains of a difference.
       details: see `Report`.
@@ -49,15 +73,22 @@ def report(
     others = [f for f in located if f.finding.code == UNEXPLAINED][0 if known else 1 :]
     chosen = [Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in known or located[:1]]
     divergence = _divergence(first, located, torch, bound)
-    if divergence is not None and not chosen:
-        text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
-        chosen = [Diagnosis(UNEXPLAINED, divergence.torch_layer, text, divergence.flax_layer)]
-    if divergence is not None and math.isnan(divergence.error):
+    stop = next((s for s in stops if first is None or PHASES.index(s.phase) < PHASES.index(first.phase)), None)
+    stopped = stop is not None and not located
+    if stop is not None and stopped:
+        divergence = Divergence(stop.phase, stop.torch_layer, stop.flax_layer, math.nan, FORWARD_BOUND, "run")
+    elif divergence is not None and math.isnan(divergence.error):
         where = divergence.torch_layer or "the network"
         text = f"not finite at {where}: its {divergence.quantity} is NaN or infinite, so nothing was compared there"
         chosen = [Diagnosis(NOT_COMPARED, divergence.torch_layer, text, divergence.flax_layer)]
-    chosen += [Diagnosis(COULD_NOT_RUN, "", text) for text in not_run]
-    besides = [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others[:MOST_BESIDES]]
+    elif divergence is not None and not chosen:
+        text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
+        chosen = [Diagnosis(UNEXPLAINED, divergence.torch_layer, text, divergence.flax_layer)]
+    # Where a known mistake has been found, it is what stops a run that others of its shapes would not.
+    told = [] if known else stops
+    chosen += [Diagnosis(COULD_NOT_RUN, s.torch_layer, s.text, s.flax_layer) for s in told]
+    besides = [s.text for s in stops if s not in told]
+    besides += [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others[:MOST_BESIDES]]
     if len(others) > MOST_BESIDES:
         besides.append(f"besides, at {len(others) - MOST_BESIDES} more places what differs is not explained")
     return Report(divergence, list(dict.fromkeys(chosen)), rows, [*notes, *besides, *_not_compared(rows)], details)

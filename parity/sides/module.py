@@ -17,3 +17,9 @@ def framework_of(module: Any) -> str | None:
         if isinstance(module, linen.Module | nnx.Module):
             return "flax"
     return None
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is one of PyTorch's tensors."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)

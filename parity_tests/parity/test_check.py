@@ -176,16 +176,11 @@ class Wide(nnx.Module):
 
 
 class Broken(linen.Module):
-    """Stops in a layer, which gets weights of another width; or behind its last layer, in float64."""
-
-    where: str
+    """Of another width."""
 
     @linen.compact
     def __call__(self, x):
-        x = linen.Dense(7 if self.where == "layer" else 5)(x)
-        if self.where == "tail" and x.dtype == jnp.float64:
-            raise RuntimeError("float32 only")
-        return x
+        return linen.Dense(7)(x)
 
 
 class OnlyForward(linen.Module):
@@ -195,20 +190,96 @@ class OnlyForward(linen.Module):
         return jax.lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, c[1] * 1.0), start)[1]
 
 
-@pytest.mark.parametrize(
-    "flax_module", [Wide, lambda: Broken("layer"), lambda: Broken("tail")], ids=["nnx", "layer", "tail"]
-)
-def test_what_stops_flax_is_no_silence(flax_module):
+@pytest.mark.parametrize("flax_module", [Wide, Broken], ids=["nnx", "linen"])
+def test_weights_of_another_shape_are_no_silence(flax_module):
     report = parity.check(nn.Linear(6, 5), flax_module(), X[:, 0, 0])
     assert not report.ok
     assert (report.first_divergence.phase, report.first_divergence.error) == ("forward", np.inf)
 
 
+class Raises(linen.Module):
+    """Raises in one of its layers, or behind them, in one dtype."""
+
+    where: str
+    dtype: str = "float64"
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.tanh(linen.Dense(4)(x))
+        x = Picky(self.dtype)(x) if self.where == "layer" else linen.Dense(5)(x)
+        if self.where == "tail" and x.dtype == self.dtype and not self.is_initializing():
+            raise RuntimeError(f"no {self.dtype}\nand more lines")
+        return x
+
+
+class Picky(linen.Module):
+    dtype: str
+
+    @linen.compact
+    def __call__(self, x):
+        y = x @ self.param("kernel", linen.initializers.lecun_normal(), (4, 5)) + self.param(
+            "bias", linen.initializers.zeros, 5
+        )
+        if x.dtype == self.dtype and not self.is_initializing():
+            raise RuntimeError(f"no {self.dtype}\nand more lines")
+        return y
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(("where", "layers"), [("layer", ("2", "Picky_0")), ("tail", ("", ""))])
+def test_a_run_of_flax_that_stops(dtype, where, layers):
+    """It could not run, which is no difference: where, why, and what was compared before."""
+    report = parity.check(two_layers(), Raises(where, dtype), X[:, 0, 0], train=False)
+    first, (told,) = report.first_divergence, report.diagnoses
+    assert (first.phase, first.torch_layer, first.flax_layer) == ("forward", *layers)
+    assert np.isnan(first.error)
+    assert (told.code, told.layer, told.flax_layer) == ("could-not-run", *layers)
+    assert f"RuntimeError: no {dtype}" in told.evidence
+    assert "more lines" not in told.evidence
+    assert all(row.ok for row in report.layers)
+    assert {row.torch_layer for row in report.layers} >= {"0"}
+
+
+class TorchPicky(nn.Linear):
+    def __init__(self, dtypes):
+        super().__init__(4, 5)
+        self.dtypes = dtypes
+
+    def forward(self, x):
+        if x.dtype in self.dtypes:
+            raise RuntimeError("not in this dtype")
+        return super().forward(x)
+
+
+def torch_raises(*dtypes):
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), TorchPicky(dtypes))
+
+
+class Right(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(5)(linen.tanh(linen.Dense(4)(x)))
+
+
+@pytest.mark.parametrize("function", [parity.check, parity.trace])
+def test_a_run_of_pytorch_that_stops(function):
+    report = function(torch_raises(torch.float64), Right(), X[:, 0, 0], train=False)
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("could-not-run", "2")]
+    assert np.isnan(report.first_divergence.error)
+    with pytest.raises(RuntimeError, match="not in this dtype"):  # whatever the dtype: it is the user's own mistake
+        function(torch_raises(torch.float64, torch.float32), Right(), X[:, 0, 0], train=False)
+
+
 def test_what_has_no_gradient_is_no_silence():
     report = parity.check(nn.Linear(6, 5), OnlyForward(), X[:, 0, 0])
-    assert not report.ok
-    assert (report.first_divergence.phase, report.first_divergence.error) == ("backward", np.inf)
-    assert any("reverse-mode" in note.lower() for note in report.notes)
+    assert [d.code for d in report.diagnoses] == ["could-not-run"]
+    assert "reverse-mode" in report.diagnoses[0].evidence.lower()
+    assert report.first_divergence.phase == "backward"
+    assert np.isnan(report.first_divergence.error)
 
 
 def test_missing_variables_do_not_stop_the_check():

@@ -25,7 +25,7 @@ def test_needs_no_framework():
     [
         "import parity",
         "import parity.check, parity.trajectory, parity.weights, parity.offline",
-        "from parity.check import trace; import parity.evidence.both",
+        "from parity.check import trace; import parity.evidence.torch",
         "from parity import weights; import parity.cli.commands; import parity.comparison.bounds",
     ],
 )

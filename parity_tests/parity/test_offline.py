@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict
 import parity
 from parity import offline
 from parity.records import dump_file
-from parity.records.recording import Call, Layer, Recording
+from parity.records.evidence import Evidence
+from parity.records.recording import Call, Failure, Layer, Recording
 
 ROOT = Path(__file__).parents[2]
 X = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
@@ -279,13 +280,13 @@ def test_any_name(tmp_path, name):
     layer = Layer("x.0", "conv", "Conv", {"w": "x.0.w"}, frozenset({"w"}), {"stride": (1, 2), "f": print, "eps": 1e-5})
     call = Call("x.0", 0, [a, np.arange(3)], np.float32(2.0) * np.ones(()), [a], [None, None], None)
     free = Recording("torch", {"x.0": layer}, [call], [], {"x.0.w": a}, {}, {"x.0.w": np.zeros((0, 2))}, [a], [None])
-    free.failure, free.loss = ValueError("stopped"), float("nan")
-    made = dump_file.Dump(free, noise={("forward", ("x.0", 0)): 1e-16}, details={"mode": "train"})
+    free.failure, free.loss = Failure("ValueError: stopped", "x.0"), float("nan")
+    made = Evidence(free, noise={("forward", ("x.0", 0)): 1e-16}, details={"mode": "train"})
     dump_file.save(made, tmp_path / name)
     read = dump_file.load(tmp_path / name)
     assert read.noise == made.noise
     assert read.sha256 == made.sha256
-    assert str(read.free.failure) == "stopped"
+    assert read.free.failure == free.failure
     assert np.isnan(read.free.loss)
     assert read.free.layers["x.0"].config == {"stride": (1, 2), "eps": 1e-5}
     assert read.free.layers["x.0"].statistics == {"w"}

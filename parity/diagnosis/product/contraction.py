@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from parity.diagnosis.product.geometry import Call, Geometry, taps
 
@@ -38,10 +36,8 @@ class Product(NamedTuple):
     def forward(self) -> Array:
         """y, `[N, *outputs, out]`."""
         y = np.empty((len(self.x), *self.call.outputs, self.kernel.shape[-1]))
-        kernel = _tensor(self.kernel)
         for rows, positions in self._chunks():
-            unfolded = _unfold(_tensor(self.x[rows]), self.call, self.geometry, positions)
-            part = _contract(unfolded, kernel).numpy()
+            part = _contract(_unfold(self.x[rows], self.call, self.geometry, positions), self.kernel)
             sizes = tuple(map(len, positions))
             y[(rows, *(slice(p[0], p[-1] + 1) for p in positions))] = part.reshape(-1, *sizes, part.shape[-1])
         return y + self.bias
@@ -49,14 +45,12 @@ class Product(NamedTuple):
     def backward(self, dy: Array) -> tuple[Array, Array]:
         """The gradients at x and at the kernel."""
         dx, dkernel = np.zeros(self.x.shape), np.zeros(self.kernel.shape)
-        kernel = _tensor(self.kernel).requires_grad_()
         for rows, positions in self._chunks():
-            x = _tensor(self.x[rows]).requires_grad_()
-            y = _contract(_unfold(x, self.call, self.geometry, positions), kernel)
-            part = _tensor(dy[(rows, *(slice(p[0], p[-1] + 1) for p in positions))]).reshape(y.shape)
-            of_x, of_kernel = torch.autograd.grad(y, (x, kernel), part)
-            dx[rows] += of_x.numpy()
-            dkernel += of_kernel.numpy()
+            unfolded = _unfold(self.x[rows], self.call, self.geometry, positions)
+            part = dy[(rows, *(slice(p[0], p[-1] + 1) for p in positions))]
+            of_columns, of_kernel = _contract_back(unfolded, self.kernel, part.reshape(*unfolded.shape[:2], -1))
+            dx[rows] += _fold(of_columns, self.x[rows].shape, self.call, self.geometry, positions)
+            dkernel += of_kernel
         return dx, dkernel
 
     def error(self, y: Array, enough: float) -> float:
@@ -115,7 +109,7 @@ class Probe:
             for size, (first, last) in zip(call.outputs, ends, strict=True)
         ]
         self.channels = looked_at(y.shape[-1])
-        unfolded = _unfold(_tensor(x), call, geometry, positions).numpy()
+        unfolded = _unfold(x, call, geometry, positions)
         self.columns = unfolded.reshape(-1, *unfolded.shape[2:])
         self.y = y[np.ix_(np.arange(len(y)), *positions, self.channels)].reshape(-1, len(self.channels))
         self.outputs = y.shape[-1]
@@ -184,29 +178,56 @@ def looked_at(outputs: int) -> Array:
     return np.unique(np.linspace(0, outputs - 1, _CHANNELS).astype(int))
 
 
-def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(np.array(array, np.float64, order="C"))
-
-
-def _unfold(x: Tensor, call: Call, geometry: Geometry, positions: Sequence[Array]) -> Tensor:
+def _unfold(x: Array, call: Call, geometry: Geometry, positions: Sequence[Array]) -> Array:
     """What each output sees: `[N, outputs, taps, C]`."""
+    x = np.asarray(x, np.float64)
     sizes: list[int] = []
     for axis, (index, weight) in enumerate(taps(call, geometry, positions)):
-        x = x.index_select(1 + axis, torch.from_numpy(index.ravel()))
+        x = x.take(index.ravel(), 1 + axis)
         if not weight.all():
-            x = x * torch.from_numpy(weight).reshape(-1, *(1 for _ in x.shape[axis + 2 :]))
+            x = x * weight.reshape(-1, *(1 for _ in x.shape[axis + 2 :]))
         sizes += index.shape
     rank = len(positions)
     x = x.reshape(x.shape[0], *sizes, x.shape[-1])
-    x = x.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    x = x.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
     return x.reshape(x.shape[0], math.prod(sizes[::2]), math.prod(sizes[1::2]), x.shape[-1])
 
 
-def _contract(columns: Tensor, kernel: Tensor) -> Tensor:
-    """`[N, P, taps, C]` with `[*k, C / groups, out]` to `[N, P, out]`."""
-    examples, outputs, count, channels = columns.shape
-    *_, inputs, features = kernel.shape
+def _fold(columns: Array, shape: Sequence[int], call: Call, geometry: Geometry, positions: Sequence[Array]) -> Array:
+    """The transpose of `_unfold`: `[N, outputs, taps, C]` is summed up where it came from, `[N, *spatial, C]`."""
+    every, rank = taps(call, geometry, positions), len(positions)
+    sizes = [index.shape for index, _ in every]
+    x = columns.reshape(len(columns), *(n for n, _ in sizes), *(k for _, k in sizes), columns.shape[-1])
+    x = x.transpose(0, *(a for i in range(rank) for a in (1 + i, 1 + rank + i)), 2 * rank + 1)
+    x = x.reshape(len(columns), *(n * k for n, k in sizes), columns.shape[-1])
+    for axis, (index, weight) in reversed(list(enumerate(every))):
+        moved = np.moveaxis(x, 1 + axis, 0)
+        summed = np.zeros((shape[1 + axis], *moved.shape[1:]))
+        np.add.at(summed, index.ravel(), moved * weight.reshape(-1, *(1 for _ in moved.shape[1:])))
+        x = np.moveaxis(summed, 0, 1 + axis)
+    return x
+
+
+def _in_groups(columns: Array, kernel: Array) -> tuple[Array, Array]:
+    """`[groups, N * P, taps * C / groups]` and `[groups, taps * C / groups, out / groups]`."""
+    count, channels, inputs = columns.shape[2], columns.shape[3], kernel.shape[-2]
     groups = channels // inputs
-    left = columns.reshape(-1, count, groups, inputs).permute(2, 0, 1, 3).reshape(groups, -1, count * inputs)
-    right = kernel.reshape(count, inputs, groups, -1).permute(2, 0, 1, 3).reshape(groups, count * inputs, -1)
-    return torch.bmm(left, right).permute(1, 0, 2).reshape(examples, outputs, features)
+    left = columns.reshape(-1, count, groups, inputs).transpose(2, 0, 1, 3).reshape(groups, -1, count * inputs)
+    right = np.asarray(kernel, np.float64).reshape(count, inputs, groups, -1)
+    return left, right.transpose(2, 0, 1, 3).reshape(groups, count * inputs, -1)
+
+
+def _contract(columns: Array, kernel: Array) -> Array:
+    """`[N, P, taps, C]` with `[*k, C / groups, out]` to `[N, P, out]`."""
+    left, right = _in_groups(columns, kernel)
+    return (left @ right).transpose(1, 0, 2).reshape(*columns.shape[:2], kernel.shape[-1])
+
+
+def _contract_back(columns: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+    """The gradients of `_contract` at the columns and at the kernel, from that at its outputs, `[N, P, out]`."""
+    left, right = _in_groups(columns, kernel)
+    groups, count, inputs = len(left), columns.shape[2], kernel.shape[-2]
+    part = dy.reshape(-1, groups, right.shape[-1]).transpose(1, 0, 2)
+    of_left = (part @ right.transpose(0, 2, 1)).reshape(groups, -1, count, inputs)
+    of_right = (left.transpose(0, 2, 1) @ part).reshape(groups, count, inputs, -1)
+    return of_left.transpose(1, 2, 0, 3).reshape(columns.shape), of_right.transpose(1, 2, 0, 3).reshape(kernel.shape)

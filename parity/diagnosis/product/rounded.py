@@ -6,53 +6,42 @@ factors, and are off by 1e-4 and 1e-3, whatever n is.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from parity.diagnosis.finding import Finding, Located
 from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.recording import NETWORK, Recording
-from parity.sides import torch as torch_side
 
 LIMIT = 2e-5
 
+Run = tuple[Recording, Mapping[tuple[str, int], NDArray]]
+"""A run in float32; and (layer, call) -> the output in float64 on that run's inputs."""
 
-def precision_findings(
-    translation: Translation,
-    torch_module: torch.nn.Module,
-    torch32: Recording,
-    flax32: Recording,
-    exact: Recording,
-    *,
-    train: bool,
-) -> list[Located]:
+
+def precision_findings(translation: Translation, torch: Run, flax: Run) -> list[Located]:
     """Where one side's products are in lower precision than the other's, in float32.
 
     Args:
       translation: which layer is which.
-      torch_module: the module.
-      torch32: PyTorch's run in float32.
-      flax32: Flax's.
-      exact: Flax's run in float64, every layer with its input of `flax32`.
-      train: the mode.
+      torch: PyTorch's run.
+      flax: Flax's.
     """
-    lifted = torch_side.lifted(torch_module, float64=True).train(train)
-    exact_calls, flax_calls = {c.key: c for c in exact.calls}, {c.key: c for c in flax32.calls}
+    flax_calls = {c.key: c for c in flax[0].calls}
     found = []
-    for position, call in enumerate(torch32.calls):
+    for position, call in enumerate(torch[0].calls):
         pair = translation.pair_of.get(call.path)
         key = (pair.flax.path, call.index) if pair else NETWORK
-        if pair is None or pair.kind not in kinds.PRODUCTS or key not in exact_calls or key not in flax_calls:
+        if pair is None or pair.kind not in kinds.PRODUCTS or key not in flax_calls:
             continue
-        with torch.no_grad(), torch_side.default_dtype(torch.float64):
-            truth: Any = lifted.get_submodule(call.path)(*[torch.tensor(a).double() for a in call.inputs])
+        if call.key not in torch[1] or key not in flax[1]:
+            continue
         errors = {
-            "PyTorch": _error(call.output, truth.numpy()),
-            "Flax": _error(flax_calls[key].output, exact_calls[key].output),
+            "PyTorch": _error(call.output, torch[1][call.key]),
+            "Flax": _error(flax_calls[key].output, flax[1][key]),
         }
         worse, better = sorted(errors, key=errors.__getitem__, reverse=True)
         if errors[worse] > LIMIT >= errors[better]:

@@ -2,8 +2,8 @@
 
 from parity.sides.jax.layers import layers_of, structure
 from parity.sides.jax.linen import LinenSide
-from parity.sides.jax.module import Side, environment, flat, is_dropout, lifted
-from parity.sides.jax.nnx import NnxSide, nnx_state
+from parity.sides.jax.module import Side, default_loss, environment, flat, is_dropout, lifted, versions
+from parity.sides.jax.nnx import NnxSide, flat_variables, nnx_state
 from parity.sides.jax.record import record
 from parity.sides.jax.side import side_of
 
@@ -11,8 +11,10 @@ __all__ = [
     "LinenSide",
     "NnxSide",
     "Side",
+    "default_loss",
     "environment",
     "flat",
+    "flat_variables",
     "is_dropout",
     "layers_of",
     "lifted",
@@ -20,4 +22,5 @@ __all__ = [
     "record",
     "side_of",
     "structure",
+    "versions",
 ]

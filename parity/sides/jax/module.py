@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -142,11 +143,16 @@ def environment(*, float64: bool) -> Iterator[None]:
         yield
 
 
-def default_loss(output: Any) -> Any:
-    """See `records.side.loss_weights`."""
-    total = jnp.zeros((), jnp.float64)
-    for y in jax.tree.leaves(output):
-        if jnp.issubdtype(y.dtype, jnp.floating):
-            rows = y.reshape(len(y) if y.ndim else 1, -1)
-            total = total + (jnp.asarray(loss_weights(len(rows)), y.dtype) * jnp.sin(rows + 1).sum(1)).sum()
+def default_loss(output: Any, swapped: Container[int] = ()) -> Any:
+    """See `records.side.loss_weights`; PyTorch's first axis is the second of the floating outputs `swapped`."""
+    total = jnp.zeros(())
+    for i, y in enumerate(v for v in jax.tree.leaves(output) if jnp.issubdtype(jnp.asarray(v).dtype, jnp.floating)):
+        y = y.swapaxes(0, 1) if i in swapped else y
+        rows = y.reshape(len(y) if y.ndim else 1, -1)
+        total = total + (jnp.asarray(loss_weights(len(rows)), y.dtype) * jnp.sin(rows + 1).sum(1)).sum()
     return total
+
+
+def versions() -> dict[str, str]:
+    """Of the frameworks."""
+    return {"jax": jax.__version__, "flax": flax.__version__}

@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 
-from parity.sides.jax.module import Intercept, Variables, call_flax_call, flag_of, named_call, opened
+from parity.sides.jax.module import Intercept, Variables, call_flax_call, flag_of, flat, named_call, opened
 
 PATH = "path_in_parity"
 
@@ -70,6 +72,15 @@ def _nnx_name(path: tuple, variable: Any) -> str:
 def nnx_state(state: Any) -> Variables:
     """An `nnx.State` as a flat dict."""
     return {_nnx_name(path, v): _value(v) for path, v in nnx.to_flat_state(state) if not _is_random(v)}
+
+
+def flat_variables(variables: Any) -> Variables:
+    """A linen module's variables or an `nnx.State` as a flat dict of numpy arrays."""
+    given = nnx_state(variables) if isinstance(variables, nnx.State) else flat(variables)
+    # Off whatever device they are on: the float64 run is the CPU's.
+    return {
+        name: v if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else np.asarray(v) for name, v in given.items()
+    }
 
 
 def _is_random(variable: Any) -> bool:

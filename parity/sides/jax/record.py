@@ -11,10 +11,10 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from parity.records.recording import Call, Layer, Recording
+from parity.records.recording import Call, Failure, Layer, Recording
 from parity.records.side import Force
 from parity.sides.jax.layers import trace_state
-from parity.sides.jax.module import Side, environment, is_dropout, lifted
+from parity.sides.jax.module import Side, default_loss, environment, is_dropout, lifted
 
 
 @jax.custom_vjp
@@ -37,10 +37,8 @@ def record(
     train: bool,
     float64: bool = True,
     loss: Callable[[Any], Any] | None = None,
-    projections: Callable[[Sequence[Any]], list[NDArray]] | None = None,
     force: Force | None = None,
     gradients: bool = True,
-    compiled: bool = True,
     programs: dict | None = None,
     seed: int = 0,
 ) -> Recording:
@@ -53,13 +51,14 @@ def record(
       inputs: in Flax's layout.
       train: train or eval mode. In training, Flax's dropout is switched off.
       float64: lift variables and inputs.
-      loss: of the output; None: sum(output * projection) over all floating outputs.
-      projections: of the outputs; needed where loss is None.
+      loss: of the output; None: the default one.
       force: for single-layer mode.
       gradients: take them too.
       programs: keeps what was compiled for the next run of the same module, variables' statistics and inputs' shapes.
-      compiled: as one function. Without, and without gradients, a run that fails is recorded as far as it went.
       seed: of the random numbers in the run.
+
+    Returns:
+      The recording. Where the module raises: as far as it went; where only its gradient does, without gradients.
     """
     with environment(float64=float64):
         every = {name: lifted(v, float64=float64) for name, v in variables.items()}
@@ -70,39 +69,43 @@ def record(
         others = {name: v for name, v in every.items() if name not in parameters}
         given = [lifted(a, float64=float64) for a in inputs]
         floating = [i for i, v in enumerate(given) if jnp.issubdtype(v.dtype, jnp.floating)]
-        run = _Run(side, layers, others, given, floating, train, loss, projections, force, seed)
+        run = _Run(side, layers, others, given, floating, train, loss, force, seed)
         recording = Recording("flax", layers, inputs=[np.asarray(v) for v in given])
         recording.tensors = {name: _numpy(v) for name, v in every.items()}
         xs = [given[i] for i in floating]
-        if gradients:
-            # A run without another side's arrays differs from the next in its arguments only.
-            key = (
-                None
-                if force is not None or programs is None
-                else (train, float64, tuple((v.shape, v.dtype) for v in given))
-            )
-            kept = {} if programs is None else programs
-            if key is None or key not in kept:
-                kept[key] = run, _program(run, parameters, xs, compiled=compiled)
-            run, whole = kept[key]
-            total, (by_parameter, by_input, by_probe), seen = whole(parameters, xs)
-        else:
-            by_parameter, by_input, by_probe = {}, [], None
+        by_parameter, by_input, by_probe = {}, [], None
+        try:
+            if gradients:
+                total, (by_parameter, by_input, by_probe), seen, run = _with_gradients(
+                    run, parameters, xs, None if force is not None else programs, (train, float64)
+                )
+            else:
+                total, seen = _compiled(lambda p, x: run(p, x, None))(parameters, xs)
+        except Exception as error:  # whatever a stranger's module raises
+            run = _Run(side, layers, others, given, floating, train, loss, force, seed)
             try:
-                total, seen = _compiled(lambda p, x: run(p, x, None), compiled)(parameters, xs)
-            except Exception as error:
-                if compiled:
-                    raise
-                # As far as it went: where layers of other shapes make what follows impossible.
-                recording.failure = error
-                seen = run.seen | {"statistics": {}, "result": []}
+                total, seen = run(parameters, xs, None)
+                recording.failure = Failure.of(error, phase="backward") if gradients else None
+            except Exception as stopped:  # as above
+                recording.failure = Failure.of(stopped, run.stopped_in)
+                total, seen = jnp.full((), jnp.nan), run.seen | {"statistics": {}, "result": []}
                 del seen["inputs"][len(seen["outputs"]) :], seen["arrived"][len(seen["outputs"]) :]
-                total = jnp.full((), jnp.nan)
         _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floating)
     return recording
 
 
-def _program(run: _Run, parameters: Any, xs: Any, *, compiled: bool) -> Callable:
+def _with_gradients(run: _Run, parameters: Any, xs: Any, programs: dict | None, key: tuple) -> tuple:
+    """(loss, gradients by parameters, inputs and probes, what was seen, the run that saw it)."""
+    # A run without another side's arrays differs from the next in its arguments only.
+    key = (*key, tuple((v.shape, v.dtype) for v in run.inputs))
+    kept = {} if programs is None else programs
+    if key not in kept:
+        kept[key] = run, _program(run, parameters, xs)
+    run, whole = kept[key]
+    return *whole(parameters, xs), run
+
+
+def _program(run: _Run, parameters: Any, xs: Any) -> Callable:
     """(parameters, floating inputs) -> (loss, gradients by them and by the probes, what was seen)."""
     probes = jax.eval_shape(lambda p, x: run(p, x, None)[1]["probes"], parameters, xs)
     zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), probes)
@@ -111,10 +114,10 @@ def _program(run: _Run, parameters: Any, xs: Any, *, compiled: bool) -> Callable
         total, pull, seen = jax.vjp(run, parameters, xs, zeros, has_aux=True)
         return total, pull(jnp.ones_like(total)), seen
 
-    return _compiled(whole, compiled)
+    return _compiled(whole)
 
 
-def _compiled(function: Callable, compiled: bool) -> Callable:
+def _compiled(function: Callable) -> Callable:
     """The function compiled as one; as it is where it cannot be, as it looks at the values of its arrays."""
     program = jax.jit(function)
 
@@ -124,7 +127,7 @@ def _compiled(function: Callable, compiled: bool) -> Callable:
         except jax.errors.JAXTypeError:
             return function(*args)
 
-    return run if compiled else function
+    return run
 
 
 def _numpy(v: Any) -> NDArray:
@@ -135,11 +138,12 @@ def _numpy(v: Any) -> NDArray:
 class _Run:
     """The module as a function of (parameters, floating inputs, probes) -> (loss, what was seen)."""
 
-    def __init__(self, side, layers, others, inputs, floating, train, loss, projections, force, seed) -> None:
+    def __init__(self, side, layers, others, inputs, floating, train, loss, force, seed) -> None:
         self.side, self.layers, self.others, self.inputs, self.floating = side, layers, others, inputs, floating
-        self.train, self.loss, self.projections, self.force, self.seed = train, loss, projections, force, seed
+        self.train, self.loss, self.force, self.seed = train, loss or default_loss, force, seed
         self.keys: list[tuple[str, int]] = []
         self.has_dropout = False
+        self.stopped_in = ""
 
     def __call__(self, parameters, xs, probes):
         given = list(self.inputs)
@@ -203,6 +207,9 @@ class _Run:
             active.append(path)
             try:
                 output = call(*args, **kwargs)
+            except Exception:
+                self.stopped_in = path
+                raise
             finally:
                 active.pop()
             y = output[0] if isinstance(output, tuple) else output
@@ -221,15 +228,7 @@ class _Run:
         seen["result"] = [leaves[i] for i in places]
         for n, i in enumerate(places):
             leaves[i] = probe(leaves[i], None if self.force is None else self.force.result(n, leaves[i]))
-        if self.loss is not None:
-            total = self.loss(jax.tree.unflatten(tree, leaves))
-        else:
-            results = [leaves[i] for i in places]
-            weights = self.projections(results) if self.projections else [np.ones(v.shape) for v in results]
-            total = sum(
-                (jnp.sum(v * jnp.asarray(w, v.dtype)) for v, w in zip(results, weights, strict=True)), jnp.zeros(())
-            )
-        return jnp.asarray(total), seen
+        return jnp.asarray(self.loss(jax.tree.unflatten(tree, leaves))), seen
 
 
 def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floating) -> None:

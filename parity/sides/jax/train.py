@@ -106,8 +106,7 @@ def flax_steps(
     steps: int,
     *,
     train: bool,
-    loss: Callable | None,
-    projections: Callable,
+    loss: Callable,
 ) -> list[dict[str, NDArray]]:
     """Flax's parameters before the first step and after each, in float64, by full name."""
 
@@ -123,10 +122,7 @@ def flax_steps(
         def total(tree, statistics):
             flat = {f"params/{n}": v for n, v in flatten_dict(tree, sep="/").items()}
             output, after = side.apply({**flat, **statistics}, given, train=train, intercept=intercept, seed=0)
-            if loss is not None:
-                return loss(output), after
-            results = [v for v in jax.tree.leaves(output) if jnp.issubdtype(v.dtype, jnp.floating)]
-            return sum(jnp.sum(v * w) for v, w in zip(results, projections(results), strict=True)), after
+            return loss(output), after
 
         @jax.jit
         def step(tree, statistics, state):

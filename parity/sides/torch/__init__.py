@@ -5,12 +5,14 @@ from parity.sides.torch.module import (
     floating,
     has_dropout,
     lifted,
+    load_state,
     loss_of,
     numpy,
-    projections,
+    put,
+    versions,
     without_dropout,
 )
-from parity.sides.torch.record import default_dtype, layers_of, record
+from parity.sides.torch.record import default_dtype, layers_of, products, record
 
 __all__ = [
     "COUNTER",
@@ -19,9 +21,12 @@ __all__ = [
     "has_dropout",
     "layers_of",
     "lifted",
+    "load_state",
     "loss_of",
     "numpy",
-    "projections",
+    "products",
+    "put",
     "record",
+    "versions",
     "without_dropout",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,18 +35,17 @@ def floating(output: Any) -> list[Tensor]:
 
 
 def loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
-    """The user's loss, or the default one: the sum over all outputs, times fixed random weights."""
-    if loss is not None:
-        return loss(output)
-    leaves = floating(output)
-    weights = [torch.from_numpy(p).to(leaf) for p, leaf in zip(projections(leaves), leaves, strict=True)]
-    return sum(((v * w).sum() for v, w in zip(leaves, weights, strict=True)), torch.zeros(()))
+    """The user's loss, or the default one."""
+    return default_loss(output) if loss is None else loss(output)
 
 
-def projections(outputs: Sequence[Any]) -> list[NDArray]:
-    """The fixed random weights of the default loss, sum(output * weights), by the outputs' shapes."""
-    rng = np.random.default_rng(20150211)
-    return [rng.normal(size=tuple(v.shape)) for v in outputs]
+def default_loss(output: Any) -> Tensor:
+    """See `records.side.loss_weights`."""
+    total: Tensor = torch.zeros(())
+    for y in floating(output):
+        rows = y.reshape(len(y) if y.ndim else 1, -1)
+        total = total + (torch.from_numpy(loss_weights(len(rows))).to(y) * (rows + 1).sin().sum(1)).sum()
+    return total
 
 
 def numpy(tensor: Tensor) -> NDArray:
@@ -86,15 +85,6 @@ def has_dropout(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
 
 
-def default_loss(output: Any) -> Tensor:
-    """See `records.side.loss_weights`."""
-    total: Tensor = torch.zeros((), dtype=torch.float64)
-    for y in floating(output):
-        rows = y.reshape(len(y) if y.ndim else 1, -1)
-        total = total + (torch.from_numpy(loss_weights(len(rows))).to(y) * (rows + 1).sin().sum(1)).sum()
-    return total
-
-
 def load_state(module: nn.Module, arrays: Mapping[str, NDArray], name: str) -> None:
     """Load a state_dict, strictly.
 
@@ -114,3 +104,17 @@ def load_state(module: nn.Module, arrays: Mapping[str, NDArray], name: str) -> N
         raise ValueError(f"--weights {name} {', '.join(problems)}; allowed: those of this module")
     given = {n: a.astype("float32") if a.dtype.name == "bfloat16" else a for n, a in arrays.items()}  # exactly
     module.load_state_dict({n: torch.as_tensor(a).to(state[n].dtype) for n, a in given.items()}, strict=False)
+
+
+def put(module: nn.Module, arrays: Mapping[str, NDArray]) -> None:
+    """Write these tensors into the module, where they fit."""
+    with torch.no_grad():
+        state = module.state_dict()
+        for name, value in arrays.items():
+            if tuple(value.shape) == tuple(state[name].shape):
+                state[name].copy_(torch.from_numpy(value))
+
+
+def versions() -> dict[str, str]:
+    """Of the framework."""
+    return {"torch": torch.__version__}

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from parity.records.kinds import class_names, kind_of
-from parity.records.recording import Call, GlueCall, Layer, Recording
+from parity.records.kinds import PRODUCTS, class_names, kind_of
+from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
 from parity.sides.torch.module import COUNTER, floating, has_dropout, lifted, loss_of, numpy, without_dropout
 
 CONFIG = ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode", "eps", "momentum", "num_groups")
@@ -97,12 +97,12 @@ def record(
       inputs: in PyTorch's layout; floating ones in float64 if that is asked for, else in their own dtype.
       train: train or eval mode. In training, dropout is switched off.
       float64: lift the module and its inputs.
-      loss: of the output; None: a fixed random projection (`projections`).
+      loss: of the output; None: the default one.
       seed: of the random numbers in the run (an active dropout).
       nudge: every parameter is changed by this much of its size, up or down.
 
     Returns:
-      The recording; without gradients where the output has none.
+      The recording; without gradients where the output has none. As far as it went, where the module raises.
     """
     module = lifted(module, float64=float64).train(train)
     for parameter in module.parameters():
@@ -130,8 +130,13 @@ def record(
         watch,
     ):
         torch.manual_seed(seed)
+        try:
+            output = module(*given)
+        except Exception as error:  # whatever a stranger's module raises
+            recording.failure = Failure.of(error, watch.active[-1] if watch.active else "")
+            return recording
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
-        output = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, module(*given))
+        output = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
         leaves = floating(output)
         recording.outputs = [numpy(v) for v in leaves]
         for leaf in leaves:
@@ -141,15 +146,22 @@ def record(
         recording.loss = total.item() if isinstance(total, Tensor) else float(total)
         watch.is_over = True
         if isinstance(total, Tensor) and total.requires_grad:
-            total.backward()
-    recording.output_gradients = [_grad(v) for v in leaves]
-    recording.input_gradients = [_grad(v) if v.is_floating_point() else None for v in given]
-    watch.gradients()
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for layer in recording.layers.values():
-        for local, full in layer.tensors.items():
-            if local not in layer.statistics:
-                recording.gradients[full] = _grad(parameters[full])
+            try:
+                total.backward()
+            except Exception as error:  # as above
+                recording.failure = Failure.of(error, phase="backward")
+                for call in recording.calls:
+                    call.input_gradients = [None] * len(call.inputs)
+    if recording.failure is None:
+        recording.output_gradients = [_grad(v) for v in leaves]
+        recording.input_gradients = [_grad(v) if v.is_floating_point() else None for v in given]
+        watch.gradients()
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        for layer in recording.layers.values():
+            for local, full in layer.tensors.items():
+                if local not in layer.statistics:
+                    recording.gradients[full] = _grad(parameters[full])
+    _find_feeders(recording)
     after = _named(module, recording.layers)
     recording.new_statistics = {
         layer.tensors[name]: after[layer.tensors[name]]
@@ -157,6 +169,31 @@ def record(
         for name in layer.statistics
     }
     return recording
+
+
+def _find_feeders(recording: Recording) -> None:
+    """Which layer's output goes into which layer as it is, by the numbers."""
+    for i, call in enumerate(recording.calls):
+        if call.index == 0 and call.inputs:
+            before = (c.path for c in reversed(recording.calls[:i]) if np.array_equal(c.output, call.inputs[0]))
+            recording.layers[call.path].feeder = next(before, None)
+
+
+def products(module: nn.Module, own: Recording, *, train: bool) -> dict[tuple[str, int], NDArray]:
+    """The outputs of the layers that multiply, in float64, on the inputs that they had in a run of another dtype."""
+    exact, found = lifted(module, float64=True).train(train), {}
+    for call in own.calls:
+        if own.layers[call.path].kind in (*PRODUCTS, "other"):
+            with torch.no_grad(), default_dtype(torch.float64), without_dropout(exact, train=train):
+                given = [torch.tensor(a).double() if a.dtype.kind == "f" else torch.tensor(a) for a in call.inputs]
+                try:
+                    y = exact.get_submodule(call.path)(*given)
+                except Exception:  # whatever a stranger's module raises, of which `own` tells what is compared
+                    continue
+            y = y[0] if isinstance(y, tuple) else y
+            if isinstance(y, Tensor):
+                found[call.key] = numpy(y)
+    return found
 
 
 def _not_compiled(module: nn.Module) -> contextlib.AbstractContextManager:
@@ -185,6 +222,7 @@ class _Watch(contextlib.ExitStack):
 
     Attributes:
       is_over: the forward pass is done.
+      active: the layers whose calls are not done.
     """
 
     is_over = False
@@ -195,6 +233,7 @@ class _Watch(contextlib.ExitStack):
         self.kept: list[tuple[Call, list[Tensor], Tensor]] = []
         self.pending: list[list[Tensor]] = []
         self.counts: dict[str, int] = {}
+        self.active: list[str] = []
         called = {path for path, layer in recording.layers.items() if layer.is_called}
         for path, child in module.named_modules():
             if path in called:
@@ -224,6 +263,7 @@ class _Watch(contextlib.ExitStack):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if self.is_over and not self._is_repeated(path):
                 return None
+            self.active.append(path)
             mine: list[Tensor] = []
             known: dict[int, Tensor] = {}  # one tensor given several times (attention) is one input
 
@@ -254,6 +294,7 @@ class _Watch(contextlib.ExitStack):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if self.is_over and not self._is_repeated(path):
                 return output
+            self.active.pop()
             mine, values = self.pending.pop(), self.pending.pop()
             inputs = [numpy(v) for v in values]
             y = output[0] if isinstance(output, tuple) else output
