@@ -37,6 +37,11 @@ def unlike(attribute: str, cost: float = 1) -> Callable[[Any, Any], float]:
     return lambda torch, flax: cost * (getattr(torch, attribute) != getattr(flax, attribute))
 
 
+def of_each(tell: Callable[[str, Fit, Fit], Iterable[Finding]]) -> Callable[[Fit, Fit], list[Finding]]:
+    """What is said of PyTorch's fit, then of Flax's: `tell` gets a side's name, its fit and the other's."""
+    return lambda torch, flax: [*tell(SIDES[0], torch, flax), *tell(SIDES[1], flax, torch)]
+
+
 class Family(Generic[Fit]):
     """A table of properties, in the order in which they are told.
 

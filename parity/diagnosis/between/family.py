@@ -14,6 +14,7 @@ from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_fun
 from parity.diagnosis.between.chains import Chain, Source, Target, match
 from parity.diagnosis.between.pools import Pool, pads, times
 from parity.diagnosis.between.search import search
+from parity.diagnosis.family import SIDES
 from parity.diagnosis.finding import Finding
 
 Array = NDArray[Any]
@@ -23,7 +24,6 @@ EXAMPLES, ELEMENTS = 4, 200_000
 # What it costs to suppose that the sides differ in this. Of all pairs of descriptions the cheapest is believed.
 COSTS = {"source": 8, "presence": 6, "order": 5, "kind": 4, "activation": 4, "dropout": 4, "gain": 4, "window": 3,
          "stride": 3, "layout": 3, "padding": 2, "counted": 2}  # fmt: skip
-SIDES = ("PyTorch", "Flax")
 
 
 def findings(

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parity.diagnosis.family import SIDES
 from parity.diagnosis.finding import Finding
 from parity.diagnosis.intervals import MOMENTA, Interval, intersection
 from parity.diagnosis.norm.forward import EPS, NormBehaviour, unbiased_factor
 from parity.diagnosis.norm.sources import Array, NormSide, Source, batch, chunks, other_axes
 
-SIDES = ("PyTorch", "Flax")
 ONE = Interval(1.0, 1.0, 1.0)
 
 
