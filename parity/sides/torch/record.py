@@ -161,7 +161,6 @@ def record(
             for local, full in layer.tensors.items():
                 if local not in layer.statistics:
                     recording.gradients[full] = _grad(parameters[full])
-    _find_feeders(recording)
     after = _named(module, recording.layers)
     recording.new_statistics = {
         layer.tensors[name]: after[layer.tensors[name]]
@@ -169,14 +168,6 @@ def record(
         for name in layer.statistics
     }
     return recording
-
-
-def _find_feeders(recording: Recording) -> None:
-    """Which layer's output goes into which layer as it is, by the numbers."""
-    for i, call in enumerate(recording.calls):
-        if call.index == 0 and call.inputs:
-            before = (c.path for c in reversed(recording.calls[:i]) if np.array_equal(c.output, call.inputs[0]))
-            recording.layers[call.path].feeder = next(before, None)
 
 
 def products(module: nn.Module, own: Recording, *, train: bool) -> dict[tuple[str, int], NDArray]:
