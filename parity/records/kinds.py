@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from numpy.typing import NDArray
+
 KINDS = (
     "linear",
     "conv",
@@ -55,6 +57,11 @@ ATTENTION = {"MultiheadAttention", "MultiHeadDotProductAttention", "MultiHeadAtt
 def class_names(cls: type) -> list[str]:
     """The names of a class and its ancestors with their modules, the most derived first: what `kind_of` reads."""
     return [f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__ if c is not object]
+
+
+def is_floating(array: NDArray) -> bool:
+    """Whether it holds floating-point numbers; bfloat16 and its kind, which numpy does not count among them, too."""
+    return array.dtype.name.startswith(("float", "bfloat"))
 
 
 def is_counter(name: str, shape: Shape) -> bool:

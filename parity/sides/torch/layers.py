@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bn_common.conventions import PYTORCH, complement
 from parity.records import kinds
 from parity.records.kinds import Shape
 from parity.records.marks import channel_counts, code, read_code
@@ -239,3 +240,14 @@ def may_be_flattened(calls: Sequence[tuple[str, Shape, Shape]], kind: Mapping[st
         elif len(x) == 2 and kind[path] == "linear":
             channels = set()
     return False
+
+
+def convention(layer: nn.Module) -> dict[str, Any]:
+    """What a norm says of itself, in this project's words; momentum is the weight of the old value."""
+    says: dict[str, Any] = {}
+    if (eps := getattr(layer, "eps", None)) is not None:
+        says["epsilon"] = eps
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return says | PYTORCH._replace(momentum=complement(layer.momentum))._asdict()
+    names = ("momentum", "unbiased_moving_var", "initial_moving_var")
+    return says | {name: getattr(layer, name) for name in names if hasattr(layer, "unbiased_moving_var")}
