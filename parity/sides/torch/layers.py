@@ -212,7 +212,7 @@ def _marked(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     """y with its channels marked; what is flat already keeps its marks through a norm."""
     if y.ndim == 2 and layer.kind in kinds.NORMS and x.shape == y.shape:
         return x
-    last = layer.kind in ("linear", "layer_norm", "rms_norm", "embedding", "attention", "other")
+    last = layer.kind not in kinds.CHANNELS_SECOND
     if layer.kind in ("layer_norm", "rms_norm") and y.ndim >= 3 and layer.class_name not in ("LayerNorm", "RMSNorm"):
         last = False  # LayerNorm2d and the like: a hand-written one over the channels of images
     axis = y.ndim - 1 if last else min(1, y.ndim - 1)
@@ -233,7 +233,7 @@ def may_be_flattened(calls: Sequence[tuple[str, Shape, Shape]], kind: Mapping[st
     shape = next((tuple(a.shape) for a in guess.torch if a.ndim >= 3), ())
     channels = {shape[1], shape[-1]} if shape else set()
     for path, x, y in calls:
-        if len(x) == 2 and channels and x[1] not in channels and kind[path] in ("linear", *kinds.NORMS):
+        if len(x) == 2 and channels and x[1] not in channels and kind[path] in kinds.FLAT:
             return True
         if len(y) >= 3:
             channels = {y[1], y[-1]}
