@@ -5,34 +5,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
 from bn_common.checks import check_blenet, check_blenet_input, check_epsilon, check_momentum, require
 from jax_bn import blenet_cpu
-from jax_bn.batch_norm import as_array
+from jax_bn.arrays import check_array
 from jax_bn.layers import BatchNorm
-
-# Uniform in +-1/sqrt(fan_in): a variance of (1/3) / fan_in. PyTorch's default for weights.
-kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def bias_init(fan_in: int) -> nn.initializers.Initializer:
-    """Uniform in +-1/sqrt(fan_in): PyTorch's default for biases (a bias does not know its layer's fan_in itself)."""
-    bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def _average_pool(x: Array) -> Array:
-    """Mean of every 2x2. `nn.avg_pool` divides by a numpy integer, which strict dtype promotion refuses."""
-    return nn.pool(x, 0.0, lax.add, (2, 2), (2, 2), "VALID") / 4
 
 
 class BLeNet(nn.Module):
@@ -67,51 +51,9 @@ class BLeNet(nn.Module):
     param_dtype: Any = jnp.float32
     platform: str | None = None
 
-    def __post_init__(self) -> None:
-        check_blenet(channels=self.channels, fig_size=self.fig_size, num_class=self.num_class)
-        check_momentum(self.momentum)
-        check_epsilon("epsilon", self.epsilon)
-        # Any name: JAX's platforms are plugins.
-        require(isinstance(self.platform, str | None), "platform", repr(self.platform), "None, or a name such as 'cpu'")
-        super().__post_init__()
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape of one image, [H, W, C]."""
-        return self.fig_size, self.fig_size, self.channels
-
-    def __call__(self, x: Array, train: bool) -> Array:
-        """Logits [N, num_class] of images x [N, fig_size, fig_size, channels].
-
-        Args:
-          x: a float array.
-          train: normalise with the batch's statistics and move "batch_stats" (which must be mutable), or predict.
-
-        Raises:
-          ValueError: another shape, a dtype that is no float, or fewer than two images in training.
-        """
-        x = as_array("x", x)
-        check_blenet_input(
-            shape=x.shape,
-            dtype=x.dtype.name,
-            layout="NHWC",
-            image=self.image_shape,
-            train=train and not self.is_initializing(),
-            shards=1 if self.axis_name is None or self.is_initializing() else lax.axis_size(self.axis_name),
-        )
-
-        if not self._has_cpu_form(x, train):
-            return self.layers(x, train)
-        variables = {name: self.variables[name] for name in ("params", "batch_stats")}
-        logits, batch_stats = _by_platform(self.clone(parent=None, name=None), variables, x, train)
-        if train:
-            for name, value in batch_stats.items():
-                self.put_variable("batch_stats", name, value)
-        return logits
-
     @nn.compact
     def layers(self, x: Array, train: bool) -> Array:
-        """The same, layer by layer: what `init` makes, and what runs everywhere but on a CPU. x is not checked."""
+        """The network, layer by layer: what `init` makes, and what runs everywhere but on a CPU. x is not checked."""
 
         def affine(layer: type[nn.Module], fan_in: int, *args, **kwargs) -> nn.Module:
             return layer(
@@ -129,62 +71,61 @@ class BLeNet(nn.Module):
             )
 
         x = affine(nn.Conv, 25 * self.channels, 6, (5, 5), padding=2)(x)
-        x = _average_pool(nn.sigmoid(norm()(x)))
+        x = average_pool(nn.sigmoid(norm()(x)))
         x = affine(nn.Conv, 25 * 6, 16, (5, 5), padding="VALID")(x)
-        x = _average_pool(nn.sigmoid(norm()(x)))
+        x = average_pool(nn.sigmoid(norm()(x)))
         x = x.reshape(x.shape[0], -1)
         x = nn.sigmoid(norm()(affine(nn.Dense, x.shape[-1], 120)(x)))
         x = nn.sigmoid(norm()(affine(nn.Dense, 120, 84)(x)))
         return affine(nn.Dense, 84, self.num_class)(x)
 
-    def _has_cpu_form(self, x: Array, train: bool) -> bool:
-        """Whether `blenet_cpu` may compute this call: not where layers are made or looked at, or dtypes are mixed."""
-        if self.platform not in (None, "cpu"):
-            return False
-        # Flax has no public name for the interceptors; a test sees that they see the layers.
-        watched = self.is_mutable_collection("intermediates") or bool(nn.module._global_interceptor_stack)
-        if watched or self.is_initializing() or x.shape[0] < blenet_cpu.FEWEST_EXAMPLES:
-            return False
-        if not train and self.fig_size > blenet_cpu.LARGEST_PREDICTED:
-            return False
-        given = {path: (v.shape, v.dtype) for path, v in _flat(self.variables).items() if hasattr(v, "shape")}
-        # Of variables that do not fit, `layers` says in Flax's words what is wrong.
-        wanted = _shapes(self.clone(parent=None, name=None))
-        return x.dtype in (jnp.float32, jnp.float64) and given == {path: (shape, x.dtype) for path, shape in wanted}
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Logits [N, num_class] of images x [N, fig_size, fig_size, channels].
 
+        Args:
+          x: a float array.
+          train: normalise with the batch's statistics and move "batch_stats" (which must be mutable), or predict.
 
-def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
-    return flatten_dict({name: variables[name] for name in ("params", "batch_stats") if name in variables})
-
-
-@functools.lru_cache(maxsize=64)
-def _shapes(model: BLeNet) -> frozenset[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """The shapes of a model's variables by their paths."""
-    x = jax.ShapeDtypeStruct((1, *model.image_shape), model.param_dtype)
-    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
-    return frozenset((path, v.shape) for path, v in _flat(variables).items())
-
-
-# Compiled as one, so that a call outside of `jax.jit` compiles neither form twice.
-@functools.partial(jax.jit, static_argnums=(0, 3), inline=True)
-def _by_platform(model: BLeNet, variables: Any, x: Array, train: bool) -> tuple[Array, Any]:
-    """Logits and the new batch_stats: `BLeNet.layers`, or on a CPU `blenet_cpu.forward`."""
-
-    def layers(variables: Any, x: Array) -> tuple[Array, Any]:
-        logits, updated = model.apply(variables, x, train, method="layers", mutable=["batch_stats"])
-        return logits, updated["batch_stats"]
-
-    def cpu(variables: Any, x: Array) -> tuple[Array, Any]:
-        return blenet_cpu.forward(
-            variables["params"],
-            variables["batch_stats"],
-            x,
-            train=train,
-            momentum=model.momentum,
-            epsilon=model.epsilon,
-            axis_name=model.axis_name,
+        Raises:
+          ValueError: another shape, a dtype that is no float, or fewer than two images in training.
+        """
+        x = check_array("x", x)
+        check_blenet_input(
+            shape=x.shape,
+            dtype=x.dtype.name,
+            layout="NHWC",
+            image=self.image_shape,
+            train=train and not self.is_initializing(),
+            shards=1 if self.axis_name is None or self.is_initializing() else lax.axis_size(self.axis_name),
         )
+        if blenet_cpu.takes(self, x, train):
+            return blenet_cpu.apply(self, x, train)
+        return self.layers(x, train)
 
-    if model.platform == "cpu":
-        return cpu(variables, x)
-    return lax.platform_dependent(variables, x, cpu=cpu, default=layers)
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, [H, W, C]."""
+        return self.fig_size, self.fig_size, self.channels
+
+    def __post_init__(self) -> None:
+        check_blenet(channels=self.channels, fig_size=self.fig_size, num_class=self.num_class)
+        check_momentum(self.momentum)
+        check_epsilon("epsilon", self.epsilon)
+        # Any name: JAX's platforms are plugins.
+        require(isinstance(self.platform, str | None), "platform", repr(self.platform), "None, or a name such as 'cpu'")
+        super().__post_init__()
+
+
+# JAX only, PyTorch's default for weights: uniform in +-1/sqrt(fan_in), a variance of (1/3) / fan_in.
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def bias_init(fan_in: int) -> nn.initializers.Initializer:
+    """Uniform in +-1/sqrt(fan_in); a bias does not know its layer's fan_in. JAX only: PyTorch's default for biases."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def average_pool(x: Array) -> Array:
+    """Mean of every 2x2. JAX only: `nn.avg_pool` divides by a numpy integer, which strict dtype promotion refuses."""
+    return nn.pool(x, 0.0, lax.add, (2, 2), (2, 2), "VALID") / 4

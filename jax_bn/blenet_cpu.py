@@ -1,4 +1,6 @@
-"""BLeNet as XLA runs it fastest on a CPU: the same network as `blenet.py`, in another layout. GPU and TPU never see it.
+"""BLeNet as XLA runs it fastest on a CPU: the same network as `blenet.py`, in another layout.
+
+JAX only: PyTorch has one form. GPU and TPU never see it.
 
 XLA's CPU convolutions are slow where there are few channels, and worse in the gradient, and its elementwise loops leave
 vector registers idle where the last axis is 6 or 16 long. So:
@@ -20,19 +22,21 @@ No derivative is written by hand but for that choice; so all of JAX's transforma
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
-from bn_common.checks import FLOAT_DTYPES
-from jax_bn.batch_norm import BatchStats, batch_norm_wide
+from jax_bn.batch_norm import BatchStats, Options, batch_norm_with
 
-# Float64 sums in the gradients of batch norm from here on, and not from 2^9 on as elsewhere: those of the images would
+# Float64 sums in the gradients of batch norm from here on, and not as early as elsewhere: those of the images would
 # make the step a tenth longer, where the products before and behind them round no less than float32 sums.
 LONG_SUM = {"cpu": 2**18}
 # Below a vector register of examples there is nothing to gain.
@@ -49,42 +53,79 @@ SIZE, SIZE_OF_FEW_TAPS = 2, 4
 MOST_PRODUCTS, MOST_PRODUCTS_IN_PREDICTION = 36, 64
 
 
+def takes(model: Any, x: Array, train: bool) -> bool:
+    """Whether this call of a BLeNet may be computed here: not where layers are made or looked at, or dtypes are mixed.
+
+    model is the module within its call, bound to its variables.
+    """
+    if model.platform not in (None, "cpu"):
+        return False
+    # Flax has no public name for the interceptors; a test sees that they see the layers.
+    watched = model.is_mutable_collection("intermediates") or bool(nn.module._global_interceptor_stack)
+    if watched or model.is_initializing() or x.shape[0] < FEWEST_EXAMPLES:
+        return False
+    if not train and model.fig_size > LARGEST_PREDICTED:
+        return False
+    given = {path: (v.shape, v.dtype) for path, v in _flat(model.variables).items() if hasattr(v, "shape")}
+    # Of variables that do not fit, `BLeNet.layers` says in Flax's words what is wrong.
+    wanted = _shapes(model.clone(parent=None, name=None))
+    return x.dtype in (jnp.float32, jnp.float64) and given == {path: (shape, x.dtype) for path, shape in wanted}
+
+
+def apply(model: Any, x: Array, train: bool) -> Array:
+    """The logits of a call that `takes` has taken; in training the model's batch_stats move."""
+    variables = {name: model.variables[name] for name in ("params", "batch_stats")}
+    logits, batch_stats = _by_platform(model.clone(parent=None, name=None), variables, x, train)
+    if train:
+        for name, value in batch_stats.items():
+            model.put_variable("batch_stats", name, value)
+    return logits
+
+
+def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
+    return flatten_dict({name: variables[name] for name in ("params", "batch_stats") if name in variables})
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(model: Any) -> frozenset[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """The shapes of a model's variables by their paths."""
+    x = jax.ShapeDtypeStruct((1, *model.image_shape), model.param_dtype)
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
+    return frozenset((path, v.shape) for path, v in _flat(variables).items())
+
+
+# Compiled as one, so that a call outside of `jax.jit` compiles neither form twice.
+@functools.partial(jax.jit, static_argnums=(0, 3), inline=True)
+def _by_platform(model: Any, variables: Any, x: Array, train: bool) -> tuple[Array, Any]:
+    """Logits and the new batch_stats: `BLeNet.layers`, or on a CPU `forward`."""
+
+    def layers(variables: Any, x: Array) -> tuple[Array, Any]:
+        logits, updated = model.apply(variables, x, train, method="layers", mutable=["batch_stats"])
+        return logits, updated["batch_stats"]
+
+    def cpu(variables: Any, x: Array) -> tuple[Array, Any]:
+        options = Options(model.momentum, model.epsilon, axis_name=model.axis_name, long_sum=LONG_SUM)
+        return forward(variables["params"], variables["batch_stats"], x, options, train=train)
+
+    if model.platform == "cpu":
+        return cpu(variables, x)
+    return lax.platform_dependent(variables, x, cpu=cpu, default=layers)
+
+
 def forward(
-    params: Any,
-    batch_stats: Any,
-    x: Array,
-    *,
-    train: bool,
-    momentum: float,
-    epsilon: float,
-    axis_name: str | None,
+    params: Any, batch_stats: Any, x: Array, options: Options, *, train: bool
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
     """What `BLeNet` gives for images x [N, H, W, C], and its new batch_stats.
 
-    params and batch_stats are BLeNet's variables, all of x's dtype.
+    params and batch_stats are BLeNet's variables, all of x's dtype; options of every batch norm, but for the axis.
     """
     moved = {}
 
     def norm(x: Array, name: str, axis: int, before: Any) -> Array:
         # As if the bias of the layer before had been added to x.
         bias, affine, old = before["bias"], params[name], batch_stats[name]
-        y, new = batch_norm_wide(
-            x,
-            affine["scale"],
-            affine["bias"],
-            BatchStats(old["mean"] - bias, old["var"]),
-            train=train,
-            momentum=momentum,
-            epsilon=epsilon,
-            unbiased_moving_var=False,
-            axis_name=axis_name,
-            axis_index_groups=None,
-            axis=axis,
-            mask=None,
-            num_batches_tracked=None,
-            dtypes=FLOAT_DTYPES,
-            long_sum=LONG_SUM,
-        )
+        old = BatchStats(old["mean"] - bias, old["var"])
+        y, new = batch_norm_with(x, affine["scale"], affine["bias"], old, options._replace(axis=axis), train=train)
         moved[name] = {"mean": new.mean + bias, "var": new.var}
         return y
 

@@ -10,16 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bn_common.checks import (
-    COMPLEX_DTYPES,
-    FLOAT_DTYPES,
-    channel_axes,
-    check_epsilon,
-    check_initial_moving_var,
-    check_momentum,
-    check_rank,
-)
-from jax_bn.batch_norm import BatchStats, as_array, batch_norm_wide, wide_dtype
+from bn_common.checks import channel_axes, check_epsilon, check_initial_moving_var, check_momentum, check_rank
+from jax_bn.arrays import check_array, wide_dtype
+from jax_bn.batch_norm import BatchStats, Options, batch_norm_with
 
 
 class BatchNorm(nn.BatchNorm):
@@ -84,7 +77,7 @@ class BatchNorm(nn.BatchNorm):
             `jax_bn.batch_norm` refuses.
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x = as_array("x", x)
+        x = check_array("x", x)
         shape = feature_shape(x, self.axis)
         stats_dtype = wide_dtype(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
@@ -98,17 +91,11 @@ class BatchNorm(nn.BatchNorm):
         initializing = self.is_initializing()
         single = x.size == len(mean.value.ravel())
         train = not use_running_average and not self.frozen_statistics and not (initializing and single)
-        y, moved = normalize(
-            self,
-            x,
-            gamma,
-            beta,
-            BatchStats(mean.value, var.value),
-            train=train,
-            mask=mask,
-            num_batches_tracked=None if tracked is None else tracked.value,
-            axis_name=None if initializing else self.axis_name,
-        )
+        options = options_of(self, mask, None if tracked is None else tracked.value)
+        if initializing:
+            options = options._replace(axis_name=None)
+        stats = BatchStats(mean.value, var.value)
+        y, moved = batch_norm_in_flax(x, gamma, beta, stats, options, train=train, dtype=self.dtype)
         if train and not initializing:
             mean.value, var.value = moved
             if tracked is not None:
@@ -116,41 +103,49 @@ class BatchNorm(nn.BatchNorm):
         return y
 
 
+def options_of(layer: Any, mask: Array | None, tracked: Array | None) -> Options:
+    """The attributes of a layer, linen or NNX, as `batch_norm` takes them."""
+    return Options(
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+        unbiased=layer.unbiased_moving_var,
+        axis=layer.axis,
+        mask=mask,
+        axis_name=layer.axis_name,
+        groups=layer.axis_index_groups,
+        tracked=tracked,
+    )
+
+
 def feature_shape(x: Array, axis: int) -> tuple[int, ...]:
-    """The shape of a value per channel of x; ValueError where x has no batch beside its channels."""
+    """The shape of a value per channel of x; ValueError where x has no batch beside its channels.
+
+    JAX only: a layer of PyTorch's is told num_features.
+    """
     check_rank(x.shape)
     return tuple(x.shape[a] for a in channel_axes(axis, x.ndim))
 
 
-def normalize(
-    layer: Any,
+def batch_norm_in_flax(
     x: Array,
     gamma: Array | None,
     beta: Array | None,
     stats: BatchStats,
+    options: Options,
     *,
-    axis_name: Any,
+    train: bool,
+    dtype: Any,
     promoted: Sequence[Array | None] | None = None,
-    **call: Any,
 ) -> tuple[Array, BatchStats]:
-    """`batch_norm` with the attributes of a layer, linen or NNX; y in Flax's result dtype, that of `promoted`."""
+    """`batch_norm` without gamma or beta, too; y in the layer's dtype (None: Flax's result dtype, of `promoted`).
+
+    JAX only: in PyTorch y has x's dtype.
+    """
     ones, zeros = jnp.ones_like(stats.mean), jnp.zeros_like(stats.mean)
     promoted = (x, gamma, beta) if promoted is None else promoted
     with jax.numpy_dtype_promotion("standard"):  # asked of dtypes only, no value is promoted here
-        result = layer.dtype or jnp.result_type(*(v.dtype for v in promoted if v is not None))
+        result = dtype or jnp.result_type(*(v.dtype for v in promoted if v is not None))
         wide = jnp.result_type(x.dtype, result, jnp.float32)
-    y, stats = batch_norm_wide(
-        x.astype(wide),
-        ones if gamma is None else gamma,
-        zeros if beta is None else beta,
-        stats,
-        momentum=layer.momentum,
-        epsilon=layer.epsilon,
-        unbiased_moving_var=layer.unbiased_moving_var,
-        axis_name=axis_name,
-        axis_index_groups=layer.axis_index_groups,
-        axis=layer.axis,
-        dtypes=FLOAT_DTYPES + COMPLEX_DTYPES,
-        **call,
-    )
+    gamma, beta = ones if gamma is None else gamma, zeros if beta is None else beta
+    y, stats = batch_norm_with(x.astype(wide), gamma, beta, stats, options, train=train)
     return y.astype(result), stats

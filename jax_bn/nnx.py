@@ -1,4 +1,4 @@
-"""BatchNorm as a Flax NNX module; `jax_bn/layers.py` is the linen form of the same."""
+"""BatchNorm as a Flax NNX module; `jax_bn/layers.py` is the linen form of the same. JAX only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from flax import nnx
 from jax import Array
 
 from bn_common.checks import check_epsilon, check_initial_moving_var, check_momentum, require
-from jax_bn.batch_norm import BatchStats, as_array, batch_statistics
-from jax_bn.layers import feature_shape, normalize
+from jax_bn.arrays import check_array
+from jax_bn.batch_norm import BatchStats, batch_statistics
+from jax_bn.layers import batch_norm_in_flax, feature_shape, options_of
 
 
 class Observed(nnx.Variable):
@@ -80,7 +81,7 @@ class BatchNorm(nnx.BatchNorm):
         if use_running_average is None:
             use_running_average = self.use_running_average
         require(use_running_average is not None, "use_running_average", None, "True or False, here or as attribute")
-        x = as_array("x", x)
+        x = check_array("x", x)
         shape = feature_shape(x, self.axis)
         require(shape == self.mean.shape, "the shape of the channels of x", shape, f"{self.mean.shape}")
         train = not use_running_average and not self.frozen_statistics
@@ -89,22 +90,13 @@ class BatchNorm(nnx.BatchNorm):
         gamma = None if self.scale is None else self.scale.get_value()
         beta = None if self.bias is None else self.bias.get_value()
         with jax.numpy_dtype_promotion("standard"):
-            promoted = self.promote_dtype((x, *stats, gamma, beta), dtype=self.dtype)
-        y, moved = normalize(
-            self,
-            x,
-            gamma,
-            beta,
-            stats,
-            promoted=(promoted[0], *promoted[3:]),
-            train=train,
-            mask=mask,
-            num_batches_tracked=None if tracked is None else tracked.get_value(),
-            axis_name=self.axis_name,
+            promoted, _, _, *affine = self.promote_dtype((x, *stats, gamma, beta), dtype=self.dtype)
+        options = options_of(self, mask, None if tracked is None else tracked.get_value())
+        y, moved = batch_norm_in_flax(
+            x, gamma, beta, stats, options, train=train, dtype=self.dtype, promoted=(promoted, *affine)
         )
         if train and self.observed is not None:
-            groups = {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
-            num_values, *others, _ = batch_statistics(x, axis=self.axis, mask=mask, **groups)
+            num_values, *others, _ = batch_statistics(x, options)
             self.observed[...] = jnp.stack([jnp.broadcast_to(num_values, shape), *others])
         if train:
             # A variable that is a reference is written to while a derivative is taken: as in Flax, without its own.

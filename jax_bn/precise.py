@@ -15,11 +15,12 @@ from jax import Array
 
 from bn_common.checks import require
 from image_data import FeatureStatistics
-from jax_bn.batch_norm import Statistics, batch_statistics
+from jax_bn.batch_norm import Options, Statistics, batch_statistics
 from jax_bn.layers import BatchNorm
 from jax_bn.nnx import BatchNorm as NNXBatchNorm
 from jax_bn.nnx import Observed
 
+# JAX only: a linen layer is known by its path.
 Path = tuple[str, ...]
 
 
@@ -64,10 +65,9 @@ def precise_statistics(
             if isinstance(layer, nn.BatchNorm) and context.method_name == "__call__" and _moves(layer, args, kwargs):
                 unbiased[layer.path] = isinstance(layer, BatchNorm) and layer.unbiased_moving_var
                 x = args[0] if args else kwargs["x"]
-                groups = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-                found.setdefault(layer.path, []).append(
-                    batch_statistics(x, axis=layer.axis, mask=kwargs.get("mask"), **groups)
-                )
+                mask, groups = kwargs.get("mask"), layer.axis_index_groups
+                options = Options(axis=layer.axis, mask=mask, axis_name=layer.axis_name, groups=groups)
+                found.setdefault(layer.path, []).append(batch_statistics(x, options))
             return call(*args, **kwargs)
 
         with nn.intercept_methods(interceptor):
@@ -95,6 +95,8 @@ def precise_statistics_nnx(
     model: nnx.Module, batches: Iterable[Any], forward: Callable[[Any, Any], Any] | None = None
 ) -> None:
     """`precise_statistics` for an NNX model: the statistics of its `jax_bn.nnx.BatchNorm` layers are replaced in place.
+
+    JAX only: Flax has two kinds of modules.
 
     Everything else runs in eval mode meanwhile, the batch norms in training mode; the modes are then as they were.
     Layers with frozen statistics keep them.
@@ -143,12 +145,12 @@ def precise_statistics_nnx(
 
 
 def _modes(module: nnx.Module) -> Iterable[tuple[str, Any]]:
-    """What `.train()` and `.eval()` set."""
+    """What `.train()` and `.eval()` set. JAX only: in PyTorch it is one attribute."""
     return [(name, vars(module)[name]) for name in ("use_running_average", "deterministic") if name in vars(module)]
 
 
 def _moves(layer: nn.BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether this call is made in training mode."""
+    """Whether this call is made in training mode. JAX only: a linen layer may be told so in the call."""
     given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
     predicts = layer.use_running_average if given is None else given
     return not predicts and not getattr(layer, "frozen_statistics", False)
@@ -170,9 +172,11 @@ def _moving(path: Any, statistics: FeatureStatistics, unbiased: bool) -> dict[st
 
 
 def _name(path: Any) -> str:
+    """How messages name a layer. JAX only: see `Path`."""
     return "/".join(map(str, path))
 
 
 def _require_any(seen: Mapping[Any, FeatureStatistics]) -> None:
+    """JAX only: linen's layers are known by the calls that are seen."""
     allowed = "1 or more: batches, batch norms, and these in training mode"
     require(bool(seen), "the number of batch norms that a batch came through in training mode", 0, allowed)

@@ -1,4 +1,4 @@
-"""What makes XLA's programs start and run faster, beside what they compute."""
+"""What makes XLA's programs start and run faster, beside what they compute. JAX only: PyTorch is asked for nothing."""
 
 from __future__ import annotations
 

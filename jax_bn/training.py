@@ -27,15 +27,15 @@ from jax_bn.blenet import BLeNet
 from jax_bn.settings import compiler_options
 
 EVAL_BATCH_SIZE = 1000
-# Steps that may be under way at once: the device always has the next one, and the progress bar stays honest.
+# JAX only: steps that may be under way at once: the device always has the next one, and the progress bar stays honest.
 STEPS_IN_FLIGHT = 4
 
 Variables = dict[str, Any]
-"""{"params": ..., "batch_stats": ...}"""
+"""{"params": ..., "batch_stats": ...}. JAX only: a module of PyTorch's holds its own."""
 
 
 class TrainState(NamedTuple):
-    """All that a step changes.
+    """All that a step changes. JAX only: PyTorch's module and optimiser are changed in place.
 
     Attributes:
       params: BLeNet's parameters.
@@ -115,7 +115,7 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
 
 
 def init_state(model: BLeNet, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Fresh weights from the seed, and the optimiser's state for them."""
+    """Fresh weights from the seed, and the optimiser's state for them. JAX only: see `TrainState`."""
     x = jnp.zeros((1, *model.image_shape), model.param_dtype)
 
     @jax.jit  # op by op it compiles for longer

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
-import torch
-from flax import nnx
-
-from bn_common.conventions import PYTORCH, complement
-from parity.pairing.by_running import settle
+from parity.evidence.guessed import settle
 from parity.pairing.layers import LayerPair
 from parity.sides.torch import layers as torch_layers
+
+if TYPE_CHECKING:
+    import torch
+    from flax import linen as nn
+    from flax import nnx
 
 
 def notes(torch_module: torch.nn.Module, flax_module: nn.Module | nnx.Module, **options: Any) -> list[str]:
@@ -43,7 +43,7 @@ def conventions(
     _found, flax = settle(module, structure, flax_module, *given)
     return {
         "torch": {
-            layer.path: torch_convention(module.get_submodule(layer.path))
+            layer.path: torch_layers.convention(module.get_submodule(layer.path))
             for layer in structure.layers
             if layer.kind == "batch_norm"
         },
@@ -54,7 +54,7 @@ def conventions(
 def _notes_of(pair: LayerPair, module: torch.nn.Module) -> list[str]:
     where = f"{pair.torch.path or 'the layer'} and {pair.flax.path or 'the layer'}"
     layer = module.get_submodule(pair.torch.path)
-    torch_says, flax_says = torch_convention(layer), flax_convention(pair.flax.config)
+    torch_says, flax_says = torch_layers.convention(layer), flax_convention(pair.flax.config)
     return [
         f"{where}: {name} is {torch_says[key]} in PyTorch and {flax_says[key]} in Flax"
         for key, name in CONVENTION.items()
@@ -68,17 +68,6 @@ CONVENTION = {
     "initial_moving_var": "initial_moving_var",
     "epsilon": "epsilon",
 }
-
-
-def torch_convention(layer: torch.nn.Module) -> dict[str, Any]:
-    """What a norm says of itself, in this project's words; momentum is the weight of the old value."""
-    says: dict[str, Any] = {}
-    if (eps := getattr(layer, "eps", None)) is not None:
-        says["epsilon"] = eps
-    if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
-        return says | PYTORCH._replace(momentum=complement(layer.momentum))._asdict()
-    names = ("momentum", "unbiased_moving_var", "initial_moving_var")
-    return says | {name: getattr(layer, name) for name in names if hasattr(layer, "unbiased_moving_var")}
 
 
 def flax_convention(config: Mapping[str, Any]) -> dict[str, Any]:

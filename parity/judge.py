@@ -15,6 +15,7 @@ from parity.comparison.rounding import rounding
 from parity.diagnosis import places
 from parity.diagnosis.finding import Located, in_order
 from parity.diagnosis.loss import loss_findings
+from parity.diagnosis.mistakes import UNEXPLAINED
 from parity.diagnosis.optimizer.family import findings as optimizer_findings
 from parity.diagnosis.parameters.conversion import conversion_findings
 from parity.diagnosis.product.rounded import precision_findings
@@ -240,8 +241,7 @@ class Judge:
         found += [
             f
             for f in run
-            if (f.layer, f.finding.code) not in explained
-            and not (f.finding.code == "unexplained" and f.layer in charged)
+            if (f.layer, f.finding.code) not in explained and not (f.finding.code == UNEXPLAINED and f.layer in charged)
         ]
         alike = forced is not None or not any(d.phase == "forward" for d in self._failing())
         if self.torch.details["loss"] != "default" and alike and not (reference.failure or self.torch.free.failure):

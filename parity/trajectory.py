@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parity.pairing.by_running import settle
+from parity.evidence.guessed import settle
 from parity.pairing.layers import Pairing
 from parity.sides import jax as flax_side
 from parity.sides import torch as torch_side

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-import torch
-from flax import nnx
-from flax.traverse_util import unflatten_dict
 from numpy.typing import NDArray
 
 from parity.conventions import conventions, notes
+from parity.evidence.guessed import settle, settle_torch
 from parity.pairing import problems as misfits
-from parity.pairing.by_running import settle, settle_torch
 from parity.pairing.layers import Pairing
 from parity.pairing.layouts import OIHW, OUT_IN, SAME, Layout, behind_flatten
 from parity.pairing.rules import register
 from parity.records.structure import Structure
-from parity.sides.jax import NnxSide
 from parity.sides.jax import layers as flax_layers
+from parity.sides.jax import variables as flax_variables
+from parity.sides.jax.variables import named
+from parity.sides.module import is_torch_module
 from parity.sides.torch import layers as torch_layers
+from parity.sides.torch import state as torch_state
+
+if TYPE_CHECKING:
+    import torch
+    from flax import linen as nn
+    from flax import nnx
 
 __all__ = [
     "OIHW",
@@ -94,44 +96,33 @@ def to_flax(
       ParityWarning: a tensor holds NaN or infinity.
     """
     source = torch_module_or_state_dict
-    if not isinstance(flax_module, nn.Module | nnx.Module):
-        raise TypeError(f"flax_module is {type(flax_module).__name__}; allowed: a flax.linen.Module or nnx.Module")
-    state, prefix = _state_of(source)
-    arrays = {name: _to_numpy(v) for name, v in state.items()}
-    whose = source if isinstance(source, torch.nn.Module) else torch_module
-    given = _torch_structure(whose, {name: a.shape for name, a in arrays.items()})
-    module = torch_layers.unwrapped(whose)[0] if isinstance(whose, torch.nn.Module) else None
+    flax_variables.check_module(flax_module)
+    state, prefix = torch_state.state_of(source)
+    arrays = {name: torch_state.to_numpy(v) for name, v in state.items()}
+    whose = source if is_torch_module(source) else torch_module
+    given = torch_state.structure_of(whose, {name: a.shape for name, a in arrays.items()})
+    module = torch_layers.unwrapped(whose)[0] if is_torch_module(whose) else None
     found, flax = settle(module, given, flax_module, inputs, flax_inputs, layer_map)
     if module is not None:
         _check_single_layers(found, given, flax, module, flax_module)
     problems = [
         f"{prefix}{name} is {a.dtype}, but jax_enable_x64 is off, so it would be rounded"
         for name, a in arrays.items()
-        if a.dtype == np.float64 and jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype
+        if flax_variables.would_round(a)
     ]
     problems += misfits.wrong(found, given, flax, arrays, to="flax")
-    problems += misfits.left_over_of_torch(found, given, state, is_module=whose is source)
+    problems += misfits.left_over_of_torch(found, given, arrays, torch_state.tied(state), is_module=whose is source)
     problems += [f"{full} is missing (for {f})" for full, f in misfits.missing_in_torch(found)]
     _raise(problems)
     carried = found.to_flax(arrays)
     _warn_unless_finite(arrays)
     flax_names = [full for layer in flax.layers for full in layer.tensors.values()]
-    leaves = {name: jnp.array(carried[name]) for name in flax_names}
     partner = {pair.flax.path: pair.torch.path for pair in found.layers}
-    for path, name in flax.counters.items():
-        count = arrays.get(given.counters.get(partner.get(path, ""), ""), np.zeros(()))
-        leaves[name] = jnp.array(count, jnp.int32)
-    if isinstance(flax_module, nnx.Module):
-        side = NnxSide(flax_module)
-        return nnx.from_flat_state(
-            [
-                (path, v.replace(leaves[side.names[path]]))
-                for path, v in side.state.items()
-                if side.names[path] in leaves
-            ]
-        )
-    variables = unflatten_dict(leaves, sep="/")
-    return {collection: variables.get(collection, {}) for collection in ("params", "batch_stats")}
+    counters = {
+        name: arrays.get(given.counters.get(partner.get(path, ""), ""), np.zeros(()))
+        for path, name in flax.counters.items()
+    }
+    return flax_variables.packed(flax_module, {name: carried[name] for name in flax_names}, counters)
 
 
 def to_torch(
@@ -167,20 +158,13 @@ def to_torch(
     Warns:
       ParityWarning: an array holds NaN or infinity.
     """
-    if isinstance(variables, nnx.Module):
-        flax_module = variables if flax_module is None else flax_module
-        variables = nnx.state(variables)
-    if not isinstance(variables, Mapping | nnx.State):
-        raise TypeError(f"the variables are {type(variables).__name__}; allowed: a dict of collections, an nnx.State")
-    if not isinstance(torch_module, torch.nn.Module):
+    variables, holder = flax_variables.opened(variables)
+    flax_module = holder if flax_module is None else flax_module
+    if not is_torch_module(torch_module):
         raise TypeError(f"torch_module is {type(torch_module).__name__}; allowed: a torch.nn.Module")
-    if not (flax_module is None or isinstance(flax_module, nn.Module | nnx.Module)):
-        raise TypeError(f"flax_module is {type(flax_module).__name__}; allowed: a flax.linen.Module or nnx.Module")
-    arrays = {
-        name: np.asarray(a)
-        for name, a in flax_layers.flat_in_order(variables).items()
-        if name.split("/")[0] in flax_layers.CARRIED
-    }
+    if flax_module is not None:
+        flax_variables.check_module(flax_module)
+    arrays = flax_variables.carried(variables)
     module, prefix = torch_layers.unwrapped(torch_module)
     target = torch_layers.of_module(module)
     given = flax_layers.of_variables({name: a.shape for name, a in arrays.items()})
@@ -195,21 +179,16 @@ def to_torch(
         f"{name} is left over: the target has no place for it" for name in dict.fromkeys(left) if name in arrays
     ]
     state = module.state_dict()
-    tied = misfits.tied(state)
-    problems += misfits.missing_in_flax(found, target, tied)
+    problems += misfits.missing_in_flax(found, target, torch_state.tied(state))
     _raise(problems)
     _warn_unless_finite(arrays)
-    carried = {name: _from_numpy(a) for name, a in found.to_torch(arrays).items()}
+    carried = found.to_torch(arrays)
     partner = {pair.torch.path: pair.flax.path for pair in found.layers}
     for path, name in target.counters.items():
         count = arrays.get(given.counters.get(partner.get(path, ""), ""))
         if count is not None:
-            carried[name] = torch.tensor(np.asarray(count), dtype=state[name].dtype)
-    result = {}
-    for name, value in state.items():
-        source = next((n for n in tied[name] if n in carried), None)
-        result[prefix + name] = value.clone() if source is None else carried[source]
-    return result
+            carried[name] = count
+    return torch_state.filled(state, carried, prefix)
 
 
 def _check_single_layers(
@@ -233,45 +212,6 @@ def _warn_unless_finite(arrays: Mapping[str, NDArray]) -> None:
         warnings.warn(f"{', '.join(broken)} hold NaN or infinity", ParityWarning, stacklevel=3)
 
 
-# Tensors and arrays.
-
-
-def _state_of(source: Any) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors by clean names, and the prefix that was taken off."""
-    if isinstance(source, torch.nn.Module):
-        module, prefix = torch_layers.unwrapped(source)
-        torch_layers.check_lazy(module)
-        return {name: v for name, v in module.state_dict().items() if isinstance(v, torch.Tensor)}, prefix
-    if not isinstance(source, Mapping) or not all(isinstance(v, torch.Tensor) for v in source.values()):
-        raise TypeError(f"the source is {type(source).__name__}; allowed: a torch module or its state_dict")
-    return torch_layers.clean_names(source)
-
-
-def _torch_structure(source: Any, shapes: Mapping[str, tuple[int, ...]]) -> Structure:
-    if isinstance(source, torch.nn.Module):
-        return torch_layers.of_module(torch_layers.unwrapped(source)[0])
-    return torch_layers.of_state(shapes)
-
-
-def named(variables: Any) -> dict[str, NDArray[Any]]:
-    """Flax's variables by full name."""
-    return {name: np.asarray(v) for name, v in flax_layers.flat_in_order(variables).items()}
-
-
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:
     """The array as a tensor of its own, bfloat16 too."""
-    return _from_numpy(array)
-
-
-def _to_numpy(tensor: torch.Tensor) -> NDArray:
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:  # numpy knows it through ml_dtypes only
-        return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
-
-
-def _from_numpy(array: NDArray) -> torch.Tensor:
-    array = np.array(array, order="C")
-    if array.dtype == jnp.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return torch_state.from_numpy(array)

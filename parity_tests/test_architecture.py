@@ -16,7 +16,8 @@ ROWS = [
     {"comparison"},
     {"diagnosis", "training"},
     {"report"},
-    {"judge", "evidence", "conventions"},
+    {"judge", "evidence"},
+    {"conventions"},
     {"check", "offline", "trajectory", "weights"},
     {"wings", "testing"},
     {"cli"},
@@ -35,15 +36,6 @@ parity.cli.commands imports flax
 parity.cli.train imports jax_bn
 parity.cli.train imports torch
 parity.cli.train imports torch_bn
-parity.conventions imports flax
-parity.conventions imports torch
-parity.pairing.by_running imports flax
-parity.pairing.by_running imports parity.sides.jax
-parity.pairing.by_running imports parity.sides.jax.layers
-parity.pairing.by_running imports parity.sides.torch.layers
-parity.pairing.by_running imports torch
-parity.pairing.problems imports jax
-parity.pairing.problems imports torch
 parity.records.weight_files imports torch
 parity.sides.jax.train imports parity.pairing.layers
 parity.sides.jax.train imports parity.pairing.translation
@@ -52,9 +44,6 @@ parity.training.gauges imports parity.sides.torch
 parity.training.gauges imports parity.sides.torch.train
 parity.training.gauges imports torch
 parity.trajectory imports torch
-parity.weights imports flax
-parity.weights imports jax
-parity.weights imports torch
 """
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bn_common.checks import check_batch_norm
-from torch_bn.channels import largest_of, num_values, one_of, spread, sum_by_channel, sum_in_float64, total_of
-from torch_bn.sums import LONG_SUM, difference, sums_in_float64, sums_in_parts
+from torch_bn.arrays import check_array, dtype_name, full_rank, kind_of, to_dtype, wide_dtype
+from torch_bn.channels import largest_of, num_values, one_of, spread, sum_by_channel, total_of
+from torch_bn.sums import LONG_SUM, difference, gradient_sums
 
 
 def batch_norm(
@@ -76,135 +78,143 @@ def batch_norm(
       TypeError: x, gamma, beta, a moving statistic or mask is no tensor.
       ValueError: see `bn_common.checks.check_batch_norm`.
     """
-    return batch_norm_with(
-        x,
-        gamma,
-        beta,
-        moving_mean,
-        moving_var,
-        train=train,
-        momentum=momentum,
-        eps=eps,
-        unbiased_moving_var=unbiased_moving_var,
-        axis=axis,
-        mask=mask,
-        num_batches_tracked=num_batches_tracked,
-    )
+    options = Options(momentum, eps, unbiased_moving_var, axis, mask, num_batches_tracked)
+    y, moving_mean, moving_var = batch_norm_with(x, gamma, beta, moving_mean, moving_var, options, train=train)
+    return to_dtype(y, x.dtype), moving_mean, moving_var
+
+
+class Options(NamedTuple):
+    """How a batch is normalised: the arguments of `batch_norm` that are no value per channel, carried whole.
+
+    Attributes:
+      momentum, axis, mask: see `batch_norm`.
+      epsilon: its eps.
+      unbiased: its unbiased_moving_var.
+      tracked: its num_batches_tracked.
+      long_sum: from so many values per channel on a gradient's float32 sums are float64, by device (None: LONG_SUM).
+    """
+
+    momentum: float | None = 0.9
+    epsilon: float = 1e-5
+    unbiased: bool = False
+    axis: int = 1
+    mask: Tensor | None = None
+    tracked: Tensor | int | None = None
+    long_sum: Mapping[str, int] | None = None
 
 
 def batch_norm_with(
-    x, gamma, beta, moving_mean, moving_var, *, train, momentum, eps, unbiased_moving_var, axis, mask,
-    num_batches_tracked, long_sum=None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`batch_norm` with another long_sum, in place of LONG_SUM."""
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    moving_mean: Tensor,
+    moving_var: Tensor,
+    options: Options,
+    *,
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_norm` as the layer calls it: y stays in the dtype that it was computed in, and is rounded by it."""
     named = {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_var": moving_var}
     for name, value in ("x", x), *named.items():
-        check_tensor(name, value)
+        check_array(name, value)
+    options = checked(options, x, named, train=train)
+    dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
+    axis, mask = options.axis, options.mask
+    wide_x = to_dtype(x if axis == 1 else x.movedim(axis, 1), dtype)
+    gamma, beta = to_dtype(gamma, dtype), to_dtype(beta, dtype)
+    if not train:
+        mean, var = to_dtype(moving_mean, dtype), to_dtype(moving_var, dtype)
+        y = normalize(wide_x, mean, var, gamma, beta, options.epsilon)
+        return y if axis == 1 else y.movedim(1, axis), moving_mean, moving_var
     if mask is not None:
-        check_tensor("mask", mask)
+        mask = full_rank(mask, x).movedim(axis, 1)
+        wide_x = torch.where(mask | wide_x.isfinite(), wide_x, 0)
+    long_sum = (options.long_sum or LONG_SUM).get(x.device.type, math.inf)
+    y, batch = normalize_batch(wide_x, gamma, beta, mask, options.epsilon, long_sum)
+    moved = moving_average(moving_mean, moving_var, batch, options)
+    return y if axis == 1 else y.movedim(1, axis), *moved
+
+
+def checked(options: Options, x: Tensor, per_channel: Mapping[str, Tensor], *, train: bool) -> Options:
+    """The options, which fit x and the named arguments with a value per channel, or an error."""
+    mask = options.mask
+    if mask is not None:
+        check_array("mask", mask)
     axes = check_batch_norm(
         shape=x.shape,
         dtype=dtype_name(x.dtype),
-        axis=axis,
-        per_channel={name: (value.shape, dtype_name(value.dtype)) for name, value in named.items()},
+        axis=options.axis,
+        per_channel={name: (value.shape, dtype_name(value.dtype)) for name, value in per_channel.items()},
         mask=None if mask is None else (mask.shape, dtype_name(mask.dtype)),
         train=train,
-        momentum=momentum,
-        num_batches_tracked=(
-            (num_batches_tracked.shape, dtype_name(num_batches_tracked.dtype))
-            if isinstance(num_batches_tracked, Tensor)
-            else num_batches_tracked
-        ),
+        momentum=options.momentum,
+        num_batches_tracked=kind_of(options.tracked),
         epsilon_name="eps",
-        epsilon=eps,
+        epsilon=options.epsilon,
     )
-    if len(axes) > 1 or not isinstance(axis, int):
-        raise ValueError(f"axis is {axis!r}; allowed: one axis of x")
-    eps = float(eps)  # a numpy float64 would widen what it meets
-    dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
-    (axis,) = axes
-    wide_x = _to(x if axis == 1 else x.movedim(axis, 1), dtype)
-    gamma, beta = _to(gamma, dtype), _to(beta, dtype)
-    if not train:
-        y = _normalize(wide_x, _to(moving_mean, dtype), _to(moving_var, dtype), gamma, beta, eps)
-        return _to(y if axis == 1 else y.movedim(1, axis), x.dtype), moving_mean, moving_var
-    if mask is not None:
-        mask = (mask != 0).reshape((1,) * (x.ndim - mask.ndim) + mask.shape).movedim(axis, 1)
-        wide_x = torch.where(mask | wide_x.isfinite(), wide_x, 0)
-    y, batch = _normalize_batch(wide_x, gamma, beta, eps, mask, (long_sum or LONG_SUM).get(x.device.type, math.inf))
-    moved_mean, moved_var = _move(moving_mean, moving_var, batch, momentum, num_batches_tracked, unbiased_moving_var)
-    return _to(y if axis == 1 else y.movedim(1, axis), x.dtype), moved_mean, moved_var
+    if len(axes) > 1 or not isinstance(options.axis, int):
+        raise ValueError(f"axis is {options.axis!r}; allowed: one axis of x")
+    if options.axis == axes[0] and type(options.epsilon) is float:
+        return options  # to make them anew costs 1 us, a fifteenth of a small prediction
+    # A numpy float64 would widen what it meets.
+    return options._replace(axis=axes[0], epsilon=float(options.epsilon))
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name that both frameworks share: float32 for torch.float32."""
-    return str(dtype).removeprefix("torch.")
+def moving_average(
+    moving_mean: Tensor, moving_var: Tensor, batch: Statistics, options: Options
+) -> tuple[Tensor, Tensor]:
+    """momentum * old + (1 - momentum) * new, in old's dtype but at least float32; old where the new is not known.
+
+    With momentum None, the weights are n / (n + 1) and 1 / (n + 1).
+    """
+    m, mean, var = batch.num_values, batch.shift + batch.rest, batch.var
+    if options.unbiased:
+        var = var * (m / (m - 1).clamp(min=1) if isinstance(m, Tensor) else m / (m - 1))
+    weights: tuple[float | Tensor, float | Tensor]
+    if options.momentum is None:
+        n = torch.as_tensor(options.tracked, device=mean.device).to(mean.dtype)
+        weights = n / (n + 1), 1 / (n + 1)
+    else:
+        weights = float(options.momentum), 1 - float(options.momentum)
+    moved = []
+    for old, new in (moving_mean, mean), (moving_var, var):
+        dtype = wide_dtype(old.dtype)
+        old, new = to_dtype(old, dtype), to_dtype(new, dtype)
+        value = weights[0] * old + weights[1] * new
+        moved.append(torch.where(m >= 2, value, old) if isinstance(m, Tensor) else value)
+    return moved[0], moved[1]
 
 
-def check_tensor(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; allowed: a tensor")
-
-
-def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: float64 if one of them is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _to(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """v.to(dtype); to be told that there is nothing to do costs PyTorch 4 us, a tenth of its batch norm of 256x120."""
-    return v if v.dtype == dtype else v.to(dtype)
+def normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
+    """gamma * (x - mean) / sqrt(var + epsilon) + beta. Subtract first: folded into x * a + b, a large mean cancels."""
+    if not torch.is_grad_enabled():  # PyTorch's kernel, whose derivative by gamma would not be as exact
+        return functional.batch_norm(
+            x - spread(mean, x), torch.zeros_like(mean), var, gamma, beta, training=False, eps=epsilon
+        )
+    return torch.addcmul(spread(beta, x), x - spread(mean, x), spread(gamma * torch.rsqrt(var + epsilon), x))
 
 
 class Statistics(NamedTuple):
-    """Statistics of a batch, a value per channel: the biased variance, the mean, and m (a number, or by channel)."""
+    """Statistics of a batch, a value per channel. The mean is shift + rest: twice the digits.
+
+    Attributes:
+      num_values: m, a number, or by channel.
+      shift: a value near the mean.
+      rest: what the mean is beside it.
+      var: the biased variance.
+    """
 
     num_values: int | Tensor
-    mean: Tensor
+    shift: Tensor
+    rest: Tensor
     var: Tensor
-
-
-def _move(
-    moving_mean: Tensor,
-    moving_var: Tensor,
-    batch: Statistics,
-    momentum: float | None,
-    num_batches_tracked: Tensor | int | None,
-    unbiased_moving_var: bool,
-) -> list[Tensor]:
-    """The moving statistics after this batch, in their dtype but at least float32; old where the new is not known."""
-    m, mean, var = batch
-    bessel = m / (m - 1).clamp(min=1) if isinstance(m, Tensor) else m / (m - 1)
-    weights: tuple[float | Tensor, float | Tensor]
-    if momentum is None:
-        n = torch.as_tensor(num_batches_tracked, device=mean.device).to(mean.dtype)
-        weights = n / (n + 1), 1 / (n + 1)
-    else:
-        weights = float(momentum), 1 - float(momentum)
-    moved = []
-    for old, new in (moving_mean, mean), (moving_var, var * bessel if unbiased_moving_var else var):
-        dtype = wide_dtype(old.dtype)
-        old, new = _to(old, dtype), _to(new, dtype)
-        value = weights[0] * old + weights[1] * new
-        moved.append(torch.where(m >= 2, value, old) if isinstance(m, Tensor) else value)
-    return moved
-
-
-def _normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """gamma * (x - mean) / sqrt(var + eps) + beta. Subtract first: folded into x * a + b, a large mean cancels."""
-    if not torch.is_grad_enabled():  # PyTorch's kernel, whose derivative by gamma would not be as exact
-        return functional.batch_norm(
-            x - spread(mean, x), torch.zeros_like(mean), var, gamma, beta, training=False, eps=eps
-        )
-    return torch.addcmul(spread(beta, x), x - spread(mean, x), spread(gamma * torch.rsqrt(var + eps), x))
 
 
 def _near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """A value near the mean of each channel, which of a constant channel is its value exactly.
 
     It is the mean of a quarter of the examples, from the differences to one of the channel's values: whatever the
-    others hold, the mean of all is at most sqrt(3) standard deviations away.
+    others hold, the mean of all is at most sqrt(3) standard deviations away. PyTorch only: JAX takes the mean itself.
     """
     one = one_of(x, mask)
     some = x if mask is not None else x[: (len(x) + 3) // 4]
@@ -216,26 +226,26 @@ def _near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of d, whose mean is at most a few standard deviations."""
+    """Mean and biased variance of d, whose mean is at most a few standard deviations.
+
+    PyTorch only: in JAX they are taken where what is near the mean is, in `_statistics`.
+    """
     total = total_of(d, mask)
     mean = sum_by_channel(d, mask) / total
     return mean, (sum_by_channel(d * d, mask) / total - mean * mean).clamp(min=0)
 
 
-def batch_statistics(
-    x: Tensor, axis: int = 1, mask: Tensor | None = None
-) -> tuple[int | Tensor, Tensor, Tensor, Tensor]:
-    """(m, near, offset, var) of x, a value per channel; the mean is near + offset, two floats for twice the digits."""
-    x = x.detach().movedim(axis, 1)
+def batch_statistics(x: Tensor, options: Options) -> Statistics:
+    """The statistics that `batch_norm` normalises x with."""
+    mask = None if options.mask is None else full_rank(options.mask, x).movedim(options.axis, 1)
+    x = x.detach().movedim(options.axis, 1)
     x = x.to(wide_dtype(x.dtype))
-    if mask is not None:
-        mask = (mask != 0).reshape((1,) * (x.ndim - mask.ndim) + mask.shape).movedim(axis, 1)
     near = _near_the_mean(x, mask)
-    return num_values(x, mask), near, *_mean_and_var(x - spread(near, x), mask)
+    return Statistics(num_values(x, mask), near, *_mean_and_var(x - spread(near, x), mask))
 
 
-def _normalize_batch(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None, long_sum: float
+def normalize_batch(
+    x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor | None, epsilon: float, long_sum: float
 ) -> tuple[Tensor, Statistics]:
     """x normalised with its own statistics, and these. long_sum: from so many values on sums are float64.
 
@@ -245,15 +255,32 @@ def _normalize_batch(
     near = _near_the_mean(x.detach(), mask)
     d, rest = difference(x, spread(near, x)) if x.dtype == torch.float64 else (x - spread(near, x), None)
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
-    y, offset, var = function.apply(d, gamma, beta, eps, mask, long_sum, rest)
-    return y, Statistics(num_values(x, mask), near + offset, var)
+    y, offset, var = function.apply(d, gamma, beta, mask, epsilon, long_sum, rest)
+    return y, Statistics(num_values(x, mask), near, offset, var)
+
+
+def tangent(d, gamma, mask, mean, var, d_dot, gamma_dot, beta_dot, epsilon):
+    """The tangents of y, mean and var: the map of which `_NormalizeBatch.backward` is the transpose.
+
+    y_dot = factor * d_dot + a + (d - mean) * b      factor = gamma * r,  r = 1 / sqrt(var + epsilon)
+        b = r * gamma_dot - factor * r^2 * mean((d - mean) * d_dot)
+        a = beta_dot - factor * mean(d_dot)
+    """
+    total = total_of(d, mask)
+    r = torch.rsqrt(var + epsilon)
+    factor = gamma * r
+    c = d - spread(mean, d)
+    mean_dot, along = sum_by_channel(d_dot, mask) / total, sum_by_channel(c * d_dot, mask) / total
+    b = r * gamma_dot - factor * (r * r) * along
+    a = beta_dot - factor * mean_dot
+    return d_dot * spread(factor, d) + spread(a, d) + c * spread(b, d), mean_dot, 2 * along
 
 
 def _kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
     """Whether PyTorch's own kernel of the gradient sums well enough here: then it is taken, being the fastest.
 
     On a CPU it adds images, a channel in a plane, plane by plane, and the planes in float64; what is laid out otherwise
-    it adds one by one. On other devices it adds in a tree. Of float64 that is not enough.
+    it adds one by one. On other devices it adds in a tree. Of float64 that is not enough. PyTorch only: XLA has none.
     """
     if mask is not None or d.dtype != torch.float32:
         return False
@@ -262,30 +289,36 @@ def _kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
 
 
 class _NormalizeBatch(torch.autograd.Function):
-    """(d, gamma, beta, eps, mask, long_sum, rest) -> (y, mean, var): d normalised with its own statistics, and these.
+    """(d, gamma, beta, mask, epsilon, long_sum, rest) -> (y, mean, var): d normalised, and its statistics.
 
-    rest is what d, of float64, has rounded off.
+    rest is what d, of float64, has rounded off. PyTorch only: JAX transposes `tangent` itself.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        d: Tensor, gamma: Tensor, beta: Tensor, eps: float, mask: Tensor | None, long_sum: float, rest: Tensor | None
+        d: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mask: Tensor | None,
+        epsilon: float,
+        long_sum: float,
+        rest: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if mask is None and d.device.type != "cpu":
             # One kernel for all. (A CPU's adds the statistics one value at a time, three times as slow as sums.)
             m, mean, unbiased = num_values(d, mask), d.new_zeros(d.shape[1]), d.new_zeros(d.shape[1])
             # momentum 1: the running statistics become the batch's; of the variance nothing else is given.
-            y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, unbiased, True, 1.0, eps)
+            y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, unbiased, True, 1.0, epsilon)
             return y, mean, unbiased * ((m - 1) / m)
         mean, var = _mean_and_var(d, mask)
-        y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, var, False, 0.0, eps)
+        y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, var, False, 0.0, epsilon)
         return y, mean, var
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        d, gamma, _, ctx.eps, mask, ctx.long_sum, rest = inputs
+        d, gamma, _, mask, ctx.epsilon, ctx.long_sum, rest = inputs
         _, mean, var = output
         ctx.save_for_backward(d, gamma, mask, mean, var, rest)
         ctx.save_for_forward(d, gamma, mask, mean, var, rest)
@@ -295,28 +328,23 @@ class _NormalizeBatch(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None):
         """The closed form of the gradient (paper, section 3), in operations that autograd can follow once more.
 
-            dbeta = sum(dy)       dgamma = r * sum((dy - dbeta / m) * (d - mean))       r = 1 / sqrt(var + eps)
+            dbeta = sum(dy)       dgamma = r * sum((dy - dbeta / m) * (d - mean))       r = 1 / sqrt(var + epsilon)
             dd    = gamma * r * (dy - dbeta / m - (d - mean) * r * dgamma / m)
 
         dy is centred before it meets d - mean: with a common offset in dy, mean's rounding would be added up m times.
         The returned statistics add dmean / m and dvar * 2 (d - mean) / m.
         """
         d, gamma, mask, mean, var, rest = ctx.saved_tensors
-        r = torch.rsqrt(var + ctx.eps)
+        r = torch.rsqrt(var + ctx.epsilon)
         total = total_of(d, mask)
         only_y = dy is not None and dmean is None and dvar is None
         dy = torch.zeros_like(d) if dy is None else dy
-        if rest is not None:
-            dbeta, along = sums_in_parts(dy, d, rest, mean, mask)
-        elif d.numel() // d.shape[1] >= ctx.long_sum:
-            dbeta, along = sums_in_float64(dy, d, mask)
-        else:
-            dbeta, along = sum_in_float64(dy), None
+        dbeta, along = gradient_sums(dy, d, rest, mean, mask, ctx.long_sum)
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
         if only_y and not torch.is_grad_enabled() and _kernel_adds_well(d, mask):
             centred = dy - spread(dbeta / total, d)
             dd, dgamma, _ = torch.ops.aten.native_batch_norm_backward(
-                centred, d, gamma, None, None, mean, r, True, ctx.eps, [True, True, False]
+                centred, d, gamma, None, None, mean, r, True, ctx.epsilon, [True, True, False]
             )
             return dd, dgamma if along is None else along * r, dbeta, None, None, None, None
         c = d - spread(mean, d)
@@ -339,21 +367,14 @@ _NormalizeBatch.forward.__signature__ = inspect.signature(_NormalizeBatch.forwar
 
 
 class _NormalizeBatchForward(_NormalizeBatch):
-    """The same with forward mode. A class of its own: `torch.compile` traces no Function that defines a jvp."""
+    """The same with forward mode. PyTorch only: `torch.compile` traces no Function that defines a jvp."""
 
     @staticmethod
     def jvp(ctx, d_dot: Tensor | None, gamma_dot: Tensor | None, beta_dot: Tensor | None, *_):
-        """The tangent map, of which `backward` is the transpose."""
+        """See `tangent`."""
         d, gamma, mask, mean, var, _ = ctx.saved_tensors
         d_dot, gamma_dot, beta_dot = (
             torch.zeros_like(like) if given is None else given
             for given, like in ((d_dot, d), (gamma_dot, gamma), (beta_dot, gamma))
         )
-        total = total_of(d, mask)
-        r = torch.rsqrt(var + ctx.eps)
-        factor = gamma * r
-        c = d - spread(mean, d)
-        mean_dot, along = sum_by_channel(d_dot, mask) / total, sum_by_channel(c * d_dot, mask) / total
-        b = r * gamma_dot - factor * (r * r) * along
-        a = beta_dot - factor * mean_dot
-        return d_dot * spread(factor, d) + spread(a, d) + c * spread(b, d), mean_dot, 2 * along
+        return tangent(d, gamma, mask, mean, var, d_dot, gamma_dot, beta_dot, ctx.epsilon)

@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from bn_common.checks import check_blenet, check_blenet_input
-from torch_bn.batch_norm import check_tensor, dtype_name
+from torch_bn.arrays import check_array, dtype_name
 from torch_bn.layers import BatchNorm
-
-# Float64 sums in the gradients of batch norm from here on, and not from 2^6 on as elsewhere (jax_bn/blenet_cpu.py has
-# the same): those of the images would make the step a twentieth longer, where the convolutions before and behind them
-# round no less than float32 sums.
-LONG_SUM = {"cpu": 2**18, "cuda": 2**18}
 
 
 class BLeNet(nn.Module):
@@ -89,7 +84,7 @@ class BLeNet(nn.Module):
           ValueError: another shape, a dtype that is no float, or fewer than two images in training mode; no moving
             statistic has changed.
         """
-        check_tensor("x", x)
+        check_array("x", x)
         check_blenet_input(
             shape=x.shape, dtype=dtype_name(x.dtype), layout="NCHW", image=self.image_shape, train=self.training
         )
@@ -98,3 +93,9 @@ class BLeNet(nn.Module):
     if TYPE_CHECKING:  # `nn.Module` declares that a call gives anything
 
         def __call__(self, x: Tensor) -> Tensor: ...  # noqa: D102
+
+
+# Float64 sums in the gradients of batch norm from here on, and not as early as elsewhere: those of the images would
+# make the step a twentieth longer, where the convolutions before and behind them round no less than float32 sums.
+# PyTorch only: JAX has it in blenet_cpu.py.
+LONG_SUM = {"cpu": 2**18, "cuda": 2**18}

@@ -24,7 +24,10 @@ def sum_by_channel(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def sum_in_float64(x: Tensor) -> Tensor:
-    """Sum per channel of float32, rounded once where that costs nothing: a GPU widens each value as it reads it."""
+    """Sum per channel of float32, rounded once where that costs nothing: a GPU widens each value as it reads it.
+
+    PyTorch only: JAX adds float32 in float64 on a GPU anyway.
+    """
     if x.device.type != "cuda":
         return sum_by_channel(x)
     return x.sum([0, *range(2, x.ndim)], dtype=torch.float64).to(x.dtype)
@@ -50,6 +53,9 @@ def one_of(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def largest_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The largest |x| of each channel: of a sample, SAMPLE of its values, or of all that the mask counts."""
+    """The largest |x| of each channel: of a sample, SAMPLE of its values, or of all that the mask counts.
+
+    PyTorch only: see `_near_the_mean`.
+    """
     some = torch.where(mask, x, 0) if mask is not None else x[: max(1, SAMPLE * x.shape[1] // x[0].numel())]
     return some.abs().amax([0, *range(2, x.ndim)])

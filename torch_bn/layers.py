@@ -19,16 +19,8 @@ from bn_common.checks import (
     require,
 )
 from bn_common.conventions import PYTORCH, Convention, complement, convert_moving_var
-from torch_bn.batch_norm import batch_norm_with, check_tensor, dtype_name, wide_dtype
-
-NATIVE: dict[int | tuple[int, ...], type[_BatchNorm]] = {
-    (2, 3): nn.BatchNorm1d,
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
-}
-"""Rank of the input -> PyTorch's layer."""
+from torch_bn.arrays import check_array, dtype_name, to_dtype, wide_dtype
+from torch_bn.batch_norm import Options, batch_norm_with
 
 
 class BatchNorm(nn.Module):
@@ -118,7 +110,7 @@ class BatchNorm(nn.Module):
         Raises:
           ValueError: another rank, and all that `torch_bn.batch_norm` refuses; the moving statistics stay as they were.
         """
-        check_tensor("x", x)
+        check_array("x", x)
         ranks = self.num_dims if isinstance(self.num_dims, Sequence) else (self.num_dims,)
         allowed = " or ".join(map(str, ranks))
         require(x.ndim in ranks, "the rank of x", f"{x.ndim} (shape {tuple(x.shape)})", allowed)
@@ -129,14 +121,8 @@ class BatchNorm(nn.Module):
             torch.zeros_like(self.moving_mean) if self.beta is None else self.beta,
             self.moving_mean,
             self.moving_var,
+            options_of(self, mask, self.num_batches_tracked),
             train=train,
-            momentum=self.momentum,
-            eps=self.eps,
-            unbiased_moving_var=self.unbiased_moving_var,
-            axis=self.axis,
-            mask=mask,
-            num_batches_tracked=self.num_batches_tracked,
-            long_sum=self.long_sum,
         )
         if train:
             with torch.no_grad():
@@ -144,7 +130,7 @@ class BatchNorm(nn.Module):
                 self.moving_var.copy_(moving_var)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
-        return y
+        return to_dtype(y, x.dtype)
 
     if TYPE_CHECKING:  # `nn.Module` declares that a call gives anything
 
@@ -255,3 +241,26 @@ class BatchNorm(nn.Module):
             "frozen_statistics": (self.frozen_statistics, False),
         }
         return ", ".join(shown + [f"{name}={value}" for name, (value, usual) in others.items() if value != usual])
+
+
+def options_of(layer: BatchNorm, mask: Tensor | None, tracked: Tensor | None) -> Options:
+    """The attributes of a layer, as `batch_norm` takes them."""
+    return Options(
+        momentum=layer.momentum,
+        epsilon=layer.eps,
+        unbiased=layer.unbiased_moving_var,
+        axis=layer.axis,
+        mask=mask,
+        tracked=tracked,
+        long_sum=layer.long_sum,
+    )
+
+
+NATIVE: dict[int | tuple[int, ...], type[_BatchNorm]] = {
+    (2, 3): nn.BatchNorm1d,
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
+"""Rank of the input -> PyTorch's layer. PyTorch only: in JAX the layer is a drop-in for Flax's own."""

@@ -1,4 +1,4 @@
-"""Swaps PyTorch's own batch norms for `torch_bn.BatchNorm` everywhere in a model, and back."""
+"""Swaps PyTorch's own batch norms for `torch_bn.BatchNorm` everywhere in a model, and back. PyTorch only."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_common.checks import require
 from image_data import FeatureStatistics
-from torch_bn.batch_norm import batch_statistics
+from torch_bn.batch_norm import Options, Statistics, batch_statistics
 from torch_bn.layers import BatchNorm
 
 
@@ -53,14 +53,8 @@ def precise_statistics(
     def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["x" if isinstance(layer, BatchNorm) else "input"]
         mask = args[1] if len(args) > 1 else kwargs.get("mask")
-        axis = layer.axis if isinstance(layer, BatchNorm) else 1
-        num_values, *others = batch_statistics(x, axis, mask)
-        near, offset, var = (value.cpu().numpy().astype(np.float64) for value in others)
-        m = num_values.cpu().numpy().astype(np.int64) if isinstance(num_values, Tensor) else num_values
-        finite = np.isfinite(offset).all() and np.isfinite(var).all()
-        require(bool(finite), f"the input of {layers[layer]}", "NaN or infinite", "finite numbers")
-        batch = FeatureStatistics(m, near, offset, m * var)
-        seen[layer] = seen[layer].merge(batch) if layer in seen else batch
+        options = Options(axis=layer.axis if isinstance(layer, BatchNorm) else 1, mask=mask)
+        _add(seen, layer, batch_statistics(x, options), layers[layer])
 
     modes = {child: child.training for child in module.modules()}
     before = {layer: {name: value.clone() for name, value in layer.named_buffers()} for layer in layers}
@@ -83,12 +77,26 @@ def precise_statistics(
     missing = [name for layer, name in layers.items() if layer not in seen]
     require(bool(seen), "the number of batches that came through a batch norm", 0, "1 or more")
     require(not missing, f"the number of batches that came through {', '.join(missing)}", 0, "1 or more")
-    for layer, statistics in seen.items():  # all is looked at before anything is changed
-        enough = np.min(statistics.num_examples) >= 2
-        require(bool(enough), f"the number of values per channel of {layers[layer]}", 1, "2 or more")
-    for layer, statistics in seen.items():
-        unbiased = not isinstance(layer, BatchNorm) or layer.unbiased_moving_var
-        prefix = "moving" if isinstance(layer, BatchNorm) else "running"
-        layer.get_buffer(f"{prefix}_mean").copy_(torch.from_numpy(statistics.mean))
-        var = statistics.m2 / (statistics.num_examples - int(unbiased))
-        layer.get_buffer(f"{prefix}_var").copy_(torch.from_numpy(var))
+    moving = {layer: _moving(layer, statistics, layers[layer]) for layer, statistics in seen.items()}
+    for layer, values in moving.items():
+        for name, new in values.items():
+            layer.get_buffer(name).copy_(torch.from_numpy(new))
+
+
+def _add(seen: dict[Any, FeatureStatistics], layer: Any, statistics: Statistics, name: str) -> None:
+    num_values, *others = (value.cpu().numpy() if isinstance(value, Tensor) else value for value in statistics)
+    shift, rest, var = (np.asarray(value, np.float64) for value in others)
+    finite = np.isfinite(rest).all() and np.isfinite(var).all()
+    require(bool(finite), f"the input of {name}", "NaN or infinite", "finite numbers")
+    m = np.asarray(num_values).astype(np.int64)
+    batch = FeatureStatistics(m, shift, rest, m * var)
+    seen[layer] = seen[layer].merge(batch) if layer in seen else batch
+
+
+def _moving(layer: Any, statistics: FeatureStatistics, name: str) -> dict[str, np.ndarray]:
+    enough = np.min(statistics.num_examples) >= 2
+    require(bool(enough), f"the number of values per channel of {name}", 1, "2 or more")
+    unbiased = not isinstance(layer, BatchNorm) or layer.unbiased_moving_var
+    prefix = "moving" if isinstance(layer, BatchNorm) else "running"
+    var = statistics.m2 / (statistics.num_examples - int(unbiased))
+    return {f"{prefix}_mean": statistics.mean, f"{prefix}_var": var}

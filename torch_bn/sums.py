@@ -8,14 +8,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_bn.channels import spread, sum_by_channel, total_of
+from torch_bn.channels import spread, sum_by_channel, sum_in_float64, total_of
 
 # From this many values per channel on float32's sums are float64, by device; elsewhere never. On a CPU the copies are a
 # third of the time of large images. On a GPU they are half of it, and PyTorch's own kernel adds in a tree.
 LONG_SUM = {"cpu": 1, "cuda": 2**16}
-# Every operation here is a loop of its own. Where a CPU takes it piece by piece, by so many values, what one has
-# written the next finds in the cache: float64 copies cost half of what they would cost by way of memory.
+# Of the 53 that float64 has: see `jax_bn/sums.py`.
+FIRST_BITS = 16
+# PyTorch only: every operation here is a loop of its own. Where a CPU takes it piece by piece, by so many values, what
+# one has written the next finds in the cache: float64 copies cost half of what they would cost by way of memory.
 PIECE = 2**18
+
+
+def gradient_sums(
+    dy: Tensor, d: Tensor, rest: Tensor | None, mean: Tensor, mask: Tensor | None, long_sum: float
+) -> tuple[Tensor, Tensor | None]:
+    """sum(dy) and sum(dy * (d - mean)), as exact as d's dtype asks for; of the latter None where any sum will do.
+
+    Args:
+      dy: the gradient of y.
+      d: x's differences to a value near the mean.
+      rest: what d has rounded off, of float64, else None.
+      mean: of d.
+      mask: which positions count.
+      long_sum: from so many values per channel on float32 is added in float64.
+    """
+    if rest is not None:
+        return sums_in_parts(dy, d, rest, mean, mask)
+    if d.numel() // d.shape[1] >= long_sum:
+        return sums_in_float64(dy, d, mask)
+    return sum_in_float64(dy), None
 
 
 def sums_in_float64(dy: Tensor, d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -35,7 +57,10 @@ def sums_in_float64(dy: Tensor, d: Tensor, mask: Tensor | None) -> tuple[Tensor,
 
 
 def _three_sums(dy: Tensor, d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(dy), sum(dy * d) and sum(d), the last of the positions in mask only, in float64."""
+    """sum(dy), sum(dy * d) and sum(d), the last of the positions in mask only, in float64.
+
+    PyTorch only: JAX transposes the sums.
+    """
     dy, d = dy.double(), d.double()
     return sum_by_channel(dy), sum_by_channel(dy * d), sum_by_channel(d, mask)
 
@@ -52,10 +77,10 @@ def sums_in_parts(dy: Tensor, d: Tensor, rest: Tensor, mean: Tensor, mask: Tenso
     and so is its rounding.
     """
     c, rounded_off = difference(d, spread(mean, d))
-    c1, dy1 = _first(c), _first(dy)
+    c1, dy1 = first_bits(c), first_bits(dy)
     low = (c - c1) + (rounded_off + rest)
     p = dy1 * c1
-    p1 = _first(p)
+    p1 = first_bits(p)
     dbeta = sum_by_channel(dy1) + sum_by_channel(dy - dy1)
     along = sum_by_channel(p1) + sum_by_channel((p - p1) + (dy - dy1) * c1 + dy * low)
     return dbeta, along - dbeta * ((sum_by_channel(c1, mask) + sum_by_channel(low, mask)) / total_of(d, mask))
@@ -69,9 +94,9 @@ def difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return d, (a - (d - moved)) - (b + moved)
 
 
-def _first(v: Tensor) -> Tensor:
-    """v rounded to its first 16 bits (Veltkamp's splitting), as a constant: the derivative is that of what is left."""
+def first_bits(v: Tensor) -> Tensor:
+    """v rounded to its first bits (Veltkamp's splitting), as a constant: the derivative is that of what is left."""
     v = v.detach()
-    large = v * (2.0**37 + 1)
+    large = v * (2.0 ** (53 - FIRST_BITS) + 1)
     first = large - (large - v)
     return torch.where(first.isfinite(), first, 0)  # from 1e297 on, all of it is left

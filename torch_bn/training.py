@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -54,17 +55,21 @@ class DeviceData(NamedTuple):
         return x[:, None], self.labels[indices]
 
 
-def learning_rate_factor(config: Config, steps_per_epoch: int, step: int) -> float:
+def learning_rate_schedule(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
     """Learning rate at step t (from 0) relative to the config's, with W steps of warm-up and T steps in all.
 
     t / W in the warm-up; then 1 (constant) or (1 + cos(pi * (t - W) / (T - W))) / 2 (cosine).
     """
     warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
-    if step < warmup:
-        return step / warmup
-    if config.schedule == "constant" or warmup == total:
-        return 1.0
-    return (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup)))) / 2
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        if config.schedule == "constant" or warmup == total:
+            return 1.0
+        return (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup)))) / 2
+
+    return factor
 
 
 def make_optimizer(config: Config, steps_per_epoch: int, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
@@ -78,7 +83,7 @@ def make_optimizer(config: Config, steps_per_epoch: int, model: nn.Module) -> tu
         "adam": lambda p: torch.optim.Adam(p, lr, weight_decay=decay),
         "adamw": lambda p: torch.optim.AdamW(p, lr, weight_decay=decay),
     }[config.optimizer](model.parameters())
-    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(config, steps_per_epoch, step))
+    return optimizer, LambdaLR(optimizer, learning_rate_schedule(config, steps_per_epoch))
 
 
 def train_step(
@@ -181,12 +186,17 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
             start_time=start_time,
             seconds=seconds,
             learning_rate=learning_rate,
-            weights={name: v.cpu().numpy() for name, v in model.state_dict().items()},
+            weights=named_weights(model),
         )
         if run.reached:
             break
     run.finish()
     return model
+
+
+def named_weights(model: nn.Module) -> dict[str, NDArray]:
+    """The parameters and statistics by name, as weights.safetensors holds them: "conv.0.weight" and so on."""
+    return {name: v.cpu().numpy() for name, v in model.state_dict().items()}
 
 
 if __name__ == "__main__":

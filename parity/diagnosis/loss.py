@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.diagnosis.between.activations import error_of, limit_of
+from parity.diagnosis.family import Family, Property
 from parity.diagnosis.finding import Finding, Located
 from parity.pairing.translation import Translation
 from parity.records.recording import Recording
@@ -68,7 +69,7 @@ def findings(
     with np.errstate(all="ignore"):
         entropies = [_cross_entropy(g, output, tolerance) for g in (torch_gradient, flax_gradient)]
     if entropies[0] and entropies[1] and not gradients_agree:
-        found = _compare(entropies[0], entropies[1], output.shape, tolerance)
+        found = _family(output.shape, tolerance).findings(entropies[0], entropies[1])
         if found:
             return found
     return [Finding("unexplained", _description(torch_loss, flax_loss, gradients_agree, factor))]
@@ -149,21 +150,35 @@ def _fit(g: Array, p: Array, labels: NDArray[np.intp], limit: float) -> _CrossEn
     return _CrossEntropy(float(scale), smoothing, np.where(used, labels, NO_LABEL))
 
 
-def _compare(torch: _CrossEntropy, flax: _CrossEntropy, shape: tuple[int, ...], tolerance: float) -> list[Finding]:
-    found = []
-    if not np.array_equal(torch.labels, flax.labels):
-        offset = _offset(torch.labels, flax.labels, shape[-1])
-        if offset is None:
-            wrong = int((torch.labels != flax.labels).sum())
-            found.append(Finding("unexplained", f"the labels of {wrong} rows out of {len(torch.labels)} differ"))
-        else:
-            found.append(Finding("label-offset", _offset_sentence(torch.labels, flax.labels, offset)))
-    if abs(torch.smoothing - flax.smoothing) > 1e-6:
-        text = f"PyTorch smooths labels by {torch.smoothing:.4g}, Flax by {flax.smoothing:.4g}"
-        found.append(Finding("unexplained", text))
-    if not _close(torch.scale, flax.scale, max(1e-7, 10 * tolerance)):
-        found.append(_reduction(flax.scale / torch.scale, shape))
-    return found
+def _family(shape: tuple[int, ...], tolerance: float) -> Family[_CrossEntropy]:
+    """What two cross-entropies of an output of this shape may differ in."""
+    allowed = max(1e-7, 10 * tolerance)
+    return Family(
+        Property(
+            "labels",
+            lambda torch, flax: not np.array_equal(torch.labels, flax.labels),
+            lambda torch, flax: [_other_labels(torch.labels, flax.labels, shape[-1])],
+        ),
+        Property("smoothing", lambda torch, flax: abs(torch.smoothing - flax.smoothing) > 1e-6, _other_smoothing),
+        Property(
+            "scale",
+            lambda torch, flax: not _close(torch.scale, flax.scale, allowed),
+            lambda torch, flax: [_reduction(flax.scale / torch.scale, shape)],
+        ),
+    )
+
+
+def _other_labels(torch: NDArray[np.intp], flax: NDArray[np.intp], k: int) -> Finding:
+    offset = _offset(torch, flax, k)
+    if offset is None:
+        wrong = int((torch != flax).sum())
+        return Finding("unexplained", f"the labels of {wrong} rows out of {len(torch)} differ")
+    return Finding("label-offset", _offset_sentence(torch, flax, offset))
+
+
+def _other_smoothing(torch: _CrossEntropy, flax: _CrossEntropy) -> list[Finding]:
+    text = f"PyTorch smooths labels by {torch.smoothing:.4g}, Flax by {flax.smoothing:.4g}"
+    return [Finding("unexplained", text)]
 
 
 def _offset(torch: NDArray[np.intp], flax: NDArray[np.intp], k: int) -> int | None:

@@ -24,23 +24,11 @@ from parity.records.structure import Structure
 Partners = dict[str, str]
 """PyTorch's path -> Flax's."""
 
-LIKE = (
-    {"conv", "linear"},
-    {"batch_norm", "layer_norm", "group_norm", "rms_norm"},
-    {"conv", "conv_transpose"},
-    {"linear", "embedding"},
-)
-
 # What a pair is worth in the alignment by order, and what a layer without a partner costs.
 SAME_KIND, LIKE_KIND, LEFT, ALONE = 10.0, 4.0, -1.0, -3.0
 # What is worth how much in the assignment within a class; a word of a name is worth 1. The order, all in all, less.
 BY_KIND, BY_FEEDER, BY_ORDER = 2.0, 3.0, 0.5
 FORBIDDEN = -1e9
-
-
-def like(first: str, second: str) -> bool:
-    """Whether layers of these kinds may be the same layer; what is of no known kind may be anything."""
-    return first == second or "other" in (first, second) or any({first, second} <= both for both in LIKE)
 
 
 class Alignment:
@@ -173,11 +161,10 @@ def _look_of(layer: Layer, structure: Structure) -> _Look:
 
 def _fit(torch: _Look, flax: _Look) -> int | None:
     (torch_kind, _, torch_shapes), (flax_kind, transposed, flax_shapes) = torch, flax
-    if not like(torch_kind, flax_kind):
+    if not kinds.like(torch_kind, flax_kind):
         return None
-    kind = torch_kind if torch_kind != "other" else flax_kind
     options = {"transpose_kernel": transposed}
-    paired = rules.pair_tensors(kind, dict(torch_shapes), dict(flax_shapes), options)
+    paired = rules.pair_tensors(kinds.common(torch_kind, flax_kind), dict(torch_shapes), dict(flax_shapes), options)
     fits = bool(paired.pairs) and all(pair.fits for pair in paired.pairs)
     return len(paired.torch_left) + len(paired.flax_left) if fits else None
 
@@ -217,7 +204,7 @@ def feeders_of(structure: Structure) -> Mapping[str, str]:
 def is_norm(layer: Layer, structure: Structure) -> bool:
     """A norm, by its kind or because all that it has is a value or two per channel."""
     return layer.kind in kinds.NORMS or (
-        layer.kind == "other" and all(len(shape) == 1 for shape in shapes_of(layer, structure).values())
+        layer.kind == kinds.OTHER and all(len(shape) == 1 for shape in shapes_of(layer, structure).values())
     )
 
 

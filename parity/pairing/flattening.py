@@ -16,7 +16,7 @@ def reorder_behind_flattens(pairing: Pairing, torch: Structure, flax: Structure)
 
 def _reorder(pair: LayerPair, torch: Structure, flax: Structure) -> None:
     """Reorder the inputs of a layer that reads the same numbers in another order on the other side."""
-    if pair.kind not in ("linear", *kinds.NORMS):
+    if pair.kind not in kinds.FLAT:
         return
     shape = flatten_shape(torch.flattened.get(pair.torch.path), flax.flattened.get(pair.flax.path))
     if shape is None:

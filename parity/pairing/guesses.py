@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.records import kinds
 from parity.records.kinds import Shape
 from parity.records.recording import Layer
 from parity.records.structure import Guess
@@ -57,7 +58,7 @@ def guesses(layers: Sequence[Layer], shapes: Mapping[str, Shape], groups: int = 
     elif first.kind == "attention":
         matrix = next((shape for shape in own if len(shape) == 2), (1, 1))
         yield from (plain_guess((BATCH, length, matrix[1]), n) for length in lengths for n in (1, 3, 2))
-    elif first.kind in ("batch_norm", "group_norm", "layer_norm", "rms_norm") or len(weight) < 2:
+    elif first.kind in kinds.NORMS or len(weight) < 2:
         yield from _norm_guesses(first.kind, weight, lengths)
     else:
         yield from _matrix_guesses(weight[1], lengths)

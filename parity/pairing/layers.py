@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.pairing import rules
-from parity.pairing.alignment import LEFT, LIKE_KIND, SAME_KIND, Alignment, in_order, like, shapes_of
+from parity.pairing.alignment import LEFT, LIKE_KIND, SAME_KIND, Alignment, in_order, shapes_of
 from parity.pairing.names import similarity
 from parity.pairing.rules import TensorPair
 from parity.pairing.unordered import by_names
@@ -34,7 +34,7 @@ class LayerPair:
     @property
     def kind(self) -> str:
         """The kind; PyTorch's where they differ and it is known."""
-        return self.torch.kind if self.torch.kind != "other" else self.flax.kind
+        return kinds.common(self.torch.kind, self.flax.kind)
 
 
 @dataclass
@@ -151,8 +151,7 @@ def _check_map(layer_map: Mapping[str, str], torch: Structure, flax: Structure) 
 
 
 def _pair(t: Layer, f: Layer, torch: Structure, flax: Structure) -> LayerPair:
-    kind = t.kind if t.kind != "other" else f.kind
-    found = rules.pair_tensors(kind, shapes_of(t, torch), shapes_of(f, flax), f.config)
+    found = rules.pair_tensors(kinds.common(t.kind, f.kind), shapes_of(t, torch), shapes_of(f, flax), f.config)
     return LayerPair(t, f, list(found.pairs), list(found.torch_left), list(found.flax_left))
 
 
@@ -161,7 +160,7 @@ def _misfits(ts: Sequence[Layer], fs: Sequence[Layer], torch: Structure, flax: S
     worth = np.full((len(ts), len(fs)), -np.inf)
     for i, t in enumerate(ts):
         for j, f in enumerate(fs):
-            if "other" not in (t.kind, f.kind) and like(t.kind, f.kind):
+            if kinds.OTHER not in (t.kind, f.kind) and kinds.like(t.kind, f.kind):
                 pair = _pair(t, f, torch, flax)
                 worth[i, j] = (SAME_KIND if t.kind == f.kind else LIKE_KIND) + MISFIT
                 worth[i, j] += LEFT * (len(pair.torch_left) + len(pair.flax_left)) + similarity(t.path, f.path) / 10
@@ -178,7 +177,7 @@ def _may_be_same(t: str, f: str, torch_owner: Mapping[str, Layer], flax_owner: M
     is_shift = [kinds.SHIFT.fullmatch(name) is not None for name in names]
     is_scale = [kinds.SCALE.fullmatch(name) or kinds.WEIGHT.fullmatch(name) for name in names]
     crossed = (is_shift[0] and is_scale[1]) or (is_scale[0] and is_shift[1])
-    return not crossed and like(torch_owner[t].kind, flax_owner[f].kind)
+    return not crossed and kinds.like(torch_owner[t].kind, flax_owner[f].kind)
 
 
 def _pair_loose(pairing: Pairing, shapes) -> None:
@@ -190,7 +189,7 @@ def _pair_loose(pairing: Pairing, shapes) -> None:
             names = [f for f in flax if f.startswith("params/") or not by_shape]
             names = [f for f in names if _may_be_same(t, f, torch_owner, flax_owner)]
             found = rules.pair_tensors(
-                "other",
+                kinds.OTHER,
                 {t.rpartition(".")[2]: shapes[0][t]},
                 {f: shapes[1][f] for f in names if by_shape or f.rpartition("/")[2] == t.rpartition(".")[2]},
             )
@@ -224,7 +223,7 @@ def _complete(found: Pairing, torch: Structure, flax: Structure) -> None:
 
 
 def _in_one_place(t: Layer, f: Layer, found: Pairing, torch: Structure, flax: Structure) -> bool:
-    if not like(t.kind, f.kind) or _ranks(t, torch) != _ranks(f, flax):
+    if not kinds.like(t.kind, f.kind) or _ranks(t, torch) != _ranks(f, flax):
         return False
     partner = {pair.torch.path: pair.flax.path for pair in found.layers}
     before = [partner[x.path] for x in torch.layers[: torch.layers.index(t)] if x.path in partner]

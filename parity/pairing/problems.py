@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from parity.pairing.layers import Pairing
@@ -29,7 +26,7 @@ def wrong(found: Pairing, torch_: Structure, flax: Structure, arrays: Mapping[st
                 shape = (shape[0] * (pair.part[2] // (pair.part[1] - pair.part[0])), *shape[1:])
         else:
             shape = pair.to_flax(np.empty(torch_.shapes[torch_name], np.bool_)).shape
-        if not jnp.issubdtype(arrays[name].dtype, jnp.floating):
+        if not kinds.is_floating(arrays[name]):
             problems[f"{name} is {arrays[name].dtype}; allowed: floating point (for {target})"] = None
         elif not pair.fits or arrays[name].shape != shape:
             problems[f"{name} has shape {arrays[name].shape}; allowed: {shape} (for {target})"] = None
@@ -90,25 +87,20 @@ def _flax_name(local: str, kind: str) -> str:
 
 
 def left_over_of_torch(
-    found: Pairing, torch_: Structure, state: Mapping[str, torch.Tensor], *, is_module: bool
+    found: Pairing,
+    torch_: Structure,
+    arrays: Mapping[str, NDArray],
+    tied: Mapping[str, Sequence[str]],
+    *,
+    is_module: bool,
 ) -> list[str]:
     """PyTorch's tensors that nothing takes; those of a shared weight count once, integers are no weights."""
     carried = {name for name, _, _ in found.tensors()}
-    shared = tied(state)
     left = set(found.left()[0])
     if not is_module:  # a module's tensors outside of its layers are constants
-        left |= {n for n, v in state.items() if n not in torch_.shapes and n not in torch_.counters.values()}
+        left |= {n for n in arrays if n not in torch_.shapes and n not in torch_.counters.values()}
     return [
         f"{name} is left over: the target has no place for it"
-        for name in state
-        if name in left and state[name].is_floating_point() and not any(n in carried for n in shared[name])
+        for name, a in arrays.items()
+        if name in left and kinds.is_floating(a) and not any(n in carried for n in tied[name])
     ]
-
-
-def tied(state: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
-    """Name -> all names of the same tensor: layers that share a weight."""
-    by_place: dict[Any, list[str]] = {}
-    for name, v in state.items():
-        place = (v.data_ptr(), tuple(v.shape), v.stride()) if v.numel() and v.device.type != "meta" else name
-        by_place.setdefault(place, []).append(name)
-    return {name: names for names in by_place.values() for name in names}

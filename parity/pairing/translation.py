@@ -13,10 +13,6 @@ from parity.records import kinds
 from parity.records.distance import error_of
 from parity.records.recording import Call, Recording
 
-# Kinds of layers whose channels PyTorch has on axis 1, Flax on the last; all others have them last in both.
-CHANNELS_FIRST = {"conv", "conv_transpose", "batch_norm", "group_norm"}
-
-
 Layout = tuple
 """How an activation goes from PyTorch to Flax: ("same",), ("last",), ("swap",) or ("flatten", (C, *spatial))."""
 
@@ -38,10 +34,10 @@ def apply_layout(layout: Layout, a: NDArray) -> NDArray:
 
 def layouts_for(kind: str, a: NDArray, shape: Sequence[int], flattened: Sequence[tuple[int, ...]] = ()) -> list[Layout]:
     """The layouts that give PyTorch's array this shape, the usual one of this kind of layer first."""
-    first = ("last",) if kind in CHANNELS_FIRST and a.ndim > 2 else ("same",)
+    first = ("last",) if kind in kinds.CHANNELS_SECOND and a.ndim > 2 else ("same",)
     every: list[Layout] = [first]
     every += [("flatten", s) for s in flattened if a.ndim == 2 and np.prod(s) == a.shape[-1]]
-    if kind in CHANNELS_FIRST:
+    if kind in kinds.CHANNELS_SECOND:
         every.append(("same",))
     else:
         every += [("last",)] * (a.ndim > 2) + [("swap",)] * (a.ndim == 3)
@@ -100,7 +96,7 @@ class Translation:
             for i, (a, arrived) in enumerate(zip(call.inputs, mine.arrived, strict=False)):
                 which, fitting = (call.key, "input", i), layouts_for(kind, a, arrived.shape, flattened)
                 # Where the kind says it, numbers that happen to agree must not: it may be the mistake.
-                by_kind = kind in CHANNELS_FIRST and a.ndim > 2
+                by_kind = kind in kinds.CHANNELS_SECOND and a.ndim > 2
                 self.chosen[which] = fitting[0] if by_kind else _closest(fitting, a, arrived)
                 layout = layout or self.chosen[which]
             fitting = layouts_for(kind, call.output, mine.output.shape, () if kind == "linear" else flattened)
@@ -111,7 +107,7 @@ class Translation:
 
     def _before_flatten(self, call: Call, kind: str) -> list[tuple[int, ...]]:
         """What can have been flattened to this layer's input: (C, H, W) of as many numbers."""
-        if kind not in ("linear", *kinds.NORMS) or not call.inputs or call.inputs[0].ndim != 2:
+        if kind not in kinds.FLAT or not call.inputs or call.inputs[0].ndim != 2:
             return []
         return self._shapes(self.torch.calls[: self.position[call.key]], call.inputs[0].shape[-1])
 
@@ -120,7 +116,7 @@ class Translation:
         return self._shapes(self.torch.calls, size)
 
     def _shapes(self, before: Sequence[Call], size: int) -> list[tuple[int, ...]]:
-        images = [c.output for c in before if c.output.ndim > 2 and self._kind(c) in CHANNELS_FIRST]
+        images = [c.output for c in before if c.output.ndim > 2 and self._kind(c) in kinds.CHANNELS_SECOND]
         images = images or [a for a in self.torch.inputs if a.dtype.kind == "f" and a.ndim > 2]
         image = images[-1] if images else None
         if image is None or size % image.shape[1] or size == image.shape[1]:
@@ -170,8 +166,7 @@ def flat_layout_inputs(inputs: Sequence[NDArray], torch: Recording | None = None
     With PyTorch's recording, those that go straight into a layer that has its channels last in PyTorch too (linear,
     layer norm, attention) stay as they are.
     """
-    last = {"linear", "layer_norm", "rms_norm", "attention"}
-    readers = [] if torch is None else [c for c in torch.calls if torch.layers[c.path].kind in last]
+    readers = [] if torch is None else [c for c in torch.calls if torch.layers[c.path].kind in kinds.CHANNELS_LAST]
 
     def stays(a: NDArray) -> bool:
         return any(x.shape == a.shape and error_of(x, a) <= 1e-6 for call in readers for x in call.inputs)

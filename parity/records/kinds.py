@@ -5,21 +5,62 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
-KINDS = (
-    "linear",
-    "conv",
-    "conv_transpose",
-    "batch_norm",
-    "layer_norm",
-    "group_norm",
-    "rms_norm",
-    "embedding",
-    "attention",
-    "other",
+from numpy.typing import NDArray
+
+
+class Kind(NamedTuple):
+    """What is to be known of a kind of layer, whatever the framework.
+
+    Attributes:
+      name: what it is called.
+      role: "norm", "product" (a matrix or a kernel, with sums over the inputs), "table" or "" for none of these.
+      channels_second: PyTorch has the channels of images on axis 1, Flax on the last axis; else both have them last.
+      like: kinds that the same layer may be taken for on the other side.
+    """
+
+    name: str
+    role: str = ""
+    channels_second: bool = False
+    like: tuple[str, ...] = ()
+
+
+OTHER = "other"
+"""Of no known kind: bare parameters, or a class that nothing is known of. It may be anything on the other side."""
+
+TABLE = (
+    Kind("linear", "product", like=("conv", "embedding")),
+    Kind("conv", "product", channels_second=True, like=("linear", "conv_transpose")),
+    Kind("conv_transpose", "product", channels_second=True, like=("conv",)),
+    Kind("batch_norm", "norm", channels_second=True, like=("layer_norm", "group_norm", "rms_norm")),
+    Kind("layer_norm", "norm", like=("batch_norm", "group_norm", "rms_norm")),
+    Kind("group_norm", "norm", channels_second=True, like=("batch_norm", "layer_norm", "rms_norm")),
+    Kind("rms_norm", "norm", like=("batch_norm", "layer_norm", "group_norm")),
+    Kind("embedding", "table", like=("linear",)),
+    Kind("attention"),
+    Kind(OTHER),
 )
-NORMS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")
-PRODUCTS = ("linear", "conv", "conv_transpose")
+KINDS = tuple(kind.name for kind in TABLE)
+NORMS = tuple(kind.name for kind in TABLE if kind.role == "norm")
+PRODUCTS = tuple(kind.name for kind in TABLE if kind.role == "product")
+CHANNELS_SECOND = frozenset(kind.name for kind in TABLE if kind.channels_second)
+CHANNELS_LAST = frozenset(kind.name for kind in TABLE if not kind.channels_second) - {OTHER, "embedding"}
+"""Kinds that read features from the last axis on both sides."""
+FLAT = ("linear", *NORMS)
+"""Kinds whose input may be a flattened image."""
+_LIKE = {kind.name: {kind.name, OTHER, *kind.like} for kind in TABLE}
+
+
+def common(torch: str, flax: str) -> str:
+    """The kind of a layer on both sides; PyTorch's where they differ and it is known."""
+    return torch if torch != OTHER else flax
+
+
+def like(first: str, second: str) -> bool:
+    """Whether layers of these kinds may be the same layer."""
+    return second in _LIKE[first] or first == OTHER
+
 
 Shape = tuple[int, ...]
 
@@ -55,6 +96,11 @@ ATTENTION = {"MultiheadAttention", "MultiHeadDotProductAttention", "MultiHeadAtt
 def class_names(cls: type) -> list[str]:
     """The names of a class and its ancestors with their modules, the most derived first: what `kind_of` reads."""
     return [f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__ if c is not object]
+
+
+def is_floating(array: NDArray) -> bool:
+    """Whether it holds floating-point numbers; bfloat16 and its kind, which numpy does not count among them, too."""
+    return array.dtype.name.startswith(("float", "bfloat"))
 
 
 def is_counter(name: str, shape: Shape) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.records.kinds import Shape
+from parity.records.kinds import CHANNELS_SECOND, Shape
 from parity.records.recording import Layer
 from parity.records.structure import Flattened
 
@@ -59,6 +59,5 @@ def read_code(x: NDArray, counts: Collection[int] = ()) -> Flattened | None:
 
 def channel_counts(layers: Sequence[Layer], shapes: Mapping[str, Shape], axis: int) -> set[int]:
     """How many channels convolutions and their norms have; `axis` is where their tensors have them."""
-    kinds = {"conv", "conv_transpose", "batch_norm", "group_norm"}
-    tensors = [full for layer in layers if layer.kind in kinds for full in layer.tensors.values()]
+    tensors = [full for layer in layers if layer.kind in CHANNELS_SECOND for full in layer.tensors.values()]
     return {shapes[full][axis] for full in tensors if shapes.get(full)}

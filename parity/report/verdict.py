@@ -87,9 +87,8 @@ def report(
     # Where a known mistake has been found, it is what stops a run that others of its shapes would not.
     told = [] if known else stops
     chosen += [Diagnosis(COULD_NOT_RUN, s.torch_layer, s.text, s.flax_layer) for s in told]
-    besides = [s.text for s in stops if s not in told] + [
-        f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others[:MOST_BESIDES]
-    ]
+    besides = [s.text for s in stops if s not in told]
+    besides += [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others[:MOST_BESIDES]]
     if len(others) > MOST_BESIDES:
         besides.append(f"besides, at {len(others) - MOST_BESIDES} more places what differs is not explained")
     return Report(divergence, list(dict.fromkeys(chosen)), rows, [*notes, *besides, *_not_compared(rows)], details)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    import torch
 
 
 def framework_of(module: Any) -> str | None:
@@ -17,6 +20,11 @@ def framework_of(module: Any) -> str | None:
         if isinstance(module, linen.Module | nnx.Module):
             return "flax"
     return None
+
+
+def is_torch_module(module: Any) -> TypeGuard[torch.nn.Module]:
+    """Whether it is one of PyTorch's modules."""
+    return framework_of(module) == "torch"
 
 
 def is_tensor(value: Any) -> bool:

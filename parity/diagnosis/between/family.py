@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +13,16 @@ from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_fun
 from parity.diagnosis.between.chains import Chain, Source, Target, match
 from parity.diagnosis.between.pools import Pool, pads, times
 from parity.diagnosis.between.search import search
+from parity.diagnosis.family import SIDES, Family, Property, unlike
 from parity.diagnosis.finding import Finding
 
 Array = NDArray[Any]
 
 # Examples looked at, and elements: what holds for those where the sides differ most holds for all.
 EXAMPLES, ELEMENTS = 4, 200_000
-# What it costs to suppose that the sides differ in this. Of all pairs of descriptions the cheapest is believed.
-COSTS = {"source": 8, "presence": 6, "order": 5, "kind": 4, "activation": 4, "dropout": 4, "gain": 4, "window": 3,
-         "stride": 3, "layout": 3, "padding": 2, "counted": 2}  # fmt: skip
-SIDES = ("PyTorch", "Flax")
+# What it costs to suppose that two pools differ in this.
+POOL_COSTS = {"presence": 6, "kind": 4, "window": 3, "stride": 3, "padding": 2, "counted": 2}
+MOST_CHAINS = 120  # of a side that are compared with the other's
 
 
 def findings(
@@ -62,8 +61,8 @@ def findings(
         for side, active in zip((torch, flax), random, strict=True)
     ]
     if all(chains):
-        a, b = _most_alike(*chains)
-        found = [*_dropout((a, b), random, train), *_compare(a, b, min(torch.ndim, flax.ndim))]
+        family, (a, b) = _nearest(chains[0][:MOST_CHAINS], chains[1][:MOST_CHAINS], min(torch.ndim, flax.ndim))
+        found = [*_dropout((a, b), random, train), *family.findings(a, b)]
         return found or [_unexplained(chains, f"both sides look like {a}, and yet they differ")]
     found = _dropout((None, None), random, train)
     return found or _related(sources, torch, flax, tolerance, train) or [_unexplained(chains)]
@@ -110,21 +109,34 @@ def _thin(sources: Sequence[Source], torch: Array, flax: Array) -> tuple[list[So
     return thin, torch, flax
 
 
-def _differences(a: Chain, b: Chain) -> list[str]:
-    """In what two chains differ, by the keys of `COSTS`."""
-    found = [
-        name for name in ("source", "activation", "layout", "gain", "dropout") if getattr(a, name) != getattr(b, name)
-    ]
-    if a.order and b.order and a.order != b.order:
-        found.append("order")
-    if a.pool and b.pool:
-        return found + _pool_differences(a.pool, b.pool)
-    return found + (["presence"] if a.pool or b.pool else [])
+def _nearest(first: list[Chain], second: list[Chain], rank: int) -> tuple[Family[Chain], tuple[Chain, Chain]]:
+    """What chains that lead to tensors of this rank may differ in, and the nearest two; of such the likeliest."""
+    places = [{chain: place for place, chain in reversed(list(enumerate(side)))} for side in (first, second)]
+    family = Family(
+        Property("source", unlike("source", 8), _source_findings),
+        Property("activation", unlike("activation", 4), _activation_findings),
+        Property("order", lambda a, b: 5 * bool(a.order and b.order and a.order != b.order), _order_findings),
+        Property("pool", _pool_distance, _pool_findings),
+        Property("gain", unlike("gain", 4), lambda a, b: [_gain(a, b)]),
+        Property("layout", unlike("layout", 3), lambda a, b: [_layouts(a, b, rank)]),
+        Property("dropout", unlike("dropout", 4), lambda a, b: []),  # told by `_dropout`, whether they differ or not
+        preference=lambda a, b: places[0][a] + places[1][b],
+    )
+    pair = family.nearest(first, second)
+    assert pair is not None  # both sides have chains
+    return family, pair
 
 
-def _pool_differences(a: Pool, b: Pool) -> list[str]:
+def _pool_distance(a: Chain, b: Chain) -> int:
+    return sum(POOL_COSTS[name] for name in _pool_differences(a.pool, b.pool))
+
+
+def _pool_differences(a: Pool | None, b: Pool | None) -> list[str]:
+    """In what two pools differ, by the keys of `POOL_COSTS`."""
     if a == b:
         return []
+    if a is None or b is None:
+        return ["presence"]
     special = [pool.kind in ("first", "last") or any(axis.adaptive for axis in pool.axes) for pool in (a, b)]
     if any(special):
         return ["kind"]
@@ -143,33 +155,23 @@ def _pool_differences(a: Pool, b: Pool) -> list[str]:
     return found
 
 
-def _most_alike(first: list[Chain], second: list[Chain]) -> tuple[Chain, Chain]:
-    pairs = itertools.product(enumerate(first[:120]), enumerate(second[:120]))
-    cost = lambda pair: (sum(COSTS[d] for d in _differences(pair[0][1], pair[1][1])), pair[0][0] + pair[1][0])  # noqa: E731
-    (_, a), (_, b) = min(pairs, key=cost)
-    return a, b
+def _source_findings(a: Chain, b: Chain) -> list[Finding]:
+    missing = " (a residual branch is missing or another one)" if " + " in a.source + b.source else ""
+    return [Finding("unexplained", f"PyTorch makes it of {a.source}, Flax of {b.source}{missing}")]
 
 
-def _compare(a: Chain, b: Chain, rank: int) -> list[Finding]:
-    """The findings for PyTorch's chain a and Flax's b, which lead to tensors of this rank."""
-    differences = _differences(a, b)
-    found = []
-    if "source" in differences:
-        missing = " (a residual branch is missing or another one)" if " + " in a.source + b.source else ""
-        found.append(Finding("unexplained", f"PyTorch makes it of {a.source}, Flax of {b.source}{missing}"))
-    gain = [_gain(a, b)] if "gain" in differences else []
-    if "activation" in differences and not any(f.code == "unexplained" for f in gain):
-        evidence = f"PyTorch applies {_applied(a)}, Flax {_applied(b)}"
-        # An activation of a number times x is none that is taken for another, as little as a number times one.
-        scaled = a.activation.startswith(OF_A_MULTIPLE) or b.activation.startswith(OF_A_MULTIPLE)
-        found.append(Finding("unexplained", evidence) if scaled else Finding("activation", evidence))
-    if "order" in differences:
-        evidence = f"PyTorch takes the {a.order}, Flax the {b.order}, and the two do not commute"
-        found.append(Finding("unexplained", evidence, charges="pool"))
-    found += _compare_pools(a, b, differences) + gain
-    if "layout" in differences:
-        found.append(_layouts(a, b, rank))
-    return found
+def _activation_findings(a: Chain, b: Chain) -> list[Finding]:
+    if a.gain != b.gain and _gain(a, b).code == "unexplained":
+        return []  # said there
+    evidence = f"PyTorch applies {_applied(a)}, Flax {_applied(b)}"
+    # An activation of a number times x is none that is taken for another, as little as a number times one.
+    scaled = a.activation.startswith(OF_A_MULTIPLE) or b.activation.startswith(OF_A_MULTIPLE)
+    return [Finding("unexplained" if scaled else "activation", evidence)]
+
+
+def _order_findings(a: Chain, b: Chain) -> list[Finding]:
+    evidence = f"PyTorch takes the {a.order}, Flax the {b.order}, and the two do not commute"
+    return [Finding("unexplained", evidence, charges="pool")]
 
 
 def _applied(chain: Chain) -> str:
@@ -197,26 +199,24 @@ def _layouts(a: Chain, b: Chain, rank: int) -> Finding:
     return Finding("unexplained", f"PyTorch {texts[0]}, Flax {texts[1]}")
 
 
-def _compare_pools(a: Chain, b: Chain, differences: list[str]) -> list[Finding]:
-    if "presence" in differences:
-        return [Finding("pool-kind", f"PyTorch applies {a.pool or 'no pool'}, Flax {b.pool or 'no pool'}")]
-    found = []
-    if a.pool and b.pool:
-        both = f"PyTorch applies {a.pool}, Flax {b.pool}"
-        if "kind" in differences:
-            found.append(Finding("pool-kind", both))
-        if "window" in differences:
-            evidence = f"PyTorch's window is {times(a.pool.window)}, Flax's {times(b.pool.window)}"
-            found.append(Finding("pool-kind", evidence))
-        if "stride" in differences:
-            evidence = f"PyTorch's pool has stride {times(a.pool.stride)}, Flax's {times(b.pool.stride)}"
-            found.append(Finding("stride", evidence))
-        if "padding" in differences:
-            evidence = f"PyTorch's pool is padded by {pads(a.pool.padding)}, Flax's by {pads(b.pool.padding)}"
-            found.append(Finding("padding", evidence))
-        if "counted" in differences:
-            found.append(Finding("pool-count-padding", _counting(a.pool, b.pool)))
-    return found
+def _pool_findings(first: Chain, second: Chain) -> list[Finding]:
+    a, b = first.pool, second.pool
+    if a is None or b is None:
+        return [Finding("pool-kind", f"PyTorch applies {a or 'no pool'}, Flax {b or 'no pool'}")]
+    codes = {"kind": "pool-kind", "window": "pool-kind", "counted": "pool-count-padding"}
+    return [Finding(codes.get(name, name), _pool_evidence(name, a, b)) for name in _pool_differences(a, b)]
+
+
+def _pool_evidence(name: str, a: Pool, b: Pool) -> str:
+    if name == "kind":
+        return f"PyTorch applies {a}, Flax {b}"
+    if name == "window":
+        return f"PyTorch's window is {times(a.window)}, Flax's {times(b.window)}"
+    if name == "stride":
+        return f"PyTorch's pool has stride {times(a.stride)}, Flax's {times(b.stride)}"
+    if name == "padding":
+        return f"PyTorch's pool is padded by {pads(a.padding)}, Flax's by {pads(b.padding)}"
+    return _counting(a, b)
 
 
 def _counting(a: Pool, b: Pool) -> str:

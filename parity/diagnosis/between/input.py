@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from parity.diagnosis.between import family as between
 from parity.diagnosis.between.activations import error_of, limit_of
 from parity.diagnosis.between.chains import LETTERS, Source
+from parity.diagnosis.family import Family, Property
 from parity.diagnosis.finding import Finding
 
 Array = NDArray[Any]
@@ -64,7 +65,7 @@ def findings(
         if direct and readings == [None, None]:
             readings = [plain, direct]
     if readings[0] and readings[1]:
-        found = _compare(readings[0], readings[1])
+        found = FAMILY.findings(readings[0], readings[1])
         if found:
             return found
     if rounded := _rounded(true, torch, flax, raw_flax, tolerance):
@@ -152,22 +153,42 @@ def _line(x: Array, y: Array, tolerance: float) -> tuple[Array, Array] | None:
     return (scale, y.mean(axis=0) - scale * x.mean(axis=0)) if np.any(scale) else None
 
 
-def _compare(torch: _Reading, flax: _Reading) -> list[Finding]:
-    found = []
+def _mirrored_alone(torch: _Reading, flax: _Reading) -> bool:
+    """No layout holds an image so: it was turned over, or its colours exchanged, on one side only."""
+    return torch.layout != flax.layout and (_REVERSED in torch.layout or _REVERSED in flax.layout)
+
+
+def _scaled(torch: _Reading, flax: _Reading) -> bool:
     pairs = ((torch.scale, flax.scale), (torch.shift, flax.shift))
-    is_scaled = any(np.any(np.abs(a - b) > 1e-6 * np.maximum(np.abs(a), np.abs(b))) for a, b in pairs)
-    if torch.layout != flax.layout:
-        texts = [reading.layout or "as it is meant" for reading in (torch, flax)]
-        evidence = f"PyTorch reads the input {texts[0]}, Flax {texts[1]}"
-        if any(_REVERSED in text for text in texts):
-            # No layout holds an image so: it was turned over, or its colours exchanged, on one side only.
-            return [Finding("unexplained", f"{evidence}; {_scale_sentence(torch, flax)}" if is_scaled else evidence)]
-        flattened = all(text.startswith("flattened") for text in texts)
-        code = "flatten-order" if flattened else "input-layout"
-        found.append(Finding(code, evidence.replace("reads the input axes", "reads the input with axes")))
-    if is_scaled:
-        found.append(Finding("input-scale", _scale_sentence(torch, flax)))
-    return found
+    return any(np.any(np.abs(a - b) > 1e-6 * np.maximum(np.abs(a), np.abs(b))) for a, b in pairs)
+
+
+def _mirrored_finding(torch: _Reading, flax: _Reading) -> list[Finding]:
+    evidence = _layout_sentence(torch, flax)
+    text = f"{evidence}; {_scale_sentence(torch, flax)}" if _scaled(torch, flax) else evidence
+    return [Finding("unexplained", text)]
+
+
+def _layout_finding(torch: _Reading, flax: _Reading) -> list[Finding]:
+    flattened = all(reading.layout.startswith("flattened") for reading in (torch, flax))
+    evidence = _layout_sentence(torch, flax).replace("reads the input axes", "reads the input with axes")
+    return [Finding("flatten-order" if flattened else "input-layout", evidence)]
+
+
+def _layout_sentence(torch: _Reading, flax: _Reading) -> str:
+    texts = [reading.layout or "as it is meant" for reading in (torch, flax)]
+    return f"PyTorch reads the input {texts[0]}, Flax {texts[1]}"
+
+
+FAMILY: Family[_Reading] = Family(
+    Property("mirrored", _mirrored_alone, _mirrored_finding),
+    Property("layout", lambda a, b: a.layout != b.layout and not _mirrored_alone(a, b), _layout_finding),
+    Property(
+        "scale",
+        lambda a, b: _scaled(a, b) and not _mirrored_alone(a, b),
+        lambda a, b: [Finding("input-scale", _scale_sentence(a, b))],
+    ),
+)
 
 
 def _scale_sentence(torch: _Reading, flax: _Reading) -> str:

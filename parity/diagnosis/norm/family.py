@@ -5,19 +5,20 @@ Each side is fitted alone to a family of behaviours; the findings are what the t
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from parity.diagnosis.family import SIDES, Family, Property, of_each, unlike
 from parity.diagnosis.finding import Finding
 from parity.diagnosis.mistakes import rank
 from parity.diagnosis.norm.forward import (
     NormBehaviour,
     candidates,
-    differences,
     likeliest,
-    likeliest_pair,
+    pair_oddity,
     rounding,
     unbiased_factor,
 )
@@ -33,13 +34,13 @@ from parity.diagnosis.norm.sources import (
     other_axes,
     reduced_over,
 )
-from parity.diagnosis.norm.statistics import SIDES, initial_findings, statistics_agree, still_findings, update_findings
+from parity.diagnosis.norm.statistics import initial_findings, statistics_agree, still_findings, update_findings
 
 # How each side normalises; None: it fits nothing.
 Pair = tuple[NormBehaviour | None, NormBehaviour | None]
 
 
-class _Family:
+class _Search:
     """The sources that one kind of layer is fitted to: the likely ones, the proper one first, and all others."""
 
     def __init__(self, side: NormSide, kind: str, *, train: bool) -> None:
@@ -73,8 +74,8 @@ def describe(side: NormSide, tolerance: float, *, train: bool = True) -> NormBeh
       The most usual behaviour that gives y; None if none does.
     """
     with np.errstate(all="ignore"):
-        family = _Family(_checked(side, "the side"), "batch", train=train)
-        return likeliest(family.fits(tolerance), family.order)
+        search = _Search(_checked(side, "the side"), "batch", train=train)
+        return likeliest(search.fits(tolerance), search.order)
 
 
 def batch_norm_findings(torch: NormSide, flax: NormSide, *, train: bool, tolerance: float = 1e-9) -> list[Finding]:
@@ -159,12 +160,33 @@ class _Comparison:
         """What says how large rounding may be: the statistics that a batch norm should use in this mode."""
         return _likely(side, "batch", train=self.train)[0][:1] if self.kind == "batch" else []
 
+    @functools.cached_property
+    def _searches(self) -> tuple[_Search, _Search]:
+        return _Search(self.torch, self.kind, train=self.train), _Search(self.flax, self.kind, train=self.train)
+
+    @functools.cached_property
+    def _order(self) -> dict[str, int]:
+        return {**self._searches[1].order, **self._searches[0].order}
+
+    @functools.cached_property
+    def _family(self) -> Family[NormBehaviour]:
+        return Family(
+            Property("source", lambda a, b: a.source.name != b.source.name, of_each(self._source_findings)),
+            Property("affine", unlike("affine"), of_each(_affine_findings)),
+            Property("outside", unlike("outside"), of_each(_outside_findings)),
+            Property("unbiased", unlike("unbiased"), of_each(_unbiased_findings)),
+            Property("epsilon", lambda a, b: a.epsilon.meet(b.epsilon).empty, _epsilon_findings),
+            oddity=lambda a, b: pair_oddity(a, b, self._order),
+        )
+
     def _behaviours(self) -> tuple[list[list[NormBehaviour]], Pair]:
-        families = [_Family(side, self.kind, train=self.train) for side in (self.torch, self.flax)]
-        fitted = [family.fits(self.tolerance) for family in families]
-        order = {**families[1].order, **families[0].order}
-        pair: Pair | None = likeliest_pair(fitted[0], fitted[1], order)
-        return fitted, pair or (likeliest(fitted[0], order), likeliest(fitted[1], order))
+        fitted = [search.fits(self.tolerance) for search in self._searches]
+        pair = self._family.nearest(*fitted)
+        if pair is None:
+            return fitted, (likeliest(fitted[0], self._order), likeliest(fitted[1], self._order))
+        # An epsilon that fits both sides is narrowed to what both share.
+        shared = pair[0].epsilon.meet(pair[1].epsilon)
+        return fitted, pair if shared.empty else (pair[0]._replace(epsilon=shared), pair[1]._replace(epsilon=shared))
 
     def _forward_findings(self, fitted: Sequence[Sequence[NormBehaviour]], pair: Pair) -> list[Finding]:
         torch, flax = pair
@@ -173,25 +195,7 @@ class _Comparison:
             unknown = [name for name, options in zip(SIDES, fitted, strict=True) if not options]
             what = "no known source of mean and variance, epsilon or affine map gives the output of"
             return [*found, Finding("unexplained", f"{what} {' and '.join(unknown)}")]
-        different = differences(torch, flax)
-        for name, fit, other in ((SIDES[0], torch, flax), (SIDES[1], flax, torch)):
-            if "source" in different:
-                found += self._source_findings(name, fit, other)
-            if "affine" in different:
-                found += _affine_findings(name, fit)
-            if "outside" in different and fit.outside:
-                evidence = (
-                    f"{name} divides by sqrt(var) + {fit.round_epsilon:.4g}, {_other(name)} by sqrt(var + epsilon)"
-                )
-                found.append(Finding("epsilon-outside-sqrt", evidence))
-            if "unbiased" in different and fit.unbiased:
-                m = fit.source.values or 0
-                factor = f"{m}/{m - 1} = m/(m-1) = {unbiased_factor(m):.6g} times the biased one"
-                found.append(Finding("unbiased-variance", f"{name} normalises with the unbiased variance, {factor}"))
-        if "epsilon" in different:
-            a, b = torch.round_epsilon, flax.round_epsilon
-            found.append(Finding("epsilon", f"epsilon is {a:.4g} in PyTorch, {b:.4g} in Flax"))
-        return found
+        return found + self._family.findings(torch, flax)
 
     def _source_findings(self, name: str, fit: NormBehaviour, other: NormBehaviour) -> Iterator[Finding]:
         kind, evidence = fit.source.kind, f"{name} normalises with {fit.source.name}"
@@ -272,7 +276,7 @@ def _parameter_findings(torch: NormSide, flax: NormSide, tolerance: float) -> It
             yield Finding("bias-missing", f"beta is 0 everywhere in {name} only")
 
 
-def _affine_findings(name: str, fit: NormBehaviour) -> Iterator[Finding]:
+def _affine_findings(name: str, fit: NormBehaviour, other: NormBehaviour) -> Iterator[Finding]:
     if fit.affine == "swapped":
         yield Finding("affine-swapped", f"{name} multiplies by beta and adds gamma")
     elif fit.affine == "bias missing":
@@ -281,6 +285,24 @@ def _affine_findings(name: str, fit: NormBehaviour) -> Iterator[Finding]:
         yield Finding("affine-missing", f"{name} does not multiply by its gamma")
     elif fit.affine == "missing":
         yield Finding("affine-missing", f"{name} applies neither its gamma nor its beta")
+
+
+def _outside_findings(name: str, fit: NormBehaviour, other: NormBehaviour) -> Iterator[Finding]:
+    if fit.outside:
+        evidence = f"{name} divides by sqrt(var) + {fit.round_epsilon:.4g}, {_other(name)} by sqrt(var + epsilon)"
+        yield Finding("epsilon-outside-sqrt", evidence)
+
+
+def _unbiased_findings(name: str, fit: NormBehaviour, other: NormBehaviour) -> Iterator[Finding]:
+    if fit.unbiased:
+        m = fit.source.values or 0
+        factor = f"{m}/{m - 1} = m/(m-1) = {unbiased_factor(m):.6g} times the biased one"
+        yield Finding("unbiased-variance", f"{name} normalises with the unbiased variance, {factor}")
+
+
+def _epsilon_findings(torch: NormBehaviour, flax: NormBehaviour) -> Iterator[Finding]:
+    a, b = torch.round_epsilon, flax.round_epsilon
+    yield Finding("epsilon", f"epsilon is {a:.4g} in PyTorch, {b:.4g} in Flax")
 
 
 def _unequal_findings(torch: NormSide, flax: NormSide, tolerance: float) -> Iterator[Finding]:

@@ -204,16 +204,6 @@ def candidates(
     return found
 
 
-def differences(one: NormBehaviour, other: NormBehaviour) -> list[str]:
-    """In what two behaviours differ: "source", "affine", "outside", "epsilon", "unbiased"."""
-    found = [name for name in ("affine", "outside", "unbiased") if getattr(one, name) != getattr(other, name)]
-    if one.source.name != other.source.name:
-        found.append("source")
-    if one.epsilon.meet(other.epsilon).empty:
-        found.append("epsilon")
-    return found
-
-
 def oddity(fit: NormBehaviour, order: dict[str, int]) -> float:
     """How far a behaviour is from what such a layer should do."""
     source = order.get(fit.source.name, len(order))
@@ -225,21 +215,8 @@ def likeliest(fitted: Sequence[NormBehaviour], order: dict[str, int]) -> NormBeh
     return min(fitted, key=lambda fit: oddity(fit, order) + fit.epsilon.round(EPSILONS)[1], default=None)
 
 
-def likeliest_pair(
-    torch: Sequence[NormBehaviour], flax: Sequence[NormBehaviour], order: dict[str, int]
-) -> tuple[NormBehaviour, NormBehaviour] | None:
-    """The two behaviours that differ in least, then the most usual ones.
-
-    Epsilons that fit both sides are narrowed to what both share.
-    """
-
-    def cost(pair: tuple[NormBehaviour, NormBehaviour]) -> float:
-        shared = pair[0].epsilon.meet(pair[1].epsilon)
-        epsilons = [fit.epsilon for fit in pair] if shared.empty else [shared]
-        odd = sum(oddity(fit, order) for fit in pair) + sum(epsilon.round(EPSILONS)[1] for epsilon in epsilons)
-        return len(differences(*pair)) + odd
-
-    pair = min(itertools.product(torch, flax), key=cost, default=None)
-    if pair is None or (shared := pair[0].epsilon.meet(pair[1].epsilon)).empty:
-        return pair
-    return pair[0]._replace(epsilon=shared), pair[1]._replace(epsilon=shared)
+def pair_oddity(torch: NormBehaviour, flax: NormBehaviour, order: dict[str, int]) -> float:
+    """How unusual two behaviours are, one epsilon counted once where it fits both."""
+    shared = torch.epsilon.meet(flax.epsilon)
+    epsilons = [torch.epsilon, flax.epsilon] if shared.empty else [shared]
+    return sum(oddity(fit, order) for fit in (torch, flax)) + sum(epsilon.round(EPSILONS)[1] for epsilon in epsilons)

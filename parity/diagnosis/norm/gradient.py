@@ -13,10 +13,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from parity.diagnosis.family import SIDES
 from parity.diagnosis.finding import Finding
 from parity.diagnosis.norm.forward import NormBehaviour, affine_maps, gradient_rounding, viewed
 from parity.diagnosis.norm.sources import Array, NormSide, Source
-from parity.diagnosis.norm.statistics import SIDES
 
 STOPPED = {
     "mean and variance": "mean and variance are constants in the derivative: dx = gamma / s * dy",

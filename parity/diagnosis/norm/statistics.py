@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from parity.diagnosis.family import SIDES, Family, Property, of_each, unlike
 from parity.diagnosis.finding import Finding
 from parity.diagnosis.intervals import MOMENTA, Interval, intersection
 from parity.diagnosis.norm.forward import EPS, NormBehaviour, unbiased_factor
 from parity.diagnosis.norm.sources import Array, NormSide, Source, batch, chunks, other_axes
 
-SIDES = ("PyTorch", "Flax")
 ONE = Interval(1.0, 1.0, 1.0)
 
 
@@ -99,9 +99,10 @@ def update_findings(
     sources = [fit.source if fit is not None and fit.source.values is not None else None for fit in forward]
     fitted = [_updates(side, source, tolerance) for side, source in zip((torch, flax), sources, strict=True)]
     strange = forward[0] is None or forward[1] is None or forward[0].source.name != forward[1].source.name
-    pair = min(itertools.product(*fitted), key=_cost, default=None)
+    family = _family(forward)
+    pair = family.nearest(*fitted)
     if pair is not None:
-        return _compared(pair, forward)
+        return family.findings(*pair)
     found = []
     for name, side, options in zip(SIDES, (torch, flax), fitted, strict=True):
         if not options and (evidence := _two_weights(side, tolerance)):
@@ -199,23 +200,35 @@ def _weight(old: Array | None, new: Array | None, now: Array, x: Array, power: i
     return intersection(a - error, a + error, a).meet(Interval(0.0, 1.0, 0.5))
 
 
-def _cost(pair: tuple[Update, ...]) -> float:
-    """How much two updates differ, then how unusual they are."""
-    one, other = pair
-    cost = float(one.unbiased != other.unbiased) + (one.unusual + other.unusual) / 2
-    cost += one.source.name != other.source.name and one.unusual + other.unusual > 0
-    cost += 0.05 * (one.unbiased + other.unbiased)
-    if one.weight.empty or other.weight.empty:
-        # One momentum serves both statistics, nearly always; but one of them may be forgotten.
-        cost += 1.25 * (one.weight.empty + other.weight.empty)
-        weights = [(one.mean, other.mean), (one.var, other.var)]
-    else:
-        weights = [(one.weight, other.weight)]
-    for a, b in weights:
+def _family(forward: Sequence[NormBehaviour | None]) -> Family[Update]:
+    """What two updates may differ in, of sides that normalise like `forward`."""
+    return Family(
+        Property("source", _other_source, of_each(_source_finding)),
+        Property(
+            "weight",
+            lambda torch, flax: sum(a.meet(b).empty for a, b, _ in _weights(torch, flax)),
+            lambda torch, flax: [f for w in _weights(torch, flax) for f in _weight_findings(*w, forward)],
+        ),
+        Property("unbiased", unlike("unbiased"), of_each(_unbiased_finding)),
+        oddity=_pair_oddity,
+    )
+
+
+def _weights(torch: Update, flax: Update) -> list[tuple[Interval, Interval, str]]:
+    """The weights to be compared: one momentum serves both statistics, nearly always; but one may be forgotten."""
+    if torch.weight.empty or flax.weight.empty:
+        return [(torch.mean, flax.mean, "moving_mean"), (torch.var, flax.var, "moving_var")]
+    return [(torch.weight, flax.weight, "moving_mean and moving_var")]
+
+
+def _pair_oddity(torch: Update, flax: Update) -> float:
+    """How unusual two updates are, one weight counted once where it fits both."""
+    odd = (torch.unusual + flax.unusual) / 2 + 0.05 * (torch.unbiased + flax.unbiased)
+    odd += 1.25 * (torch.weight.empty + flax.weight.empty)
+    for a, b, _ in _weights(torch, flax):
         shared = a.meet(b)
-        cost += shared.empty
-        cost += sum(_oddity(weight) for weight in ((a, b) if shared.empty else (shared,)))
-    return cost
+        odd += sum(_oddity(weight) for weight in ((a, b) if shared.empty else (shared,)))
+    return odd
 
 
 def _oddity(weight: Interval) -> float:
@@ -226,26 +239,21 @@ def _oddity(weight: Interval) -> float:
     return min(oddity, of_complement, of_four_digits) / 3
 
 
-def _compared(pair: tuple[Update, ...], forward: Sequence[NormBehaviour | None]) -> list[Finding]:
-    one, other = pair
-    found = []
-    for name, update in zip(SIDES, pair, strict=True):
-        if update.unusual and one.source.name != other.source.name:
-            code = "per-device-statistics" if update.source.kind in ("chunks", "part") else "wrong-reduction-axes"
-            found.append(Finding(code, f"{name} updates its moving statistics from {update.source.name}"))
-    if one.weight.empty or other.weight.empty:
-        found += _weight_findings(one.mean, other.mean, "moving_mean", forward)
-        found += _weight_findings(one.var, other.var, "moving_var", forward)
-    else:
-        found += _weight_findings(one.weight, other.weight, "moving_mean and moving_var", forward)
-    if one.unbiased != other.unbiased:
-        who = 0 if one.unbiased else 1
-        m = pair[who].source.values or 0
-        evidence = (
-            f"moving_var differs by the factor {m}/{m - 1} = m/(m-1) in the batch's share: {SIDES[who]} keeps the"
-        )
-        found.append(Finding("unbiased-variance", f"{evidence} unbiased variance"))
-    return found
+def _other_source(torch: Update, flax: Update) -> bool:
+    return torch.source.name != flax.source.name and (torch.unusual or flax.unusual)
+
+
+def _source_finding(name: str, update: Update, other: Update) -> Iterator[Finding]:
+    if update.unusual:
+        code = "per-device-statistics" if update.source.kind in ("chunks", "part") else "wrong-reduction-axes"
+        yield Finding(code, f"{name} updates its moving statistics from {update.source.name}")
+
+
+def _unbiased_finding(name: str, update: Update, other: Update) -> Iterator[Finding]:
+    if update.unbiased:
+        m = update.source.values or 0
+        evidence = f"moving_var differs by the factor {m}/{m - 1} = m/(m-1) in the batch's share: {name} keeps the"
+        yield Finding("unbiased-variance", f"{evidence} unbiased variance")
 
 
 def _weight_findings(

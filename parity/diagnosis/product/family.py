@@ -9,12 +9,12 @@ is without.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.diagnosis.family import Family, Property
 from parity.diagnosis.finding import Finding
 from parity.diagnosis.product.fits import KINDS, Fit, ProductSide, Side
 from parity.diagnosis.product.geometry import padding_words, same_padding
@@ -59,8 +59,10 @@ def findings(kind: str, torch: ProductSide, flax: ProductSide, *, tolerance: flo
     if not all(fits):
         unknown = [_unexplained(side.name, kind, side.data) for side, own in zip(sides, fits, strict=True) if not own]
         return absent + ([_gradients_differ(KINDS[kind])] if agree else unknown)
-    best = _nearest_pair(sides, fits, tolerance)
-    found = [] if agree else _differences(sides, best, tolerance)
+    family = _family(*sides, tolerance)
+    best = family.nearest(*fits)
+    assert best is not None  # each side has fits
+    found = [] if agree else family.findings(*best)
     found = absent + [finding for finding in found if not absent or finding.code != "bias-missing"]
     if not agree and not found:
         wrong = [side for side, fit in zip(sides, best, strict=True) if not side.holds(fit, tolerance)]
@@ -71,15 +73,47 @@ def findings(kind: str, torch: ProductSide, flax: ProductSide, *, tolerance: flo
     return found
 
 
-def _nearest_pair(sides: tuple[Side, Side], fits: list[list[Fit]], tolerance: float) -> tuple[Fit, Fit]:
-    """The two descriptions that differ least; then those that the layers claim; then the simplest."""
+def _family(torch: Side, flax: Side, tolerance: float) -> Family[Fit]:
+    """What two descriptions may differ in; of the nearest those are taken that the layers claim, then the simplest."""
+    sides = torch, flax
 
-    def cost(pair: tuple[Fit, Fit]) -> tuple[int, int, int]:
-        differences = len(_differences(sides, pair, tolerance))
-        unlike = sum(fit.geometry != side.hint(fit) for side, fit in zip(sides, pair, strict=True) if side.hint(fit))
-        return differences, unlike, sum(map(_complexity, pair))
+    def claims(a: Fit, b: Fit) -> tuple[int, int]:
+        unlike = sum(fit.geometry != side.hint(fit) for side, fit in zip(sides, (a, b), strict=True) if side.hint(fit))
+        return unlike, _complexity(a) + _complexity(b)
 
-    return min(itertools.product(fits[0], fits[1]), key=cost)
+    def kernel(a: Fit, b: Fit) -> list[Finding]:
+        evidence = f"PyTorch applies its kernel {a.transform.words}, Flax its own {b.transform.words}"
+        return [Finding(code, evidence) for code in _kernel_codes(sides, (a, b), tolerance)]
+
+    def padding(a: Fit, b: Fit) -> list[Finding]:
+        of_a = padding_words(torch.call_of(a), a.geometry, torch.data.config)
+        of_b = padding_words(flax.call_of(b), b.geometry, flax.data.config)
+        same_stride = a.geometry.stride == b.geometry.stride
+        stride = f" at stride {_one(a.geometry.stride)}" if same_stride else ""
+        return [Finding("padding", f"PyTorch pads {of_a}, Flax {of_b}{stride}")]
+
+    def bias(a: Fit, b: Fit) -> list[Finding]:
+        without = flax if a.bias else torch
+        evidence = f"{without.name} holds a bias (largest {without.largest_bias():.3g}) but does not add it"
+        return [Finding("bias-missing", evidence)]
+
+    return Family(
+        Property("kernel", lambda a, b: len(_kernel_codes(sides, (a, b), tolerance)), kernel),
+        _of_geometry("stride"),
+        _of_geometry("dilation"),
+        Property(
+            "padding",
+            lambda a, b: not same_padding(a.geometry, b.geometry, torch.call_of(a), flax.call_of(b)),
+            padding,
+        ),
+        Property("bias", lambda a, b: None not in (a.bias, b.bias) and a.bias != b.bias, bias),
+        Property(
+            "rounding",
+            lambda a, b: a.rounding != b.rounding and {a.rounding, b.rounding} != {"", "float32"},
+            lambda a, b: [Finding("matmul-precision", f"PyTorch's products: {a.words}; Flax's products: {b.words}")],
+        ),
+        preference=claims,
+    )
 
 
 def _complexity(fit: Fit) -> int:
@@ -88,30 +122,18 @@ def _complexity(fit: Fit) -> int:
     return kernel + sum(stride) + sum(dilation) + len({*low}) + 5 * (mode != "zeros") + 5 * (fit.bias is False)
 
 
-def _differences(sides: tuple[Side, Side], pair: tuple[Fit, Fit], tolerance: float) -> list[Finding]:
-    (torch, flax), (a, b) = sides, pair
-    call_a, call_b = torch.call_of(a), flax.call_of(b)
-    found = _kernel_differences(sides, pair, tolerance)
-    for code in ("stride", "dilation"):
-        of_a, of_b = getattr(a.geometry, code), getattr(b.geometry, code)
-        if of_a != of_b:
-            found.append(Finding(code, f"PyTorch's {code} is {_one(of_a)}, Flax's is {_one(of_b)}"))
-    if not same_padding(a.geometry, b.geometry, call_a, call_b):
-        of_a = padding_words(call_a, a.geometry, torch.data.config)
-        of_b = padding_words(call_b, b.geometry, flax.data.config)
-        same_stride = a.geometry.stride == b.geometry.stride
-        stride = f" at stride {_one(a.geometry.stride)}" if same_stride else ""
-        found.append(Finding("padding", f"PyTorch pads {of_a}, Flax {of_b}{stride}"))
-    if a.bias is not None and b.bias is not None and a.bias != b.bias:
-        without = flax if a.bias else torch
-        evidence = f"{without.name} holds a bias (largest {without.largest_bias():.3g}) but does not add it"
-        found.append(Finding("bias-missing", evidence))
-    if a.rounding != b.rounding and {a.rounding, b.rounding} != {"", "float32"}:
-        found.append(Finding("matmul-precision", f"PyTorch's products: {a.words}; Flax's products: {b.words}"))
-    return found
+def _of_geometry(code: str) -> Property[Fit]:
+    """The stride or the dilation, which the code is called after."""
+
+    def tell(a: Fit, b: Fit) -> list[Finding]:
+        of_a, of_b = _one(getattr(a.geometry, code)), _one(getattr(b.geometry, code))
+        return [Finding(code, f"PyTorch's {code} is {of_a}, Flax's is {of_b}")]
+
+    return Property(code, lambda a, b: getattr(a.geometry, code) != getattr(b.geometry, code), tell)
 
 
-def _kernel_differences(sides: tuple[Side, Side], pair: tuple[Fit, Fit], tolerance: float) -> list[Finding]:
+def _kernel_codes(sides: tuple[Side, Side], pair: tuple[Fit, Fit], tolerance: float) -> list[str]:
+    """In what the two kernels are held otherwise; nothing if what is applied is the same."""
     if pair[0].transform == pair[1].transform:
         return []
     applied = [fit.transform.apply(side.kernel) for side, fit in zip(sides, pair, strict=True)]
@@ -122,10 +144,8 @@ def _kernel_differences(sides: tuple[Side, Side], pair: tuple[Fit, Fit], toleran
         # A kernel that cannot be applied as it is held is transposed by necessity, not by mistake.
         if "kernel-transposed" in own and not any(not t.codes for t in side.options):
             own.remove("kernel-transposed")
-    different = [code for code in dict.fromkeys(codes[0] + codes[1]) if (code in codes[0]) != (code in codes[1])]
-    words = [fit.transform.words for fit in pair]
-    evidence = f"PyTorch applies its kernel {words[0]}, Flax its own {words[1]}"
-    return [Finding(code, evidence) for code in different or dict.fromkeys(codes[0] + codes[1])]
+    every = list(dict.fromkeys(codes[0] + codes[1]))
+    return [code for code in every if (code in codes[0]) != (code in codes[1])] or every
 
 
 def _absent_bias(torch: Side, flax: Side) -> list[Finding]:

@@ -23,7 +23,7 @@ from parity.records.structure import Flattened, Guess, Structure, natural
 from parity.sides.jax.linen import LinenSide, linen_interceptor
 from parity.sides.jax.module import Side, environment
 from parity.sides.jax.module import flat as flat_dict
-from parity.sides.jax.nnx import NnxSide, nnx_state
+from parity.sides.jax.nnx import nnx_state
 
 CONFIG = (
     "strides",
@@ -181,8 +181,10 @@ def of_module(side: Side, guess: Guess) -> Structure:
     return structure
 
 
-def of_definition(module: nnx.Module, side: NnxSide) -> Structure:
-    """The layers of an NNX module in the order in which its attributes were set."""
+def of_definition(side: Side, module: Any) -> Structure | None:
+    """The layers of an NNX module in the order in which its attributes were set; None for linen."""
+    if not isinstance(module, nnx.Module):
+        return None
     return _structure(side, side.initial((), train=False), list(_defined(module, "", set())))
 
 

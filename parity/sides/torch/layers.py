@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bn_common.conventions import PYTORCH, complement
 from parity.records import kinds
 from parity.records.kinds import Shape
 from parity.records.marks import channel_counts, code, read_code
@@ -211,7 +212,7 @@ def _marked(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     """y with its channels marked; what is flat already keeps its marks through a norm."""
     if y.ndim == 2 and layer.kind in kinds.NORMS and x.shape == y.shape:
         return x
-    last = layer.kind in ("linear", "layer_norm", "rms_norm", "embedding", "attention", "other")
+    last = layer.kind not in kinds.CHANNELS_SECOND
     if layer.kind in ("layer_norm", "rms_norm") and y.ndim >= 3 and layer.class_name not in ("LayerNorm", "RMSNorm"):
         last = False  # LayerNorm2d and the like: a hand-written one over the channels of images
     axis = y.ndim - 1 if last else min(1, y.ndim - 1)
@@ -232,10 +233,21 @@ def may_be_flattened(calls: Sequence[tuple[str, Shape, Shape]], kind: Mapping[st
     shape = next((tuple(a.shape) for a in guess.torch if a.ndim >= 3), ())
     channels = {shape[1], shape[-1]} if shape else set()
     for path, x, y in calls:
-        if len(x) == 2 and channels and x[1] not in channels and kind[path] in ("linear", *kinds.NORMS):
+        if len(x) == 2 and channels and x[1] not in channels and kind[path] in kinds.FLAT:
             return True
         if len(y) >= 3:
             channels = {y[1], y[-1]}
         elif len(x) == 2 and kind[path] == "linear":
             channels = set()
     return False
+
+
+def convention(layer: nn.Module) -> dict[str, Any]:
+    """What a norm says of itself, in this project's words; momentum is the weight of the old value."""
+    says: dict[str, Any] = {}
+    if (eps := getattr(layer, "eps", None)) is not None:
+        says["epsilon"] = eps
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return says | PYTORCH._replace(momentum=complement(layer.momentum))._asdict()
+    names = ("momentum", "unbiased_moving_var", "initial_moving_var")
+    return says | {name: getattr(layer, name) for name in names if hasattr(layer, "unbiased_moving_var")}

@@ -1,4 +1,4 @@
-"""Runs two modules until it is known which of their layers are which."""
+"""Which layers of two modules are which, found by running both on inputs that are given or guessed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
-import torch
-from flax import nnx
 from numpy.typing import NDArray
 
 from parity.pairing.flattening import reorder_behind_flattens
@@ -19,9 +16,12 @@ from parity.pairing.layers import Pairing, pair
 from parity.records.recording import Layer
 from parity.records.structure import Flattened, Guess, Structure
 from parity.sides import jax as flax_side
-from parity.sides.jax import NnxSide
 from parity.sides.jax import layers as flax_layers
 from parity.sides.torch import layers as torch_layers
+
+if TYPE_CHECKING:
+    import torch
+    from flax import linen, nnx
 
 MOST_ATTEMPTS = 200
 
@@ -42,7 +42,7 @@ def _in_silence(function: Callable) -> Callable:
 def settle(
     module: torch.nn.Module | None,
     torch_: Structure,
-    flax_module: nn.Module | nnx.Module,
+    flax_module: linen.Module | nnx.Module,
     inputs: Sequence[NDArray] | None,
     flax_inputs: Sequence[NDArray] | None,
     layer_map: Mapping[str, str] | None,
@@ -69,11 +69,10 @@ def settle(
         if count == 0 or unchanged:
             break
     if best is None:
-        if isinstance(side, NnxSide):
-            assert isinstance(flax_module, nnx.Module)
-            flax = flax_layers.of_definition(flax_module, side)
+        defined = flax_layers.of_definition(side, flax_module)
+        if defined is not None:
             _suppose_flattened(torch_)
-            return _paired(torch_, flax, layer_map), flax
+            return _paired(torch_, defined, layer_map), defined
         raise ValueError(
             "flax_module takes none of the inputs that PyTorch's first layer suggests; allowed: inputs=[...], numpy "
             f"arrays in PyTorch's layout that it does take. It says: {type(error).__name__}: {error}"

@@ -1,0 +1,56 @@
+"""A batch spread over several devices: its statistics merged, and its sums. JAX only: `torch_bn` computes on one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jax_bn.arrays import product
+from jax_bn.channels import Channels
+
+
+def num_shards(axis_name: str | tuple[str, ...] | None, groups: Sequence[Sequence[int]] | None) -> int:
+    """Over how many devices the batch is spread."""
+    return 1 if axis_name is None else len(groups[0]) if groups else lax.axis_size(axis_name)
+
+
+def psum(values: Sequence[Array], channels: Channels) -> tuple[Array, ...]:
+    """Sums over the devices, of values of one shape, in one collective."""
+    if channels.axis_name is None:
+        return tuple(values)
+    groups = None if channels.groups is None else [list(group) for group in channels.groups]
+    return tuple(lax.psum(jnp.stack(values), channels.axis_name, axis_index_groups=groups))
+
+
+def merge(
+    num_values: Array, shift: Array, rest: Array, var: Array, channels: Channels
+) -> tuple[Array, Array, Array, Array]:
+    """Statistics of the whole batch from those of its pieces (Chan, Golub and LeVeque 1979), in one collective.
+
+    A sum of rows that only their owner fills is an all-gather whose result every device is known to share; the rows
+    of other groups stay empty, and weigh nothing.
+    """
+    size, mine = (
+        lax.axis_size(channels.axis_name),
+        (num_values.astype(shift.dtype), shift, rest, var.astype(shift.dtype)),
+    )
+    row = (lax.broadcasted_iota(np.int32, (size,), 0) == lax.axis_index(channels.axis_name)).astype(shift.dtype)
+    counts, shifts, rests, variances = psum([jnp.tensordot(row, value, 0) for value in mine], channels)
+    counts, variances = counts.real, variances.real
+    total = counts.sum(0)
+    weights = counts / jnp.maximum(total, 1)[None]
+    # Around the shift of the largest piece: an empty one has nothing to say, and its 0 may be far away.
+    shift = jnp.take_along_axis(shifts, counts.argmax(0)[None], 0)[0]
+    offsets = (shifts - shift[None]) + rests
+    rest = (weights.astype(shift.dtype) * offsets).sum(0)
+    apart = offsets - rest[None]
+    return total, shift, rest, (weights * (variances + product(apart, apart))).sum(0)
+
+
+def varying(x: Array) -> frozenset[str]:
+    """The mapped axes along which x differs from device to device, as `jax.shard_map` keeps track of them."""
+    return jax.typeof(x).manual_axis_type.varying
