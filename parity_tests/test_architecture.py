@@ -40,7 +40,6 @@ parity.conventions imports flax
 parity.conventions imports torch
 parity.diagnosis.optimizer.family imports parity.sides.ask
 parity.diagnosis.optimizer.family imports parity.sides.torch.ask
-parity.diagnosis.product.contraction imports torch
 parity.diagnosis.product.rounded imports parity.sides.torch
 parity.diagnosis.product.rounded imports torch
 parity.evidence.both imports flax

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from parity.diagnosis.product.geometry import Call, Geometry, taps
 
@@ -38,10 +36,10 @@ class Product(NamedTuple):
     def forward(self) -> Array:
         """y, `[N, *outputs, out]`."""
         y = np.empty((len(self.x), *self.call.outputs, self.kernel.shape[-1]))
-        kernel = _tensor(self.kernel)
         for rows, positions in self._chunks():
-            unfolded = _unfold(_tensor(self.x[rows]), self.call, self.geometry, positions)
-            part = _contract(unfolded, kernel).numpy()
+            unfolded = _unfold(self.x[rows], self.call, self.geometry, positions)
+            left, right = _by_group(unfolded, self.kernel)
+            part = np.moveaxis(left @ right, 0, 1).reshape(*unfolded.shape[:2], -1)
             sizes = tuple(map(len, positions))
             y[(rows, *(slice(p[0], p[-1] + 1) for p in positions))] = part.reshape(-1, *sizes, part.shape[-1])
         return y + self.bias
@@ -49,14 +47,16 @@ class Product(NamedTuple):
     def backward(self, dy: Array) -> tuple[Array, Array]:
         """The gradients at x and at the kernel."""
         dx, dkernel = np.zeros(self.x.shape), np.zeros(self.kernel.shape)
-        kernel = _tensor(self.kernel).requires_grad_()
         for rows, positions in self._chunks():
-            x = _tensor(self.x[rows]).requires_grad_()
-            y = _contract(_unfold(x, self.call, self.geometry, positions), kernel)
-            part = _tensor(dy[(rows, *(slice(p[0], p[-1] + 1) for p in positions))]).reshape(y.shape)
-            of_x, of_kernel = torch.autograd.grad(y, (x, kernel), part)
-            dx[rows] += of_x.numpy()
-            dkernel += of_kernel.numpy()
+            unfolded = _unfold(self.x[rows], self.call, self.geometry, positions)
+            left, right = _by_group(unfolded, self.kernel)
+            part = dy[(rows, *(slice(p[0], p[-1] + 1) for p in positions))]
+            part = np.moveaxis(part.reshape(left.shape[1], len(right), -1), 1, 0)
+            of_right, of_left = left.transpose(0, 2, 1) @ part, part @ right.transpose(0, 2, 1)
+            (examples, outputs, count, _), inputs = unfolded.shape, self.kernel.shape[-2]
+            dkernel += of_right.reshape(-1, count, inputs, part.shape[-1]).transpose(1, 2, 0, 3).reshape(dkernel.shape)
+            columns = of_left.reshape(-1, examples, outputs, count, inputs).transpose(1, 2, 3, 0, 4)
+            dx[rows] += _fold(columns.reshape(unfolded.shape), self.call, self.geometry, positions)
         return dx, dkernel
 
     def error(self, y: Array, enough: float) -> float:
@@ -115,7 +115,7 @@ class Probe:
             for size, (first, last) in zip(call.outputs, ends, strict=True)
         ]
         self.channels = looked_at(y.shape[-1])
-        unfolded = _unfold(_tensor(x), call, geometry, positions).numpy()
+        unfolded = _unfold(x, call, geometry, positions)
         self.columns = unfolded.reshape(-1, *unfolded.shape[2:])
         self.y = y[np.ix_(np.arange(len(y)), *positions, self.channels)].reshape(-1, len(self.channels))
         self.outputs = y.shape[-1]
@@ -184,29 +184,48 @@ def looked_at(outputs: int) -> Array:
     return np.unique(np.linspace(0, outputs - 1, _CHANNELS).astype(int))
 
 
-def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(np.array(array, np.float64, order="C"))
-
-
-def _unfold(x: Tensor, call: Call, geometry: Geometry, positions: Sequence[Array]) -> Tensor:
+def _unfold(x: Array, call: Call, geometry: Geometry, positions: Sequence[Array]) -> Array:
     """What each output sees: `[N, outputs, taps, C]`."""
     sizes: list[int] = []
     for axis, (index, weight) in enumerate(taps(call, geometry, positions)):
-        x = x.index_select(1 + axis, torch.from_numpy(index.ravel()))
+        x = x.take(index.ravel(), axis=1 + axis)
         if not weight.all():
-            x = x * torch.from_numpy(weight).reshape(-1, *(1 for _ in x.shape[axis + 2 :]))
+            x *= _along(weight, axis, x.ndim)
         sizes += index.shape
     rank = len(positions)
     x = x.reshape(x.shape[0], *sizes, x.shape[-1])
-    x = x.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    x = x.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
     return x.reshape(x.shape[0], math.prod(sizes[::2]), math.prod(sizes[1::2]), x.shape[-1])
 
 
-def _contract(columns: Tensor, kernel: Tensor) -> Tensor:
-    """`[N, P, taps, C]` with `[*k, C / groups, out]` to `[N, P, out]`."""
-    examples, outputs, count, channels = columns.shape
-    *_, inputs, features = kernel.shape
+def _fold(columns: Array, call: Call, geometry: Geometry, positions: Sequence[Array]) -> Array:
+    """The transpose of `_unfold`: what arrives at each input."""
+    rank = len(positions)
+    x = columns.reshape(len(columns), *map(len, positions), *call.kernel, columns.shape[-1])
+    x = x.transpose(0, *(axis for i in range(1, rank + 1) for axis in (i, i + rank)), 2 * rank + 1)
+    x = x.reshape(len(x), *(len(p) * k for p, k in zip(positions, call.kernel, strict=True)), x.shape[-1])
+    for axis, (index, weight) in enumerate(taps(call, geometry, positions)):
+        order = np.argsort(index, axis=None, kind="stable")
+        seen, starts = np.unique(index.ravel()[order], return_index=True)
+        sums = np.add.reduceat((x * _along(weight, axis, x.ndim)).take(order, axis=1 + axis), starts, axis=1 + axis)
+        x = np.zeros((*x.shape[: 1 + axis], call.inputs[axis], *x.shape[2 + axis :]))
+        x[(slice(None),) * (1 + axis) + (seen,)] = sums
+    return x
+
+
+def _along(weight: Array, axis: int, ndim: int) -> Array:
+    """The weights of one spatial axis, so that they broadcast."""
+    return weight.reshape(-1, *(1,) * (ndim - 2 - axis))
+
+
+def _by_group(columns: Array, kernel: Array) -> tuple[Array, Array]:
+    """What each output sees and the kernel as matrices, of which y is the product, groups of channels apart.
+
+    `[N, P, taps, C]` and `[*k, C / groups, out]` become `[groups, N P, terms]` and `[groups, terms, out / groups]`.
+    """
+    count, channels = columns.shape[2:]
+    inputs = kernel.shape[-2]
     groups = channels // inputs
-    left = columns.reshape(-1, count, groups, inputs).permute(2, 0, 1, 3).reshape(groups, -1, count * inputs)
-    right = kernel.reshape(count, inputs, groups, -1).permute(2, 0, 1, 3).reshape(groups, count * inputs, -1)
-    return torch.bmm(left, right).permute(1, 0, 2).reshape(examples, outputs, features)
+    left = columns.reshape(-1, count, groups, inputs).transpose(2, 0, 1, 3).reshape(groups, -1, count * inputs)
+    right = kernel.reshape(count, inputs, groups, -1).transpose(2, 0, 1, 3).reshape(groups, count * inputs, -1)
+    return left, right
