@@ -41,6 +41,8 @@ WRONG = (
               "does not multiply by its gamma"),
     AffineMap("missing", GAMMA, lambda gamma, beta: (ONE, ZERO), "affine-missing",
               "applies neither its gamma nor its beta"),
+    AffineMap("offset", GAMMA, lambda gamma, beta: (1 + gamma, beta), "norm-offset",
+              "multiplies by 1 + gamma, the other side by gamma"),
 )  # fmt: skip
 
 
