@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
-from parity.comparison.differences import STEP_BOUND, Difference, alone, differences
+from parity.comparison.differences import INNER, STEP_BOUND, Difference, alone, differences, input_gradients
 from parity.comparison.rounding import rounding
 from parity.diagnosis import places
 from parity.diagnosis.finding import Located, in_order
@@ -71,7 +71,7 @@ class Judge:
         self.train = torch.details["mode"] == "train"
         self.notes = [*torch.notes, *flax.notes]
         self.free = differences(translation, flax.free, train=self.train)
-        self.free += [*self._unfit(), *self._loss()]
+        self.free += [*self._unfit(), *self._loss(), *input_gradients(torch.free, flax.free)]
         self.steps: list[Difference] = []
         self.rules: list[Located] = []
         if torch.free.dropout_off or flax.free.dropout_off:
@@ -163,13 +163,36 @@ class Judge:
     @property
     def agrees(self) -> bool:
         """Each side on its own gives the same so far."""
-        return not self._failing() and not self.stops
+        failing = self._failing()
+        return not self.stops and (not failing or self._is_cut_otherwise(failing))
+
+    def _is_cut_otherwise(self, failing: Sequence[Difference]) -> bool:
+        """Whether the two are the same function, and only what lies inside differs.
+
+        Outputs, gradients by the inputs and by every parameter, statistics and steps agree, and nothing is without a
+        partner: as where one side pads by hand and the other by an argument, or a norm applies its activation itself.
+        """
+        compared = [d for d in self.free if d.key == NETWORK and d.quantity == "output"]
+        gradients = self.torch.free.gradients and self.flax.free.gradients
+        left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
+        return bool(
+            failing
+            and compared
+            and gradients
+            and not left
+            and not any(alone(self.pairing, self.torch.free, self.flax.free))
+            and not self._weights
+            and all(t.fits for pair in self.pairing.layers for t in pair.tensors)
+            and all(d.key != NETWORK and d.quantity in INNER and not np.isnan(d.error) for d in failing)
+        )
 
     def asks_for_layers(self) -> bool:
         """Whether there is something that the run in single-layer mode can explain."""
         failing = self._failing()
         if failing and np.isnan(failing[0].error):
             return False  # there was nothing to compare there, and what is behind it shows no mistake
+        if self._is_cut_otherwise(failing):
+            return False
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
         left = left or any(alone(self.pairing, self.torch.free, self.flax.free))
         return bool(failing or left or self._weights or self._precision or self.flax.free.failure)
@@ -258,12 +281,18 @@ class Judge:
 
     def report(self) -> Report:
         """What was found."""
-        failing, located = self._failing(), self._located()
+        failing = self._failing()
+        cut = self._is_cut_otherwise(failing) and not self.stops and not self.rules
+        located = self._precision if cut else self._located()
         local = self.local if self.flax.forced is not None or failing else []
         alike = self.flax.forced is not None and bool(local) and not located and self.flax.forced.failure is None
         alike = alike and not any(d.error > self.bound(d, local=True) for d in local)
         if alike and all(np.isfinite(d.error) and d.error < 1e-3 for d in failing):
             failing = []  # every layer agrees to rounding: what is left is rounding carried along
+        if cut:
+            places = dict.fromkeys(d.key[0] or "the network" for d in failing)
+            self.notes.append(f"the same function, cut otherwise at {', '.join(places)}")
+            failing = []
         first = next(iter(failing), None)
         # A product of low precision may hide behind the noise that it makes itself.
         rough = {f.key for f in located if f.finding.code == "matmul-precision"}
