@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
-from parity.comparison.differences import STEP_BOUND, Difference, alone, differences, step_differences
+from parity.comparison.differences import (
+    INNER,
+    STEP_BOUND,
+    Difference,
+    alone,
+    differences,
+    input_gradients,
+    step_differences,
+)
 from parity.comparison.rounding import rounding
 from parity.diagnosis import places
 from parity.diagnosis.finding import Located, in_order
@@ -76,7 +84,7 @@ class Judge:
         self.train = torch.details["mode"] == "train"
         self.notes: list[str] = []
         self.free = differences(translation, flax.free, train=self.train)
-        self.free += [*self._unfit(), *self._loss()]
+        self.free += [*self._unfit(), *self._loss(), *input_gradients(torch.free, flax.free)]
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
 
@@ -173,13 +181,36 @@ class Judge:
     @property
     def agrees(self) -> bool:
         """Each side on its own gives the same so far."""
-        return not self._failing() and not self.stops
+        failing = self._failing()
+        return not self.stops and (not failing or self._is_cut_otherwise(failing))
+
+    def _is_cut_otherwise(self, failing: Sequence[Difference]) -> bool:
+        """Whether the two are the same function, and only what lies inside differs.
+
+        Outputs, gradients by the inputs and by every parameter, statistics and steps agree, and nothing is without a
+        partner: as where one side pads by hand and the other by an argument, or a norm applies its activation itself.
+        """
+        compared = [d for d in self.free if d.key == NETWORK and d.quantity == "output"]
+        gradients = self.torch.free.gradients and self.flax.free.gradients
+        left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
+        return bool(
+            failing
+            and compared
+            and gradients
+            and not left
+            and not any(alone(self.pairing, self.torch.free, self.flax.free))
+            and not self._weights
+            and all(t.fits for pair in self.pairing.layers for t in pair.tensors)
+            and all(d.key != NETWORK and d.quantity in INNER and not np.isnan(d.error) for d in failing)
+        )
 
     def asks_for_layers(self) -> bool:
         """Whether there is something that the run in single-layer mode can explain."""
         failing = self._failing()
         if failing and np.isnan(failing[0].error):
             return False  # there was nothing to compare there, and what is behind it shows no mistake
+        if self._is_cut_otherwise(failing):
+            return False
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
         left = left or any(alone(self.pairing, self.torch.free, self.flax.free))
         return bool(failing or left or self._weights or self._precision or self.flax.free.failure)
@@ -213,8 +244,8 @@ class Judge:
         sides = (self.torch.own, self.torch.exact), (self.flax.own, self.flax.exact)
         return precision_findings(self.translation, *sides)
 
-    @property
-    def _rules(self) -> list[Located]:
+    @cached_property
+    def rules(self) -> list[Located]:
         """Mistakes of the optimisers, each by itself."""
         names = [(torch, flax) for torch, flax, _ in self.pairing.tensors()]
         found = optimizer_findings(matched(self.torch.answers, self.flax.answers, names))
@@ -223,7 +254,7 @@ class Judge:
     def _located(self) -> list[Located]:
         found = [*self._weights, *self._precision]
         if not self.asks_for_layers():
-            return in_order([*found, *self._rules])
+            return in_order([*found, *self.rules])
         forced = self.flax.forced
         reference = self.flax.free if forced is None else forced
         bounds = {d: self.bound(d, local=True) for d in self.local}
@@ -246,7 +277,7 @@ class Judge:
         alike = forced is not None or not any(d.phase == "forward" for d in self._failing())
         if self.torch.details["loss"] != "default" and alike and not (reference.failure or self.torch.free.failure):
             found += loss_findings(self.translation, reference, FORWARD_BOUND)
-        return in_order([*found, *self._rules])
+        return in_order([*found, *self.rules])
 
     # What is told.
 
@@ -275,12 +306,18 @@ class Judge:
 
     def report(self) -> Report:
         """What was found."""
-        failing, located = self._failing(), self._located()
+        failing = self._failing()
+        cut = self._is_cut_otherwise(failing) and not self.stops and not self.rules
+        located = self._precision if cut else self._located()
         local = self.local if self.flax.forced is not None or failing else []
         alike = self.flax.forced is not None and bool(local) and not located and self.flax.forced.failure is None
         alike = alike and not any(d.error > self.bound(d, local=True) for d in local)
         if alike and all(np.isfinite(d.error) and d.error < 1e-3 for d in failing):
             failing = []  # every layer agrees to rounding: what is left is rounding carried along
+        if cut:
+            places = dict.fromkeys(d.key[0] or "the network" for d in failing)
+            self.notes.append(f"the same function, cut otherwise at {', '.join(places)}")
+            failing = []
         first = next(iter(failing), None)
         # A product of low precision may hide behind the noise that it makes itself.
         rough = {f.key for f in located if f.finding.code == "matmul-precision"}

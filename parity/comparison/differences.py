@@ -14,6 +14,11 @@ from parity.records import kinds
 from parity.records.distance import error_of
 from parity.records.recording import NETWORK, Call, Layer, Recording
 
+# What float32's rounding of an input leaves.
+SAME_INPUT = 1e-6
+# What lies inside of the network, where the two sides may be cut otherwise.
+INNER = {"input", "output", "input gradient", "output gradient"}
+
 
 class Difference(NamedTuple):
     """One number that both sides have: how far apart.
@@ -70,6 +75,18 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
                     given = flax.new_statistics[pair.flax.tensors[t.flax_name]]
                     add("statistics", (pair.torch.path, 0), pair.flax.path, t.torch_name, error_of(given, truth))
     return found
+
+
+def input_gradients(torch: Recording, flax: Recording) -> Iterator[Difference]:
+    """The gradients by the network's inputs, of those that are the same but for their layout."""
+    for a, b, truth, given in zip(torch.inputs, flax.inputs, torch.input_gradients, flax.input_gradients, strict=False):
+        if truth is None or given is None:
+            continue
+        ways = (("same",), *((("last",),) if a.ndim > 2 else ()), *((("swap",),) if a.ndim == 3 else ()))
+        way = next((way for way in ways if error_of(b, apply_layout(way, a)) <= SAME_INPUT), None)
+        if way is not None:
+            error = error_of(given, apply_layout(way, truth))
+            yield Difference("backward", NETWORK, "", "input gradient", error)
 
 
 def alone(pairing: Pairing, torch: Recording, flax: Recording) -> tuple[list[Layer], list[Layer]]:

@@ -38,6 +38,9 @@ TABLE = (
     Mistake("wrong-reduction-axes", "forward", "", "statistics per row, per pixel or per image"),
     Mistake("per-device-statistics", "forward", "", "statistics of half a batch, or a quarter"),
     Mistake("affine-swapped", "forward", "", "gamma and beta exchanged"),
+    Mistake(
+        "norm-offset", "forward", "", "the scale taken for gamma - 1 on one side: x_hat is multiplied by 1 + scale"
+    ),
     Mistake("affine-missing", "forward", "", "gamma and beta not loaded, or not there", one_sided=True),
     Mistake("bias-missing", "forward", "", "a layer without bias on one side", one_sided=True),
     Mistake("epsilon-outside-sqrt", "forward", "", "sqrt(var) + eps for sqrt(var + eps)"),

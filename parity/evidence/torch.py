@@ -87,7 +87,8 @@ class TorchRuns:
     def add_own_dtype(self, evidence: Evidence) -> None:
         """The run in the module's own dtype, and float64 beside it layer by layer."""
         evidence.own = self.run(float64=False)
-        evidence.exact = torch_side.products(self.own, evidence.own, train=self.train)
+        evidence.exact, notes = torch_side.products(self.own, evidence.own, train=self.train)
+        evidence.notes += dict.fromkeys(notes)
 
     def take(self, weights: str | Path | None, other: Evidence | None, layer_map: Mapping[str, str] | None) -> None:
         """Go on with copies that have these weights: of a file, or of a dump of either side."""

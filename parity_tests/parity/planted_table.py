@@ -3,12 +3,13 @@
     python -m parity_tests.parity.planted_table
     python -m parity_tests.parity.planted_table --write docs/parity_mistakes.md
 
-Prints Markdown.
+Prints Markdown. With --write the README's number of mistakes is put right as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import warnings
@@ -29,6 +30,7 @@ from parity_tests.parity.planted import CASES, Case
 from parity_tests.parity.planted.networks import two_mistakes, unexplained
 from parity_tests.parity.zoo import ZOO, randomise
 
+README = Path(__file__).parents[2] / "README.md"
 COLUMNS = [(wing, depth) for wing in ("torch", "flax") for depth in ("alone", "deep")]
 
 ALIKE = """\
@@ -175,6 +177,11 @@ A difference that is none of these is reported as `unexplained`, with the first 
 {ALIKE}"""  # noqa: E501
 
 
+def counted(readme: str, number: int) -> str:
+    """The README, with this number of planted mistakes."""
+    return re.sub(r"all \d+ mistakes", f"all {number} mistakes", readme)
+
+
 def main(args: list[str] | None = None) -> None:
     """The program."""
     parser = argparse.ArgumentParser(prog="python -m parity_tests.parity.planted_table", description=__doc__)
@@ -191,6 +198,7 @@ def main(args: list[str] | None = None) -> None:
     print(page, end="")
     if options.write is not None:
         write_whole(options.write, page.encode())
+        write_whole(README, counted(README.read_text(), len(CASES)).encode())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 from parity.diagnosis.family import SIDES, Family, Property, of_each, unlike
 from parity.diagnosis.finding import Finding
 from parity.diagnosis.mistakes import rank
+from parity.diagnosis.norm.affine import affine_findings
 from parity.diagnosis.norm.forward import (
     NormBehaviour,
     candidates,
@@ -172,7 +173,7 @@ class _Comparison:
     def _family(self) -> Family[NormBehaviour]:
         return Family(
             Property("source", lambda a, b: a.source.name != b.source.name, of_each(self._source_findings)),
-            Property("affine", unlike("affine"), of_each(_affine_findings)),
+            Property("affine", unlike("affine"), of_each(lambda name, fit, _: affine_findings(name, fit.affine))),
             Property("outside", unlike("outside"), of_each(_outside_findings)),
             Property("unbiased", unlike("unbiased"), of_each(_unbiased_findings)),
             Property("epsilon", lambda a, b: a.epsilon.meet(b.epsilon).empty, _epsilon_findings),
@@ -274,17 +275,6 @@ def _parameter_findings(torch: NormSide, flax: NormSide, tolerance: float) -> It
             yield Finding("affine-missing", f"gamma is 1{' and beta 0' if both else ''} everywhere in {name} only")
         elif not same(*biases) and (biases[number] == 0).all():
             yield Finding("bias-missing", f"beta is 0 everywhere in {name} only")
-
-
-def _affine_findings(name: str, fit: NormBehaviour, other: NormBehaviour) -> Iterator[Finding]:
-    if fit.affine == "swapped":
-        yield Finding("affine-swapped", f"{name} multiplies by beta and adds gamma")
-    elif fit.affine == "bias missing":
-        yield Finding("bias-missing", f"{name} does not add its beta")
-    elif fit.affine == "scale missing":
-        yield Finding("affine-missing", f"{name} does not multiply by its gamma")
-    elif fit.affine == "missing":
-        yield Finding("affine-missing", f"{name} applies neither its gamma nor its beta")
 
 
 def _outside_findings(name: str, fit: NormBehaviour, other: NormBehaviour) -> Iterator[Finding]:

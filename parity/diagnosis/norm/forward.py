@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parity.diagnosis.intervals import EPSILONS, Interval, intersection
+from parity.diagnosis.norm.affine import HELD, WRONG, affine_maps
 from parity.diagnosis.norm.sources import Array, NormSide, Source
 
 EPS = float(np.finfo(np.float64).eps)
@@ -32,8 +33,7 @@ class NormBehaviour(NamedTuple):
 
     Attributes:
       source: where its mean and variance come from.
-      affine: "held" (as it should be), "swapped", "missing" (neither applied, or the scale only, see `affine_name`),
-        "scale missing" or "bias missing".
+      affine: what it does with its scale and bias, the name of an `AffineMap`.
       unbiased: whether it divides by the root of the unbiased variance, m/(m-1) times the biased one.
       outside: whether epsilon is added to the root, not inside it.
       epsilon: every epsilon that fits.
@@ -64,27 +64,6 @@ class NormBehaviour(NamedTuple):
 def unbiased_factor(count: int | None) -> float:
     """m/(m-1)."""
     return count / (count - 1) if count is not None and count > 1 else math.nan
-
-
-def affine_maps(side: NormSide) -> list[tuple[str, Array, Array]]:
-    """(name, scale, bias) of what this side may do with its parameters, as it should first; no two the same."""
-    one, zero = np.ones(()), np.zeros(())
-    gamma = one if side.gamma is None else side.gamma
-    beta = zero if side.beta is None else side.beta
-    found = [("held", gamma, beta)]
-    if side.gamma is not None and side.beta is not None:
-        found += [("swapped", beta, gamma), ("bias missing", gamma, zero), ("scale missing", one, beta)]
-        found.append(("missing", one, zero))
-    elif side.gamma is not None:
-        found.append(("missing", one, zero))
-    elif side.beta is not None:
-        found.append(("bias missing", one, zero))
-    different = [found[0]]
-    for name, a, b in found[1:]:
-        if not any(np.array_equal(a + 0 * gamma, c + 0 * gamma) and np.array_equal(b + 0 * beta, d + 0 * beta)
-                   for _, c, d in different):  # fmt: skip
-            different.append((name, a, b))
-    return different
 
 
 def viewed(parameter: Array, x: Array, view: Sequence[int]) -> Array:
@@ -131,7 +110,7 @@ def _lost(source: Source) -> NDArray[np.bool_]:
     return _loss(source) > 0.05
 
 
-def fits(side: NormSide, source: Source, tolerance: float, affine: Iterable[str] | None = None) -> list[NormBehaviour]:
+def fits(side: NormSide, source: Source, tolerance: float, affine: Container[str] | None = None) -> list[NormBehaviour]:
     """Every behaviour with this source that gives side.y within the tolerance."""
     found = []
     x, y = side.x.reshape(source.view), side.y.reshape(source.view)
@@ -196,7 +175,7 @@ def candidates(
     if any(fit.epsilon.round(EPSILONS)[1] < 1 for fit in found):
         return found
     unlikely = list(others())
-    for affine in (("held",), ("swapped", "missing", "bias missing", "scale missing")):
+    for affine in ({HELD.name}, {way.name for way in WRONG}):
         more = [fit for source in unlikely for fit in fits(side, source, tolerance, affine)]
         found += more
         if more:
@@ -207,7 +186,9 @@ def candidates(
 def oddity(fit: NormBehaviour, order: dict[str, int]) -> float:
     """How far a behaviour is from what such a layer should do."""
     source = order.get(fit.source.name, len(order))
-    return 0.1 * (fit.affine != "held") + 0.1 * fit.unbiased + 0.1 * fit.outside + (0.1 + 0.001 * source) * (source > 0)
+    return (
+        0.1 * (fit.affine != HELD.name) + 0.1 * fit.unbiased + 0.1 * fit.outside + (0.1 + 0.001 * source) * (source > 0)
+    )
 
 
 def likeliest(fitted: Sequence[NormBehaviour], order: dict[str, int]) -> NormBehaviour | None:

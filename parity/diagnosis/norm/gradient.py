@@ -15,7 +15,8 @@ import numpy as np
 
 from parity.diagnosis.family import SIDES
 from parity.diagnosis.finding import Finding
-from parity.diagnosis.norm.forward import NormBehaviour, affine_maps, gradient_rounding, viewed
+from parity.diagnosis.norm.affine import affine_maps
+from parity.diagnosis.norm.forward import NormBehaviour, gradient_rounding, viewed
 from parity.diagnosis.norm.sources import Array, NormSide, Source
 
 STOPPED = {

@@ -37,7 +37,9 @@ class Product(NamedTuple):
         """y, `[N, *outputs, out]`."""
         y = np.empty((len(self.x), *self.call.outputs, self.kernel.shape[-1]))
         for rows, positions in self._chunks():
-            part = _contract(_unfold(self.x[rows], self.call, self.geometry, positions), self.kernel)
+            unfolded = _unfold(self.x[rows], self.call, self.geometry, positions)
+            left, right = _by_group(unfolded, self.kernel)
+            part = np.moveaxis(left @ right, 0, 1).reshape(*unfolded.shape[:2], -1)
             sizes = tuple(map(len, positions))
             y[(rows, *(slice(p[0], p[-1] + 1) for p in positions))] = part.reshape(-1, *sizes, part.shape[-1])
         return y + self.bias
@@ -47,10 +49,14 @@ class Product(NamedTuple):
         dx, dkernel = np.zeros(self.x.shape), np.zeros(self.kernel.shape)
         for rows, positions in self._chunks():
             unfolded = _unfold(self.x[rows], self.call, self.geometry, positions)
+            left, right = _by_group(unfolded, self.kernel)
             part = dy[(rows, *(slice(p[0], p[-1] + 1) for p in positions))]
-            of_columns, of_kernel = _contract_back(unfolded, self.kernel, part.reshape(*unfolded.shape[:2], -1))
-            dx[rows] += _fold(of_columns, self.x[rows].shape, self.call, self.geometry, positions)
-            dkernel += of_kernel
+            part = np.moveaxis(part.reshape(left.shape[1], len(right), -1), 1, 0)
+            of_right, of_left = left.transpose(0, 2, 1) @ part, part @ right.transpose(0, 2, 1)
+            (examples, outputs, count, _), inputs = unfolded.shape, self.kernel.shape[-2]
+            dkernel += of_right.reshape(-1, count, inputs, part.shape[-1]).transpose(1, 2, 0, 3).reshape(dkernel.shape)
+            columns = of_left.reshape(-1, examples, outputs, count, inputs).transpose(1, 2, 3, 0, 4)
+            dx[rows] += _fold(columns.reshape(unfolded.shape), self.call, self.geometry, positions)
         return dx, dkernel
 
     def error(self, y: Array, enough: float) -> float:
@@ -180,12 +186,11 @@ def looked_at(outputs: int) -> Array:
 
 def _unfold(x: Array, call: Call, geometry: Geometry, positions: Sequence[Array]) -> Array:
     """What each output sees: `[N, outputs, taps, C]`."""
-    x = np.asarray(x, np.float64)
     sizes: list[int] = []
     for axis, (index, weight) in enumerate(taps(call, geometry, positions)):
-        x = x.take(index.ravel(), 1 + axis)
+        x = x.take(index.ravel(), axis=1 + axis)
         if not weight.all():
-            x = x * weight.reshape(-1, *(1 for _ in x.shape[axis + 2 :]))
+            x *= _along(weight, axis, x.ndim)
         sizes += index.shape
     rank = len(positions)
     x = x.reshape(x.shape[0], *sizes, x.shape[-1])
@@ -193,41 +198,34 @@ def _unfold(x: Array, call: Call, geometry: Geometry, positions: Sequence[Array]
     return x.reshape(x.shape[0], math.prod(sizes[::2]), math.prod(sizes[1::2]), x.shape[-1])
 
 
-def _fold(columns: Array, shape: Sequence[int], call: Call, geometry: Geometry, positions: Sequence[Array]) -> Array:
-    """The transpose of `_unfold`: `[N, outputs, taps, C]` is summed up where it came from, `[N, *spatial, C]`."""
-    every, rank = taps(call, geometry, positions), len(positions)
-    sizes = [index.shape for index, _ in every]
-    x = columns.reshape(len(columns), *(n for n, _ in sizes), *(k for _, k in sizes), columns.shape[-1])
-    x = x.transpose(0, *(a for i in range(rank) for a in (1 + i, 1 + rank + i)), 2 * rank + 1)
-    x = x.reshape(len(columns), *(n * k for n, k in sizes), columns.shape[-1])
-    for axis, (index, weight) in reversed(list(enumerate(every))):
-        moved = np.moveaxis(x, 1 + axis, 0)
-        summed = np.zeros((shape[1 + axis], *moved.shape[1:]))
-        np.add.at(summed, index.ravel(), moved * weight.reshape(-1, *(1 for _ in moved.shape[1:])))
-        x = np.moveaxis(summed, 0, 1 + axis)
+def _fold(columns: Array, call: Call, geometry: Geometry, positions: Sequence[Array]) -> Array:
+    """The transpose of `_unfold`: what arrives at each input."""
+    rank = len(positions)
+    x = columns.reshape(len(columns), *map(len, positions), *call.kernel, columns.shape[-1])
+    x = x.transpose(0, *(axis for i in range(1, rank + 1) for axis in (i, i + rank)), 2 * rank + 1)
+    x = x.reshape(len(x), *(len(p) * k for p, k in zip(positions, call.kernel, strict=True)), x.shape[-1])
+    for axis, (index, weight) in enumerate(taps(call, geometry, positions)):
+        order = np.argsort(index, axis=None, kind="stable")
+        seen, starts = np.unique(index.ravel()[order], return_index=True)
+        sums = np.add.reduceat((x * _along(weight, axis, x.ndim)).take(order, axis=1 + axis), starts, axis=1 + axis)
+        x = np.zeros((*x.shape[: 1 + axis], call.inputs[axis], *x.shape[2 + axis :]))
+        x[(slice(None),) * (1 + axis) + (seen,)] = sums
     return x
 
 
-def _in_groups(columns: Array, kernel: Array) -> tuple[Array, Array]:
-    """`[groups, N * P, taps * C / groups]` and `[groups, taps * C / groups, out / groups]`."""
-    count, channels, inputs = columns.shape[2], columns.shape[3], kernel.shape[-2]
+def _along(weight: Array, axis: int, ndim: int) -> Array:
+    """The weights of one spatial axis, so that they broadcast."""
+    return weight.reshape(-1, *(1,) * (ndim - 2 - axis))
+
+
+def _by_group(columns: Array, kernel: Array) -> tuple[Array, Array]:
+    """What each output sees and the kernel as matrices, of which y is the product, groups of channels apart.
+
+    `[N, P, taps, C]` and `[*k, C / groups, out]` become `[groups, N P, terms]` and `[groups, terms, out / groups]`.
+    """
+    count, channels = columns.shape[2:]
+    inputs = kernel.shape[-2]
     groups = channels // inputs
     left = columns.reshape(-1, count, groups, inputs).transpose(2, 0, 1, 3).reshape(groups, -1, count * inputs)
-    right = np.asarray(kernel, np.float64).reshape(count, inputs, groups, -1)
-    return left, right.transpose(2, 0, 1, 3).reshape(groups, count * inputs, -1)
-
-
-def _contract(columns: Array, kernel: Array) -> Array:
-    """`[N, P, taps, C]` with `[*k, C / groups, out]` to `[N, P, out]`."""
-    left, right = _in_groups(columns, kernel)
-    return (left @ right).transpose(1, 0, 2).reshape(*columns.shape[:2], kernel.shape[-1])
-
-
-def _contract_back(columns: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-    """The gradients of `_contract` at the columns and at the kernel, from that at its outputs, `[N, P, out]`."""
-    left, right = _in_groups(columns, kernel)
-    groups, count, inputs = len(left), columns.shape[2], kernel.shape[-2]
-    part = dy.reshape(-1, groups, right.shape[-1]).transpose(1, 0, 2)
-    of_left = (part @ right.transpose(0, 2, 1)).reshape(groups, -1, count, inputs)
-    of_right = (left.transpose(0, 2, 1) @ part).reshape(groups, count, inputs, -1)
-    return of_left.transpose(1, 2, 0, 3).reshape(columns.shape), of_right.transpose(1, 2, 0, 3).reshape(kernel.shape)
+    right = kernel.reshape(count, inputs, groups, -1).transpose(2, 0, 1, 3).reshape(groups, count * inputs, -1)
+    return left, right

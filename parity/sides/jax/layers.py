@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from parity.sides.jax.linen import LinenSide, linen_interceptor
 from parity.sides.jax.module import Side, environment
 from parity.sides.jax.module import flat as flat_dict
 from parity.sides.jax.nnx import nnx_state
+
+LOG = logging.getLogger(__name__)
 
 CONFIG = (
     "strides",
@@ -87,7 +90,8 @@ def structure(side: Side, inputs: Sequence[NDArray], *, train: bool) -> tuple[di
         side.is_opened = True
         try:
             found = _look(side, inputs, train=train)
-        except Exception:
+        except Exception as error:  # whatever a stranger's module raises; what stays unseen, the report tells
+            LOG.info("not run without its jit and checkpoint: %s: %s", type(error).__name__, error)
             side.is_opened = False
     layers = layers_of(side, found.variables, found.called)
     for path, layer in layers.items():
@@ -320,7 +324,8 @@ def flattened(side: Side, structure: Structure, guess: Guess) -> dict[str, Flatt
             ones = {name: jnp.ones(v.shape, v.dtype) for name, v in shapes.items()}
             # Compiled: what the marks replace is never computed.
             inputs_by_path = jax.jit(run)(ones, [jnp.asarray(a) for a in inputs])
-    except Exception:  # whatever a stranger's module raises
+    except Exception as error:  # whatever a stranger's module raises
+        LOG.warning("Flax's module does not show what is behind a flatten: %s: %s", type(error).__name__, error)
         return {}
     counts = channel_counts(structure.layers, structure.shapes, -1)
     found = {path: read_code(np.asarray(x), counts) for path, x in inputs_by_path.items()}

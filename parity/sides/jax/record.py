@@ -85,6 +85,7 @@ def record(
             run = _Run(side, layers, others, given, floating, train, loss, force, seed)
             try:
                 total, seen = run(parameters, xs, None)
+                # What only cannot be compiled is whole now, and there is nothing to tell.
                 recording.failure = Failure.of(error, phase="backward") if gradients else None
             except Exception as stopped:  # as above
                 recording.failure = Failure.of(stopped, run.stopped_in)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from parity.records.recording import Layer
 from parity.records.structure import Flattened, Guess, Structure
 from parity.sides.torch.module import COUNTER
 from parity.sides.torch.record import default_dtype, layers_of
+
+LOG = logging.getLogger(__name__)
 
 
 def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
@@ -126,6 +129,11 @@ class Run(NamedTuple):
     feeders: dict[str, str]
 
 
+def _tell_refused(guess: Guess, error: Exception) -> None:
+    shapes = ", ".join(str(a.shape) for a in guess.torch)
+    LOG.info("PyTorch's module does not take %s: %s: %s", shapes, type(error).__name__, error)
+
+
 class Runner:
     """Runs copies of a module: on the meta device, which only knows shapes, or where that fails on the CPU."""
 
@@ -142,13 +150,14 @@ class Runner:
             except NotImplementedError:
                 self.meta = None
             except Exception as error:  # whatever a stranger's module raises
-                if "meta" in str(error):
-                    self.meta = None
-                else:
+                if "meta" not in str(error):
+                    _tell_refused(guess, error)
                     return None
+                self.meta = None
         try:
             return self._run(self.real, guess, "cpu")
-        except Exception:  # as above
+        except Exception as error:  # as above
+            _tell_refused(guess, error)
             return None
 
     def flattened(self, guess: Guess, run: Run) -> dict[str, Flattened]:
@@ -162,7 +171,10 @@ class Runner:
                     value.fill_(1.0)
         try:
             inputs = self._run(coded, guess, "cpu", coded=True).inputs
-        except Exception:  # as above
+        except Exception as error:  # as above
+            LOG.warning(
+                "PyTorch's module does not show what stands behind a flatten: %s: %s", type(error).__name__, error
+            )
             return {}
         counts = channel_counts(self.structure.layers, self.structure.shapes, 0)
         return {path: found for path, x in inputs.items() if (found := read_code(x, counts)) is not None}

@@ -170,21 +170,27 @@ def record(
     return recording
 
 
-def products(module: nn.Module, own: Recording, *, train: bool) -> dict[tuple[str, int], NDArray]:
-    """The outputs of the layers that multiply, in float64, on the inputs that they had in a run of another dtype."""
-    exact, found = lifted(module, float64=True).train(train), {}
+def products(module: nn.Module, own: Recording, *, train: bool) -> tuple[dict[tuple[str, int], NDArray], list[str]]:
+    """The outputs of the layers that multiply, in float64, on the inputs that they had in a run of another dtype.
+
+    Returns:
+      (layer, call) -> output; and a note of each layer that could not be run so.
+    """
+    exact, notes = lifted(module, float64=True).train(train), []
+    found: dict[tuple[str, int], NDArray] = {}
     for call in own.calls:
         if own.layers[call.path].kind in (*PRODUCTS, "other"):
             with torch.no_grad(), default_dtype(torch.float64), without_dropout(exact, train=train):
                 given = [torch.tensor(a).double() if a.dtype.kind == "f" else torch.tensor(a) for a in call.inputs]
                 try:
                     y = exact.get_submodule(call.path)(*given)
-                except Exception:  # whatever a stranger's module raises, of which `own` tells what is compared
+                except Exception as error:  # whatever a stranger's module raises
+                    notes.append(f"the precision of {call.path} was not looked at: {Failure.of(error).error}")
                     continue
             y = y[0] if isinstance(y, tuple) else y
             if isinstance(y, Tensor):
                 found[call.key] = numpy(y)
-    return found
+    return found, notes
 
 
 def _not_compiled(module: nn.Module) -> contextlib.AbstractContextManager:

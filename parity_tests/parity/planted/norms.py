@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as linen
+import jax.numpy as jnp
 import torch
 from torch import nn
 
@@ -21,10 +22,44 @@ from parity_tests.parity.planted.chain import (
     flax_norm,
     hand_norm,
     images,
+    layer,
     native_norm,
     planted,
+    vectors,
 )
 from parity_tests.parity.zoo.others import own_norm
+
+
+class TorchOffset(torch_norms.HandNorm):
+    """The scale is gamma - 1."""
+
+    def affine(self, x_hat):
+        return super().affine(x_hat) + x_hat
+
+
+class FlaxOffset(flax_norms.HandNorm):
+    """The scale is gamma - 1."""
+
+    def affine(self, x_hat, scale, bias):
+        return x_hat * (1 + scale) + bias
+
+
+class TorchOffsetRMSNorm(nn.RMSNorm):
+    """As Gemma's."""
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+class FlaxOffsetRMSNorm(linen.Module):
+    """As Gemma's."""
+
+    epsilon: float
+
+    @linen.compact
+    def __call__(self, x):
+        scale = self.param("scale", linen.initializers.zeros, x.shape[-1:])
+        return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * (1 + scale)
 
 
 class Mistake(NamedTuple):
@@ -143,6 +178,8 @@ MISTAKES = [
     Mistake("bias-missing", "torch", "norm-arithmetic", torch_hand(T.NoBeta), "train", "forward"),
     Mistake("bias-missing", "flax", "norm", linen_norm(use_bias=False), "eval", "forward", native_norm),
     Mistake("bias-missing", "flax", "norm-arithmetic", hand_norm(F.NoBeta), "train", "forward"),
+    Mistake("norm-offset", "torch", "batch-norm", torch_hand(TorchOffset), "train", "forward"),
+    Mistake("norm-offset", "flax", "batch-norm", hand_norm(FlaxOffset), "eval", "forward", native_norm),
     # derivative and devices
     Mistake("stopped-statistics-gradient", "torch", "both", torch_hand(T.Stopped), "train", "backward"),
     Mistake("stopped-statistics-gradient", "torch", "variance", torch_hand(T.StoppedVariance), "train", "backward"),
@@ -206,6 +243,29 @@ def everywhere(mistake: Mistake) -> Case:
     return case._replace(make=make, layers=(first,), variant="-".join(filter(None, (mistake.variant, "everywhere"))))
 
 
+def offset_rms_norms() -> Iterator[Case]:
+    """An RMS norm alone, and behind the first linear layer of the deep chain."""
+    names = list(deep_torch().order)
+    order = [*names[: names.index("act4")], "rms", *names[names.index("act4") :]]
+
+    def make(wing: str, depth: str):
+        def build():
+            torch.manual_seed(0)
+            wrong = wing == "torch", wing == "flax"
+            torch_part = (TorchOffsetRMSNorm if wrong[0] else nn.RMSNorm)(16, eps=1e-6)
+            flax_part = layer(FlaxOffsetRMSNorm if wrong[1] else linen.RMSNorm, epsilon=1e-6)
+            if depth == "alone":
+                return planted(TorchChain({"rms": torch_part}), LinenChain((flax_part,)), vectors(16), train=True)
+            module, flax_module = deep_torch(rms=torch_part, order=order), deep_linen(rms=flax_part, order=order)
+            return planted(module, flax_module, images(), train=True)
+
+        return build
+
+    for wing in ("torch", "flax"):
+        for depth in ("alone", "deep"):
+            yield Case("norm-offset", wing, depth, "rms-norm", make(wing, depth), ("rms",))
+
+
 EVERYWHERE = (
     "momentum-inverted",
     "unbiased-variance",
@@ -224,3 +284,4 @@ def cases() -> Iterator[Case]:
         if mistake.code in EVERYWHERE and (mistake.code, mistake.wing) not in seen:
             seen.add((mistake.code, mistake.wing))
             yield everywhere(mistake)
+    yield from offset_rms_norms()

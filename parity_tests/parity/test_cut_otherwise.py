@@ -1,0 +1,105 @@
+"""The verdict is about the function: the two sides may be cut otherwise inside."""
+
+import flax.linen as linen
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+import parity
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+TOKENS = np.array([[1, 2, 3], [4, 5, 6]])
+
+
+class PadsByHand(nn.Module):
+    """As TensorFlow pads, in front of a convolution that does not."""
+
+    def __init__(self, padding=(0, 1, 0, 1)):
+        super().__init__()
+        self.c, self.a, self.b, self.padding = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 3, 2), nn.Conv2d(4, 2, 1), padding
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(F.pad(torch.relu(self.c(x)), self.padding))))
+
+
+class PadsByArgument(linen.Module):
+    last: float = 1.0
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.relu(linen.Conv(5, (1, 1))(x))
+        return linen.Conv(2, (1, 1))(self.last * linen.relu(linen.Conv(4, (3, 3), 2)(x)))
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.silu(super().forward(x))
+
+
+class NormThenActivation(linen.Module):
+    epsilon: float = 1e-5
+
+    @linen.compact
+    def __call__(self, x, train):
+        norm = linen.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=self.epsilon)
+        return linen.Conv(4, (3, 3))(linen.silu(norm(linen.Conv(6, (3, 3))(x))))
+
+
+def norm_net():
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), NormWithActivation(6), nn.Conv2d(6, 4, 3, padding=1))
+
+
+class Positions(nn.Module):
+    """Looks up the positions for one example, and adds them to all."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte, self.wpe, self.d = nn.Embedding(9, 4), nn.Embedding(6, 4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.d(self.wte(ids) + self.wpe(torch.arange(ids.shape[1])[None]))
+
+
+class PositionsOfEach(linen.Module):
+    shift: int = 0
+
+    @linen.compact
+    def __call__(self, ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape) + self.shift
+        return linen.Dense(3)(linen.Embed(9, 4)(ids) + linen.Embed(6, 4)(positions))
+
+
+@pytest.mark.parametrize(
+    ("torch_net", "flax_net", "x", "where", "train"),
+    [
+        pytest.param(PadsByHand, PadsByArgument, IMAGES, "a", False, id="padding"),
+        pytest.param(PadsByHand, PadsByArgument, IMAGES, "a", True, id="padding-in-training"),
+        # In training the variance that PyTorch keeps is another.
+        pytest.param(norm_net, NormThenActivation, IMAGES, "1", False, id="norm-with-activation"),
+        pytest.param(Positions, PositionsOfEach, TOKENS, "wpe", True, id="positions"),
+    ],
+)
+def test_the_same_function(torch_net, flax_net, x, where, train):
+    torch.manual_seed(0)
+    report = parity.check(torch_net(), flax_net(), x, train=train)
+    assert report.ok, report
+    assert f"the same function, cut otherwise at {where}" in report.notes
+
+
+@pytest.mark.parametrize(
+    ("torch_net", "flax_net", "x"),
+    [
+        pytest.param(lambda: PadsByHand((1, 0, 1, 0)), PadsByArgument, IMAGES, id="other-padding"),
+        pytest.param(PadsByHand, lambda: PadsByArgument(1.01), IMAGES, id="a-factor-besides"),
+        pytest.param(norm_net, lambda: NormThenActivation(1e-3), IMAGES, id="epsilon"),
+        pytest.param(Positions, lambda: PositionsOfEach(1), TOKENS, id="positions"),
+    ],
+)
+def test_another_function_is_none_that_is_cut_otherwise(torch_net, flax_net, x):
+    torch.manual_seed(0)
+    report = parity.check(torch_net(), flax_net(), x, train=False)
+    assert not report.ok
+    assert not any("cut otherwise" in note for note in report.notes)
