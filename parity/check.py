@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.differences import check_inputs, step_differences
+from parity.comparison.differences import check_inputs
 from parity.judge import Judge, stopped
 from parity.report import Report
 from parity.sides.module import framework_of, is_tensor
@@ -66,7 +66,6 @@ def check(
       Exception: what either module raises on these inputs whatever their dtype.
     """
     from parity.evidence.jax import FlaxRuns
-    from parity.evidence.optimizers import rule_findings
     from parity.evidence.torch import TorchRuns
 
     _check_arguments(
@@ -91,11 +90,11 @@ def check(
         if judge.asks_for_rounding():
             first.noise, second.noise = torch.noise(first.free), flax.noise(second.free)
         if steps and optimizers:
-            judge.rules, notes = rule_findings(translation.pairing, first.free, optimizers)
-            judge.notes += notes
+            torch.add_optimizer(first, optimizers[0])
+            flax.add_optimizer(second, optimizers[1], translation)
             if judge.agrees:  # else every step would only carry on what differs
-                states = torch.steps(optimizers[0], steps), flax.steps(optimizers[1], steps)
-                judge.steps = step_differences(translation.pairing, first.free, *states)
+                torch.add_steps(first, optimizers[0], steps)
+                flax.add_steps(second, optimizers[1], steps)
         return judge.report()
 
 

@@ -10,16 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
-from parity.comparison.differences import INNER, STEP_BOUND, Difference, alone, differences, input_gradients
+from parity.comparison.differences import (
+    INNER,
+    STEP_BOUND,
+    Difference,
+    alone,
+    differences,
+    input_gradients,
+    step_differences,
+)
 from parity.comparison.rounding import rounding
 from parity.diagnosis import places
 from parity.diagnosis.finding import Located, in_order
 from parity.diagnosis.loss import loss_findings
 from parity.diagnosis.mistakes import UNEXPLAINED
+from parity.diagnosis.optimizer.family import findings as optimizer_findings
 from parity.diagnosis.parameters.conversion import conversion_findings
 from parity.diagnosis.product.rounded import precision_findings
 from parity.pairing.layers import Pairing, pairing_of
 from parity.pairing.translation import Translation, translated
+from parity.records.answers import matched
 from parity.records.evidence import Evidence
 from parity.records.recording import NETWORK, PHASES, Failure
 from parity.report import Report, verdict
@@ -41,6 +51,9 @@ def of_dumps(torch: Evidence, flax: Evidence, layer_map: Mapping[str, str] | Non
             f"{len(judge.other_weights)} of {len(pairing.tensors())} tensors differ before the run, "
             f"{judge.other_weights[0]} first: dump --weights takes the weights of the other dump"
         )
+    if bool(torch.answers) != bool(flax.answers):
+        side = "PyTorch" if torch.answers else "Flax"
+        judge.notes.append(f"only {side}'s dump has an optimiser: the two rules were not compared")
     return judge
 
 
@@ -69,11 +82,9 @@ class Judge:
         self.torch, self.flax, self.translation = torch, flax, translation
         self.pairing: Pairing = translation.pairing
         self.train = torch.details["mode"] == "train"
-        self.notes = [*torch.notes, *flax.notes]
+        self.notes: list[str] = []
         self.free = differences(translation, flax.free, train=self.train)
         self.free += [*self._unfit(), *self._loss(), *input_gradients(torch.free, flax.free)]
-        self.steps: list[Difference] = []
-        self.rules: list[Located] = []
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
 
@@ -90,6 +101,13 @@ class Judge:
         a, b = self.torch.free, self.flax.free
         if a.loss is not None and b.loss is not None and a.has_ended and b.has_ended:
             yield Difference("loss", NETWORK, "", "value", abs(a.loss - b.loss) / max(abs(a.loss), 1e-30))
+
+    @property
+    def steps(self) -> list[Difference]:
+        """How far the parameters are apart after each step of training."""
+        if not self.torch.states or not self.flax.states:
+            return []
+        return step_differences(self.pairing, self.torch.free, self.torch.states, self.flax.states)
 
     @cached_property
     def local(self) -> list[Difference]:
@@ -226,10 +244,17 @@ class Judge:
         sides = (self.torch.own, self.torch.exact), (self.flax.own, self.flax.exact)
         return precision_findings(self.translation, *sides)
 
+    @property
+    def _rules(self) -> list[Located]:
+        """Mistakes of the optimisers, each by itself."""
+        names = [(torch, flax) for torch, flax, _ in self.pairing.tensors()]
+        found = optimizer_findings(matched(self.torch.answers, self.flax.answers, names))
+        return [Located("optimizer", i, "", "", finding) for i, finding in enumerate(found)]
+
     def _located(self) -> list[Located]:
         found = [*self._weights, *self._precision]
         if not self.asks_for_layers():
-            return in_order([*found, *self.rules])
+            return in_order([*found, *self._rules])
         forced = self.flax.forced
         reference = self.flax.free if forced is None else forced
         bounds = {d: self.bound(d, local=True) for d in self.local}
@@ -252,7 +277,7 @@ class Judge:
         alike = forced is not None or not any(d.phase == "forward" for d in self._failing())
         if self.torch.details["loss"] != "default" and alike and not (reference.failure or self.torch.free.failure):
             found += loss_findings(self.translation, reference, FORWARD_BOUND)
-        return in_order([*found, *self.rules])
+        return in_order([*found, *self._rules])
 
     # What is told.
 
@@ -282,7 +307,7 @@ class Judge:
     def report(self) -> Report:
         """What was found."""
         failing = self._failing()
-        cut = self._is_cut_otherwise(failing) and not self.stops and not self.rules
+        cut = self._is_cut_otherwise(failing) and not self.stops and not self._rules
         located = self._precision if cut else self._located()
         local = self.local if self.flax.forced is not None or failing else []
         alike = self.flax.forced is not None and bool(local) and not located and self.flax.forced.failure is None
@@ -303,7 +328,7 @@ class Judge:
             first,
             located,
             layer_rows(self.pairing, [*self.free, *self.steps], local, self.bound, self.own),
-            self.notes,
+            [*self.torch.notes, *self.flax.notes, *self.notes],
             stops=self.stops,
             torch=self.torch.free,
             bound=self.bound,

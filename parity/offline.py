@@ -34,6 +34,8 @@ def dump(
     loss: Callable[[Any], Any] | None = None,
     flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
+    optimizer: Any = None,
+    steps: int = 0,
 ) -> Evidence:
     """Run one side in float64 and write down every layer's tensors and gradients.
 
@@ -51,13 +53,16 @@ def dump(
       flax_call: see `parity.check`.
       layer_map: {PyTorch's dotted name: Flax's path} of layers that are not paired rightly by order and kind, where the
         weights are the other side's.
+      optimizer: parameters -> torch optimizer, or an optax.GradientTransformation: what it makes of designed gradients
+        is written down, too.
+      steps: how many steps of training with it, on these inputs, are written down.
 
     Returns:
       What was written.
 
     Raises:
       TypeError: a module of neither framework.
-      ValueError: weights of other names or shapes, a dump in the other mode, empty inputs.
+      ValueError: weights of other names or shapes, a dump in the other mode, empty inputs, steps without optimizer.
       OSError: the files can't be written.
     """
     other = dump_file.load(weights) if weights is not None and dump_file.is_dump(weights) else None
@@ -66,12 +71,14 @@ def dump(
         raise ValueError(f"mode is {mode}; allowed: {other.details['mode']}, in which {weights} was dumped")
     given = [np.asarray(a) for a in inputs]
     check_inputs(given)
+    if not isinstance(steps, int) or steps < 0 or (steps and optimizer is None):
+        raise ValueError(f"steps is {steps!r}, optimizer {optimizer!r}; allowed: 0, or more with an optimizer")
     framework = framework_of(module)
     if framework == "torch":
-        made = _dump_torch(module, given, train, weights, other, loss, layer_map)
+        made = _dump_torch(module, given, train, weights, other, loss, layer_map, optimizer, steps)
     elif framework == "flax":
         arrays = given if flax_layout else flat_layout_inputs(given)
-        made = _dump_flax(module, arrays, train, weights, other, loss, flax_call, layer_map)
+        made = _dump_flax(module, arrays, train, weights, other, loss, flax_call, layer_map, optimizer, steps)
     else:
         allowed = "a torch.nn.Module, flax.linen.Module or flax.nnx.Module"
         raise TypeError(f"module is {type(module).__name__}; allowed: {allowed}")
@@ -81,7 +88,7 @@ def dump(
     return made
 
 
-def _dump_torch(module, inputs, train, weights, other, loss, layer_map) -> Evidence:
+def _dump_torch(module, inputs, train, weights, other, loss, layer_map, optimizer, steps) -> Evidence:
     from parity.evidence.torch import TorchRuns
 
     runs = TorchRuns(module, inputs, train=train, loss=loss)
@@ -90,13 +97,18 @@ def _dump_torch(module, inputs, train, weights, other, loss, layer_map) -> Evide
     _must_have_run(made)
     made.noise = runs.noise(made.free)
     runs.add_own_dtype(made)
+    if optimizer is not None:
+        runs.add_optimizer(made, optimizer)
+    if steps:
+        runs.add_steps(made, optimizer, steps)
     return made
 
 
-def _dump_flax(module, inputs, train, weights, other, loss, flax_call, layer_map) -> Evidence:
+def _dump_flax(module, inputs, train, weights, other, loss, flax_call, layer_map, optimizer, steps) -> Evidence:
     from parity.evidence.jax import FlaxRuns
 
     runs = FlaxRuns(module, inputs, train=train, loss=loss, flax_call=flax_call)
+    translation = None
     if other is None or other.free.framework == "flax":
         runs.take(weights, other)
         made = runs.evidence()
@@ -108,6 +120,10 @@ def _dump_flax(module, inputs, train, weights, other, loss, flax_call, layer_map
         made.details["fed_by"] = other.sha256
     made.noise = runs.noise(made.free)
     runs.add_own_dtype(made)
+    if optimizer is not None:
+        runs.add_optimizer(made, optimizer, translation)
+    if steps and made.free.failure is None:
+        runs.add_steps(made, optimizer, steps)
     return made
 
 
@@ -130,7 +146,7 @@ def compare(first: str | Path, second: str | Path, *, layer_map: Mapping[str, st
       layer_map: {PyTorch's dotted name: Flax's path} of layers that are not paired rightly by order and kind.
 
     Returns:
-      The report. Which mistake it is, is only said where what recognises it can be imported; else a note says so.
+      The report: the same mistakes as those that `parity.check` names.
 
     Raises:
       ValueError: no dumps, two of one framework, in different modes, or with different losses.

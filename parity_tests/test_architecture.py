@@ -36,9 +36,6 @@ parity.cli.commands imports flax
 parity.cli.train imports jax_bn
 parity.cli.train imports torch
 parity.cli.train imports torch_bn
-parity.diagnosis.optimizer.family imports parity.sides.ask
-parity.diagnosis.optimizer.family imports parity.sides.torch.ask
-parity.evidence.optimizers imports flax
 parity.records.weight_files imports torch
 parity.sides.jax.train imports parity.pairing.layers
 parity.sides.jax.train imports parity.pairing.translation

@@ -193,11 +193,20 @@ class Dump:
     .npz, .pt or Orbax. None: the module's own."""
     loss: str | None = None
     """package.module:name of a function of the output; both sides must be given the same one, each in its framework."""
+    optimizer: str | None = None
+    """package.module:name or file.py:name of parameters -> torch optimizer, or of an optax.GradientTransformation: its
+    rule is written down, too."""
+    steps: int = 0
+    """How many steps of training to write down, >= 0; with --optimizer."""
     map: tuple[str, ...] = ()
     """With another side's weights: layers that are not paired rightly by order and kind, such as conv.0=Conv_0."""
 
     def __post_init__(self) -> None:
         check_name("module", self.module)
+        if self.optimizer is not None:
+            check_name("--optimizer", self.optimizer)
+        require(self.steps >= 0, "--steps", self.steps, "an integer >= 0")
+        require(not self.steps or self.optimizer is not None, "--optimizer", None, "a name, where --steps > 0")
         if self.loss is not None:
             check_name("--loss", self.loss)
         require(bool(self.given.inputs or self.given.shape), "--inputs", "not given", "--inputs FILE or --shape SIZES")
@@ -225,6 +234,8 @@ class Dump:
                 flax_layout=self.flax,
                 loss=None if self.loss is None else object_of("--loss", self.loss),
                 layer_map=layer_map(self.map),
+                optimizer=None if self.optimizer is None else object_of("--optimizer", self.optimizer),
+                steps=self.steps,
             )
         print(f"written: {' and '.join(map(str, files_of(self.out)))}")
         return 0

@@ -201,7 +201,7 @@ def step_differences(
     found = []
     flax_path = {pair.torch.path: pair.flax.path for pair in pairing.layers}
     largest = max((np.abs(g).max(initial=0) for g in recording.gradients.values()), default=0.0)
-    for number in range(1, len(torch_states)):
+    for number in range(1, min(len(torch_states), len(flax_states))):
         way = {n: np.abs(torch_states[number][n] - torch_states[0][n]).max(initial=0) for n in torch_states[0]}
         floor = 1e-6 * max(way.values(), default=0.0)
         for torch_name, flax_name, t in pairing.tensors():

@@ -16,6 +16,7 @@ from parity.evidence.about import details
 from parity.pairing.layers import pair
 from parity.pairing.translation import Translation
 from parity.records import kinds
+from parity.records.answers import ProbeError
 from parity.records.evidence import Evidence, Noise
 from parity.records.recording import Recording
 from parity.records.structure import of_layers, of_recording
@@ -136,11 +137,27 @@ class FlaxRuns:
             runs.append(self.run(self.carried, force=Forcing(translation), gradients=gradients))
         return max(runs, key=lambda run: (run.has_ended, len(run.calls)))
 
-    def steps(self, transform: Any, steps: int) -> list[dict[str, NDArray]]:
+    def add_optimizer(self, evidence: Evidence, transform: Any, translation: Translation | None = None) -> None:
+        """What the optimiser answers by itself; element by element what PyTorch's is asked, if that is known."""
+        serials = {}
+        if translation is not None:
+            theirs = translation.torch.tensors
+            numbered = {name: np.arange(a.size).reshape(a.shape) for name, a in theirs.items()}
+            serials = translation.pairing.to_flax(numbered)
+        parameters = {name: tuple(a.shape) for name, a in self.shapes.items() if name.startswith("params/")}
+        try:
+            with flax_side.environment(float64=True):
+                evidence.answers = flax_side.answers(transform, parameters, serials)
+        except ProbeError as error:
+            evidence.notes.append(f"the optimisers' rules were not compared by themselves: {error}")
+
+    def add_steps(self, evidence: Evidence, transform: Any, steps: int) -> None:
         """The parameters before the first step of training and after each."""
         from parity.sides.jax.train import flax_steps  # which imports torch, too
 
-        return flax_steps(self.side, self.variables, self.inputs, transform, steps, train=self.train, loss=self._loss())
+        evidence.states = flax_steps(
+            self.side, self.variables, self.inputs, transform, steps, train=self.train, loss=self._loss()
+        )
 
     def _loss(self) -> Callable:
         return self.loss or partial(flax_side.default_loss, swapped=self.swapped)

@@ -13,6 +13,7 @@ from parity.comparison.rounding import STEP, noise_of, nudged
 from parity.evidence.about import details
 from parity.pairing.layers import pairing_of
 from parity.pairing.translation import flat_layout_inputs, translated
+from parity.records.answers import ProbeError
 from parity.records.distance import error_of
 from parity.records.evidence import Evidence, Noise
 from parity.records.recording import Recording
@@ -64,11 +65,20 @@ class TorchRuns:
         arrays = [np.asarray(a) for a in given]
         return [b if _nearly(a, b) else a for a, b in zip(arrays, usual, strict=True)]
 
-    def steps(self, factory: Callable, steps: int) -> list[dict[str, NDArray]]:
+    def add_optimizer(self, evidence: Evidence, factory: Callable) -> None:
+        """What the optimiser answers by itself."""
+        free = evidence.free
+        shapes = {name: tuple(a.shape) for name, a in free.tensors.items() if name in free.gradients}
+        try:
+            evidence.answers = torch_side.answers(factory, shapes)
+        except ProbeError as error:
+            evidence.notes.append(f"the optimisers' rules were not compared by themselves: {error}")
+
+    def add_steps(self, evidence: Evidence, factory: Callable, steps: int) -> None:
         """The parameters before the first step of training and after each."""
         from parity.sides.torch.train import torch_steps  # which imports optax, too
 
-        return torch_steps(self.module, self.inputs, factory, steps, train=self.train, loss=self.loss)
+        evidence.states = torch_steps(self.module, self.inputs, factory, steps, train=self.train, loss=self.loss)
 
     def noise(self, free: Recording) -> Noise:
         """How much of the free run is rounding."""

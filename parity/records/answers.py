@@ -1,13 +1,18 @@
-"""What two optimisers are asked, and what they answer: designed parameters and gradients in, updates out."""
+"""What an optimiser is asked, and what it answers: designed parameters and gradients in, updates out.
+
+Each side is asked alone, in float64, so that its answers can be written down; `matched` holds two sides' side by side.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 PATTERNS = 24
+STEPS = 6
 # A tensor with fewer elements than patterns is asked again, from a fresh state; one element sees eight patterns.
 MOST_EPISODES, STRIDE = 8, 5
 
@@ -17,7 +22,7 @@ class ProbeError(ValueError):
 
 
 class Questions(NamedTuple):
-    """What an episode gives: each [T, PATTERNS], element i of every tensor gets column (i + STRIDE * episode)."""
+    """What an episode gives: each [T, PATTERNS], an element of serial number i gets column (i + STRIDE * episode)."""
 
     gradients: NDArray
     parameters: NDArray
@@ -31,6 +36,8 @@ class Response(NamedTuple):
       updates: new - old parameter, [T, K].
       buffer: after the first step, a buffer in the state is this many times the gradient; None if there is none.
       rates: the learning rate that the optimiser itself names at each step, [T]; None if it names none.
+      asked: which question each of the K elements was given, episode * PATTERNS + column, ascending; None: all of one
+        episode.
     """
 
     gradients: NDArray
@@ -38,15 +45,85 @@ class Response(NamedTuple):
     updates: NDArray
     buffer: float | None = None
     rates: NDArray | None = None
+    asked: NDArray | None = None
 
 
 class Answers(NamedTuple):
-    """Both sides' responses for one tensor of the Flax side, and PyTorch's name for it; `worst` as `disagreement`."""
+    """Both sides' responses to the same questions for one tensor, by PyTorch's name; `worst` as `disagreement`."""
 
     name: str
     torch: Response
     flax: Response
     worst: float
+
+
+class Run(NamedTuple):
+    """One side's answers in one episode."""
+
+    updates: NDArray  # [T, all elements]
+    first_state: list[NDArray]  # the state's arrays after the first step, flat
+    rates: NDArray | None  # [T, all elements]
+
+
+Episode = Callable[[NDArray, NDArray], Run]
+"""(gradients, parameters), each [T, all elements] -> what the optimiser makes of them, from a fresh state."""
+
+
+def ask(serials: Mapping[str, NDArray], episode: Episode, *, whole_state: bool) -> dict[str, Response]:
+    """Asks one side's optimiser, tensor by tensor.
+
+    Two sides are given the same where elements that correspond have the same serial numbers. Which element of a tensor
+    has which matters to none but a rule that looks at rows, columns or norms; every tensor of its own, in its own
+    order, is right for all others.
+
+    Args:
+      serials: a tensor's name -> the serial numbers of its elements, in the order in which `episode` has the tensors.
+      episode: runs the optimiser.
+      whole_state: the arrays of a state are as long as all tensors together, and not as one of them.
+    """
+    flat = {name: np.asarray(serial).ravel() for name, serial in serials.items()}
+    within = np.concatenate([*flat.values(), np.arange(0)])
+    questioned = questions(STEPS)
+    episodes = min(MOST_EPISODES, max(1, *(-(-PATTERNS // max(len(s), 1)) for s in flat.values()))) if flat else 0
+    runs, columns = [], []
+    for number in range(episodes):
+        columns.append((within + STRIDE * number) % PATTERNS)
+        runs.append(episode(questioned.gradients[:, columns[-1]], questioned.parameters[:, columns[-1]]))
+    found, start = {}, 0
+    for name, serial in flat.items():
+        if len(serial):
+            # Of each column the element that comes first: enough of them to tell a rule.
+            order = np.argsort(serial)
+            few = order[np.unique(serial[order] % PATTERNS, return_index=True)[1]]
+            found[name] = _response(runs, columns, start + few, start + few if whole_state else few, questioned)
+        start += len(serial)
+    return found
+
+
+def matched(
+    torch: Mapping[str, Response], flax: Mapping[str, Response], names: Iterable[tuple[str, str]]
+) -> list[Answers]:
+    """What both sides answered to the same questions, for each (PyTorch's name, Flax's name) that both were asked."""
+    found = []
+    for t, f in names:
+        if t in torch and f in flax:
+            _, *both = np.intersect1d(_asked(torch[t]), _asked(flax[f]), return_indices=True)
+            a, b = (_only(side, which) for side, which in zip((torch[t], flax[f]), both, strict=True))
+            found.append(Answers(t, a, b, disagreement(a.updates, b.updates, a.parameters)))
+    return found
+
+
+def _asked(response: Response) -> NDArray:
+    return np.arange(response.updates.shape[1]) if response.asked is None else response.asked
+
+
+def _only(response: Response, which: NDArray) -> Response:
+    return response._replace(
+        gradients=response.gradients[:, which],
+        parameters=response.parameters[:, which],
+        updates=response.updates[:, which],
+        asked=_asked(response)[which],
+    )
 
 
 def questions(steps: int) -> Questions:
@@ -83,24 +160,20 @@ def rounding(parameters: NDArray, updates: NDArray) -> NDArray:
     return 4 * np.finfo(np.float64).eps * (np.abs(parameters) + np.abs(updates))
 
 
-class Run(NamedTuple):
-    """One side's answers in one episode."""
-
-    updates: NDArray  # [T, all elements of the Flax tree]
-    first_state: list[NDArray]  # the state's arrays after the first step, flat
-    rates: NDArray | None  # [T, all elements]
-
-
-def response(runs: list[Run], columns: list[NDArray], here: NDArray, places: NDArray, asked: Questions) -> Response:
-    """What the elements `here` answered, all episodes beside each other."""
+def _response(
+    runs: Sequence[Run], columns: Sequence[NDArray], here: NDArray, places: NDArray, asked: Questions
+) -> Response:
+    """What the elements `here` answered, all episodes beside each other; `places`: where a state has them."""
     chosen = [c[here] for c in columns]
-    rates = runs[0].rates
+    given = np.concatenate([PATTERNS * number + c for number, c in enumerate(chosen)])
+    every, rates = np.argsort(given), runs[0].rates
     return Response(
-        np.concatenate([asked.gradients[:, c] for c in chosen], axis=1),
-        np.concatenate([asked.parameters[:, c] for c in chosen], axis=1),
-        np.concatenate([run.updates[:, here] for run in runs], axis=1),
+        np.concatenate([asked.gradients[:, c] for c in chosen], axis=1)[:, every],
+        np.concatenate([asked.parameters[:, c] for c in chosen], axis=1)[:, every],
+        np.concatenate([run.updates[:, here] for run in runs], axis=1)[:, every],
         _buffer(runs[0].first_state, places, asked.gradients[0, chosen[0]], asked.parameters[0, chosen[0]]),
         None if rates is None or np.isnan(rates[:, here[0]]).any() else rates[:, here[0]],
+        given[every],
     )
 
 

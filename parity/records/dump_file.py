@@ -9,13 +9,15 @@ The JSON file:
      "runs": {"free": {"loss", "failure", "failed_in": [phase, path], "dropout_off", "calls": [{"path", "index"}],
                        "glue": [{"path", "class_name", "position"}]},
               "forced": the same, or absent, "own": the same, or absent},
-     "noise": [[phase, path, index, value]], "notes": [text]}
+     "noise": [[phase, path, index, value]], "notes": [text], "answers": {full name: buffer}}
 
 Layers stand in the order of the module's definition, calls in the order of execution. The arrays, each in the
 framework's own layout, are called RUN/tensor/FULL NAME, RUN/new_statistic/FULL NAME, RUN/gradient/FULL NAME,
 RUN/input/I, RUN/input_gradient/I, RUN/output/I, RUN/output_gradient/I, and RUN/call/N/ input/I, arrived/I,
 input_gradient/I, output, output_gradient for the N-th call. exact/N is the output of the N-th call of "own" in float64,
-see `records/evidence.py`. What there is not (the gradient of an integer; what an older dump did not write) is absent.
+see `records/evidence.py`. state/N/FULL NAME is a parameter after N steps of training, answer/FULL NAME/FIELD what the
+optimiser answered for it (`records/answers.py`). What there is not (the gradient of an integer; what an older dump did
+not write) is absent.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from bn_common.run_folder import write_whole
+from parity.records.answers import Response
 from parity.records.evidence import Evidence
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
 
@@ -41,6 +44,7 @@ FORMAT, VERSION = "parity dump", 1
 LISTS = {"input": "inputs", "input_gradient": "input_gradients", "output": "outputs"}
 LISTS |= {"output_gradient": "output_gradients"}
 MAPS = {"tensor": "tensors", "new_statistic": "new_statistics", "gradient": "gradients"}
+ANSWER = "gradients", "parameters", "updates", "rates", "asked"
 CALL_LISTS = {"input": "inputs", "arrived": "arrived", "input_gradient": "input_gradients"}
 
 
@@ -74,6 +78,10 @@ def save(dump: Evidence, path: str | Path) -> None:
     named = {name: a for name, a in named.items() if not name.startswith(("forced/tensor/", "own/tensor/"))}
     numbers = {} if dump.own is None else {call.key: n for n, call in enumerate(dump.own.calls)}
     named |= {f"exact/{numbers[key]}": a for key, a in dump.exact.items() if key in numbers}
+    named |= {f"state/{n}/{name}": a for n, state in enumerate(dump.states) for name, a in state.items()}
+    for name, response in dump.answers.items():
+        fields = {field: getattr(response, field) for field in ANSWER}
+        named |= {f"answer/{name}/{field}": a for field, a in fields.items() if a is not None}
     content = safetensors.numpy.save({name: np.array(a, order="C") for name, a in named.items()})
     dump.sha256 = hashlib.sha256(content).hexdigest()
     about = {
@@ -86,6 +94,7 @@ def save(dump: Evidence, path: str | Path) -> None:
         "runs": {name: _run(run) for name, run in runs.items()},
         "noise": [[phase, *key, value] for (phase, key), value in dump.noise.items()],
         "notes": dump.notes,
+        "answers": {name: response.buffer for name, response in dump.answers.items()},
     }
     write_whole(arrays_file, content)
     write_whole(about_file, (json.dumps(plain(about), indent=1, allow_nan=False) + "\n").encode())
@@ -120,11 +129,27 @@ def load(path: str | Path) -> Evidence:
         noise,
         own,
         {call.key: named[f"exact/{n}"] for n, call in numbered if f"exact/{n}" in named},
+        {name: _answer(named, name, buffer) for name, buffer in about.get("answers", {}).items()},
+        _states(named),
         notes=about.get("notes", []),
         details=about["details"],
         name=str(path),
         sha256=about["sha256"],
     )
+
+
+def _answer(named: Mapping[str, NDArray], name: str, buffer: float | None) -> Response:
+    fields: dict[str, Any] = {field: named.get(f"answer/{name}/{field}") for field in ANSWER}
+    return Response(buffer=buffer, **fields)
+
+
+def _states(named: Mapping[str, NDArray]) -> list[dict[str, NDArray]]:
+    states: dict[int, dict[str, NDArray]] = {}
+    for key, a in named.items():
+        if key.startswith("state/"):
+            _, number, name = key.split("/", 2)
+            states.setdefault(int(number), {})[name] = a
+    return [states[number] for number in sorted(states)]
 
 
 def arrays(recording: Recording) -> Iterator[tuple[str, NDArray]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from parity.records.answers import Response
 from parity.records.recording import Recording
 
 Noise = dict[tuple[str, tuple[str, int]], float]
@@ -24,6 +25,8 @@ class Evidence:
       noise: how much of the free run is rounding; empty where it was not measured.
       own: the run on its own in the module's own dtype; None where there is none.
       exact: outputs of the layers that multiply (`kinds.PRODUCTS`) in float64, on the inputs that they had in `own`.
+      answers: what the optimiser answered for each parameter, see `records.answers`.
+      states: the parameters before the first step of training and after each.
       given: Flax's own variables, where they are the user's and not PyTorch's; they may not be those of the module.
       notes: what else is to be said.
       details: mode, class, loss, versions, hashes of the inputs.
@@ -36,6 +39,8 @@ class Evidence:
     noise: Noise = field(default_factory=dict)
     own: Recording | None = None
     exact: dict[tuple[str, int], NDArray] = field(default_factory=dict)
+    answers: dict[str, Response] = field(default_factory=dict)
+    states: list[dict[str, NDArray]] = field(default_factory=list)
     given: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)

@@ -7,10 +7,12 @@ import optax
 import pytest
 import torch
 
-from parity.diagnosis.optimizer.family import probe_findings
+from parity.diagnosis.optimizer.family import findings
 from parity.diagnosis.optimizer.fit import fit
 from parity.diagnosis.optimizer.rules import Numbers, Shape, direction
-from parity.records.answers import ProbeError, Response, questions
+from parity.records.answers import ProbeError, Response, matched, questions
+from parity.sides.jax import ask as flax_ask
+from parity.sides.torch import ask as torch_ask
 
 LR = 1e-2
 FLAX = {
@@ -28,9 +30,17 @@ def to_torch(tree):
     }
 
 
-def probe(torch_factory, transform, **options):
-    params = to_torch(FLAX)
-    return probe_findings(torch_factory, transform, torch_params=params, flax_params=FLAX, to_torch=to_torch, **options)
+NAMES = {"params/Dense_0/kernel": "0.weight", "params/Dense_0/bias": "0.bias"}
+NAMES |= {"params/Out/kernel": "1.weight", "params/Out/bias": "1.bias"}
+
+
+def probe(torch_factory, transform, known=True, **options):
+    """Each side is asked alone; Flax either element by element what PyTorch is asked, or in its own order."""
+    shapes = {name: a.shape for name, a in to_torch(FLAX).items()}
+    serials = {f: np.arange(np.prod(shapes[t])).reshape(shapes[t]).T for f, t in NAMES.items()} if known else None
+    flax_shapes = {f"params/{layer}/{name}": a.shape for layer, of in FLAX.items() for name, a in of.items()}
+    sides = torch_ask.answers(torch_factory, shapes), flax_ask.answers(transform, flax_shapes, serials)
+    return findings(matched(*sides, [(t, f) for f, t in NAMES.items()]), **options)
 
 
 def codes(torch_factory, transform, **options):
@@ -171,9 +181,10 @@ CORRECT = {
 }
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["fed", "alone"])
 @pytest.mark.parametrize("name", CORRECT)
-def test_correct_pairs_give_silence(name):
-    assert probe(*CORRECT[name]) == []
+def test_correct_pairs_give_silence(name, known):
+    assert probe(*CORRECT[name], known=known) == []
 
 
 PLANTED = {
@@ -234,7 +245,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_mistakes_are_named(name):
     torch_factory, transform, expected = PLANTED[name]
-    assert codes(torch_factory, transform) == expected
+    assert codes(torch_factory, transform) == codes(torch_factory, transform, known=False) == expected
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import flax.linen as nn
@@ -17,8 +18,10 @@ from flax.traverse_util import flatten_dict
 import parity
 from parity import offline
 from parity.records import dump_file
+from parity.records.answers import Response
 from parity.records.evidence import Evidence
 from parity.records.recording import Call, Failure, Layer, Recording
+from parity_tests.parity.planted import CASES
 
 ROOT = Path(__file__).parents[2]
 X = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
@@ -282,8 +285,16 @@ def test_any_name(tmp_path, name):
     free = Recording("torch", {"x.0": layer}, [call], [], {"x.0.w": a}, {}, {"x.0.w": np.zeros((0, 2))}, [a], [None])
     free.failure, free.loss = Failure("ValueError: stopped", "x.0"), float("nan")
     made = Evidence(free, noise={("forward", ("x.0", 0)): 1e-16}, details={"mode": "train"})
+    made.own, made.exact, made.notes = free, {("x.0", 0): a}, ["a note"]
+    made.states, made.answers = [{"x.0.w": a}], {"x.0.w": Response(a, a, a, 0.5, None, np.arange(2))}
     dump_file.save(made, tmp_path / name)
     read = dump_file.load(tmp_path / name)
+    assert read.notes == ["a note"]
+    np.testing.assert_array_equal(read.exact["x.0", 0], a)
+    np.testing.assert_array_equal(read.states[0]["x.0.w"], a)
+    assert read.own is not None
+    for x, y in zip(read.answers["x.0.w"], made.answers["x.0.w"], strict=True):
+        np.testing.assert_array_equal(x, y)
     assert read.noise == made.noise
     assert read.sha256 == made.sha256
     assert read.free.failure == free.failure
@@ -301,11 +312,55 @@ def test_any_name(tmp_path, name):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+BLOCKED = ("torch", *JAX)
+COMPARE = """
+import json, sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+from parity import offline
+report = offline.compare("a", "b")
+print(json.dumps([(d.code, d.layer) for d in report.diagnoses]))
+"""
+PLANTED = [
+    "matmul-precision-flax-alone-tf32", "matmul-precision-torch-alone-bfloat16", "adam-epsilon-torch-alone-value",
+    "padding-flax-alone-none", "kernel-flipped-torch-alone-arithmetic", "activation-flax-alone-tanh-gelu",
+    "epsilon-torch-alone-eval", "stopped-statistics-gradient-flax-alone-both", "loss-reduction-torch-alone-sum",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_same_mistakes_without_a_framework(tmp_path, name):
+    """As `parity.check` names, from two dumps, with neither framework to be imported."""
+    case = next(case for case in CASES if case.name == name)
+    planted = case.make()
+    expected = [[d.code, d.layer] for d in parity.check(*planted[:2], *planted.inputs, **planted.options).diagnoses]
+    assert expected[0][0] == case.code
+    options = dict(planted.options)
+    losses, optimizers = options.pop("loss", None) or (None, None), options.pop("optimizers", None) or (None, None)
+    flax_inputs, steps = options.pop("flax_inputs", None), options.pop("steps", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module, name, weights, loss, optimizer in zip(
+            planted[:2], "ab", (None, tmp_path / "a"), losses, optimizers, strict=True
+        ):
+            given = planted.inputs if name == "a" or flax_inputs is None else flax_inputs
+            offline.dump(
+                module, given, tmp_path / name, weights=weights, loss=loss, optimizer=optimizer, steps=steps,
+                flax_layout=name == "b" and flax_inputs is not None, **options,
+            )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARE.format(blocked=BLOCKED)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
+
+
 def test_trace(torch_net, flax_net):
     """Every layer is run on PyTorch's input whether or not anything differs."""
     report = parity.trace(torch_net, flax_net(), X, train=False)
     assert report.ok, str(report)
-    layered = [row for row in report.layers if row.phase in ("forward", "backward")]
+    # The gradient by the network's input is of the whole, and not of a layer.
+    layered = [row for row in report.layers if row.phase == "forward" or (row.phase == "backward" and row.torch_layer)]
     assert all(row.local_error is not None and row.local_error < 1e-13 for row in layered)
     report = parity.trace(torch_net, flax_net(1e-3), X, train=False, layer_map={"1": "BatchNorm_0"})
     alone = [row for row in report.layers if row.local_error and row.local_error > 1e-6 and row.phase == "forward"]

@@ -1,14 +1,13 @@
 """Are a torch optimiser and an optax transformation the same update rule, and if not, which mistake is it?
 
-Both are asked the same questions (`sides/ask.py`), each side alone is fitted to a family of rules
+Both were asked the same questions (`records/answers.py`), each side alone is fitted to a family of rules
 (`rules`, `fit`), and the two descriptions are compared here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,50 +18,19 @@ from parity.diagnosis.optimizer.descriptions import Description, choose, describ
 from parity.diagnosis.optimizer.fit import adopt, fit
 from parity.diagnosis.optimizer.rules import LOOSER, Rule
 from parity.records.answers import Answers, Response
-from parity.sides.ask import ask
-from parity.sides.torch.ask import TorchFactory
-
-FEWEST_STEPS = 6
 
 
-def probe_findings(
-    torch_factory: TorchFactory,
-    transform: Any,
-    *,
-    torch_params: Mapping[str, NDArray],
-    flax_params: Any,
-    to_torch: Callable[[Any], Mapping[str, Any]],
-    steps: int = FEWEST_STEPS,
-    tolerance: float = 1e-9,
-) -> list[Finding]:
-    """Compares two optimisers as update rules, from what they answer to designed gradients; in float64.
+def findings(answers: Sequence[Answers], *, tolerance: float = 1e-9) -> list[Finding]:
+    """Compares two optimisers as update rules, from what they answered to designed gradients.
 
     Args:
-      torch_factory: parameters (a list, in the order of `torch_params`) -> torch Optimizer, or (Optimizer, scheduler),
-        the scheduler making a step after each of the optimiser's.
-      transform: optax `GradientTransformation`.
-      torch_params: PyTorch's name -> array of the parameter's shape, in the module's order; values do not matter.
-      flax_params: the tree of parameters for which `transform` is meant (masks and labels see its names and shapes).
-      to_torch: such a tree of numpy float64 arrays -> {PyTorch's name: array in PyTorch's layout}; it may only reorder.
-      steps: to ask; at least 6 are. A schedule is seen as far as these go.
+      answers: of both sides to the same questions, a tensor each, see `records.answers.matched`.
       tolerance: up to which the updates of an element, relative to its largest so far, count as equal.
 
     Returns:
       [] for the same rule; otherwise what differs, each mistake once, with the names of the parameters if it is not
       all of them.
-
-    Raises:
-      ProbeError: an optimiser that does not make its update from gradients and parameters alone (L-BFGS and others
-        that want a closure or a loss), or that holds other parameters than it was given.
     """
-    answers = ask(
-        torch_factory,
-        transform,
-        torch_params=torch_params,
-        flax_params=flax_params,
-        to_torch=to_torch,
-        steps=max(steps, FEWEST_STEPS),
-    )
     known: dict[bytes, list[Finding]] = {}
     sides = _Side(), _Side()
     per_code: dict[str, tuple[str, list[str]]] = {}

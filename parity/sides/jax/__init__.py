@@ -1,5 +1,6 @@
 """Flax's side of the bridge. Never imports torch."""
 
+from parity.sides.jax.ask import answers
 from parity.sides.jax.layers import layers_of, structure
 from parity.sides.jax.linen import LinenSide
 from parity.sides.jax.module import Side, default_loss, environment, flat, is_dropout, lifted, versions
@@ -11,6 +12,7 @@ __all__ = [
     "LinenSide",
     "NnxSide",
     "Side",
+    "answers",
     "default_loss",
     "environment",
     "flat",

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from numpy.typing import NDArray
 
-from parity.records.answers import ProbeError, Run
+from parity.records.answers import ProbeError, Response, Run, ask
 
 
-def run_flax(transform, tree, gradients: NDArray, parameters: NDArray) -> Run:
-    """One episode of an optax transformation, from a fresh state."""
+def answers(
+    transform: Any, shapes: Mapping[str, tuple[int, ...]], serials: Mapping[str, NDArray] | None = None
+) -> dict[str, Response]:
+    """What the transformation answers for each of these parameters.
+
+    Args:
+      transform: optax's `GradientTransformation`, of which every episode has a fresh state.
+      shapes: of the parameters by path, "params/a/b".
+      serials: of some of them, the serial numbers of the elements that they correspond to on the other side.
+
+    Raises:
+      ProbeError: it cannot be asked.
+    """
+    known = {name: a for name, a in (serials or {}).items() if name in shapes and a.shape == tuple(shapes[name])}
+    # As JAX orders a tree's leaves.
+    paths = {name: tuple(name.removeprefix("params/").split("/")) for name in shapes}
+    order = sorted(shapes, key=paths.__getitem__)
+    every = {name: known.get(name, np.arange(math.prod(shapes[name])).reshape(shapes[name])) for name in order}
+    offsets = np.cumsum([0, *(a.size for a in every.values())])
+
+    def tree(flat: NDArray) -> Any:
+        parts = zip(order, offsets[:-1], offsets[1:], strict=True)
+        return unflatten_dict({paths[n]: jnp.asarray(flat[a:b].reshape(shapes[n])) for n, a, b in parts})
+
+    return ask(every, lambda gradients, parameters: _run(transform, tree, gradients, parameters), whole_state=False)
+
+
+def _run(transform: Any, tree: Any, gradients: NDArray, parameters: NDArray) -> Run:
+    """One episode, from a fresh state."""
     updates, first_state = np.zeros_like(gradients), []
     # Optax itself relies on implicit promotion.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-
-        def on_device(flat: NDArray):
-            return jax.tree.map(jnp.asarray, tree(flat))
-
         try:
-            state = transform.init(on_device(parameters[0]))
+            state = transform.init(tree(parameters[0]))
             for t, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
-                update, state = transform.update(on_device(gradient), state, on_device(parameter))
+                update, state = transform.update(tree(gradient), state, tree(parameter))
                 updates[t] = np.concatenate([np.ravel(np.asarray(u, np.float64)) for u in jax.tree.leaves(update)])
                 if t == 0:
                     arrays = (np.ravel(np.asarray(v)) for v in jax.tree.leaves(state))

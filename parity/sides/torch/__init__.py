@@ -1,5 +1,6 @@
 """PyTorch's side of the bridge. Never imports jax."""
 
+from parity.sides.torch.ask import answers
 from parity.sides.torch.module import (
     COUNTER,
     floating,
@@ -16,6 +17,7 @@ from parity.sides.torch.record import default_dtype, layers_of, products, record
 
 __all__ = [
     "COUNTER",
+    "answers",
     "default_dtype",
     "floating",
     "has_dropout",
