@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from parity.evidence.guessed import settle
 from parity.pairing.layers import Pairing
+from parity.pairing.translation import flat_layout_inputs
+from parity.records.side import Snapshot
 from parity.sides import jax as flax_side
 from parity.sides import torch as torch_side
 from parity.sides.jax.train import FlaxRun, flax_cross_entropy, flax_step
@@ -97,7 +99,7 @@ def lockstep(
             for name, run in every.items():
                 views[name].before_step(parameters[name])
                 values[name] = run.step(*_cast(cast, "float64" if "64" in name else dtype))
-                snapshot = run.snapshot()
+                snapshot = runs.snapshot(run)
                 parameters[name] = snapshot["parameters"]
                 seen[name] = views[name](snapshot)
             verdict.add(values, {pair: distances(seen[pair[0]], seen[pair[1]], values, pair) for pair in verdict.pairs})
@@ -143,7 +145,7 @@ class _Runs:
 
     def __init__(self, torch_module, flax_module, pairing: Pairing, rule: PairedOptimizer, lr, losses, dtype) -> None:
         self.module, self.pairing, self.rule, self.lr = torch_layers.unwrapped(torch_module)[0], pairing, rule, lr
-        self.losses, self.dtype = losses, dtype
+        self.losses, self.dtype, self.names = losses, dtype, {name for name, _, _ in pairing.tensors()}
         self.side, self.transform = flax_side.side_of(flax_module), rule.optax(lr)
         self.flax_take_step = flax_step(self.side, self.transform, losses[1])
         # Both precisions begin with the weights as `dtype` holds them.
@@ -152,19 +154,27 @@ class _Runs:
         self.variables = pairing.to_flax(state)
 
     def torch(self, dtype: str, nudge: np.random.Generator | None = None) -> TorchRun:
-        return TorchRun(self.module, self.pairing, self.rule, self.lr, self.losses[0], dtype=dtype, nudge=nudge)
+        def factory(parameters: list) -> Any:
+            return self.rule.torch(parameters, self.lr)
+
+        return TorchRun(self.module, factory, self.losses[0], dtype=dtype, buffers=[*self.rule.state], nudge=nudge)
 
     def flax(self, dtype: str, nudge: np.random.Generator | None = None) -> FlaxRun:
         return FlaxRun(
-            self.side,
-            self.pairing,
             self.variables,
-            self.rule,
-            self.flax_take_step,
             self.transform,
+            self.flax_take_step,
             dtype=dtype,
+            fields=self.rule.state,
+            arrange=flat_layout_inputs,
             nudge=nudge,
         )
+
+    def snapshot(self, run: TorchRun | FlaxRun) -> Snapshot:
+        """What the last step left of the tensors that both sides have, by PyTorch's names and in its layout."""
+        if isinstance(run, FlaxRun):
+            return {kind: self.pairing.to_torch(named) for kind, named in run.snapshot().items()}
+        return {kind: {n: a for n, a in named.items() if n in self.names} for kind, named in run.snapshot().items()}
 
     def all(self) -> dict[str, TorchRun | FlaxRun]:
         """By name; "64" in a name says float64, a dash that it is nudged."""

@@ -37,12 +37,6 @@ parity.cli.train imports jax_bn
 parity.cli.train imports torch
 parity.cli.train imports torch_bn
 parity.records.weight_files imports torch
-parity.sides.jax.train imports parity.pairing.layers
-parity.sides.jax.train imports parity.pairing.translation
-parity.sides.torch.train imports parity.pairing.layers
-parity.training.gauges imports parity.sides.torch
-parity.training.gauges imports parity.sides.torch.train
-parity.training.gauges imports torch
 parity.trajectory imports torch
 """
 

@@ -153,9 +153,7 @@ class FlaxRuns:
 
     def add_steps(self, evidence: Evidence, transform: Any, steps: int) -> None:
         """The parameters before the first step of training and after each."""
-        from parity.sides.jax.train import flax_steps  # which imports torch, too
-
-        evidence.states = flax_steps(
+        evidence.states = flax_side.flax_steps(
             self.side, self.variables, self.inputs, transform, steps, train=self.train, loss=self._loss()
         )
 

@@ -76,9 +76,9 @@ class TorchRuns:
 
     def add_steps(self, evidence: Evidence, factory: Callable, steps: int) -> None:
         """The parameters before the first step of training and after each."""
-        from parity.sides.torch.train import torch_steps  # which imports optax, too
-
-        evidence.states = torch_steps(self.module, self.inputs, factory, steps, train=self.train, loss=self.loss)
+        evidence.states = torch_side.torch_steps(
+            self.module, self.inputs, factory, steps, train=self.train, loss=self.loss
+        )
 
     def noise(self, free: Recording) -> Noise:
         """How much of the free run is rounding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optax
 import torch
@@ -76,8 +76,3 @@ def paired(optimizer: str | PairedOptimizer) -> PairedOptimizer:
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {optimizer!r}; allowed: {', '.join(OPTIMIZERS)}, or a PairedOptimizer")
     return OPTIMIZERS[optimizer]
-
-
-def optax_field(state: Any, name: str) -> Any:
-    """The tree of that field, wherever in the state it is."""
-    return optax.tree_utils.tree_get(state, name)

@@ -6,15 +6,12 @@ Their true gradient is 0, their computed one rounding noise, out of which Adam m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from parity.records.side import Snapshot
-from parity.sides import torch as torch_side
-from parity.sides.torch.train import TorchRun
 
 # In float64 a sum that cancels leaves some 1e-16 of its terms; no gradient that trains anything is as small.
 SMALL = 1e-10
@@ -37,7 +34,22 @@ class Gauges(NamedTuple):
     followers: list[Follower]
 
 
-def find(make: Callable[..., TorchRun], inputs: Sequence[NDArray], target: NDArray) -> Gauges:
+class Run(Protocol):
+    """A side in training, see `parity.sides.torch.train.TorchRun`."""
+
+    def step(self, inputs: Sequence[NDArray], *target: NDArray) -> float:
+        """One step; gives the loss before it."""
+
+    def gradients(self) -> dict[str, NDArray]:
+        """Of the last step."""
+
+    def statistics_after(
+        self, inputs: Sequence[NDArray], name: str | None = None, shift: NDArray | float = 0.0
+    ) -> dict[str, NDArray]:
+        """The statistics that a run leaves, with one parameter shifted."""
+
+
+def find(make: Callable[..., Run], inputs: Sequence[NDArray], target: NDArray) -> Gauges:
     """Finds the gauges of a network, on PyTorch's side and in float64.
 
     Args:
@@ -59,16 +71,16 @@ def find(make: Callable[..., TorchRun], inputs: Sequence[NDArray], target: NDArr
         # By chance an element of noise may come out the same: its tensor's other elements speak for it.
         if (small & (change > CHANGED * np.abs(g))).any():
             masks[name] = small
-    return Gauges(masks, _followers(make().module, masks, inputs))
+    return Gauges(masks, _followers(make(), masks, inputs))
 
 
-def _followers(module: torch.nn.Module, masks: Mapping[str, NDArray], inputs: Sequence[NDArray]) -> list[Follower]:
+def _followers(run: Run, masks: Mapping[str, NDArray], inputs: Sequence[NDArray]) -> list[Follower]:
     """Moves each gauge, and looks which statistic moves along."""
     found = []
-    before = _statistics_after(module, inputs, None, 0.0)
+    before = run.statistics_after(inputs)
     for name, mask in masks.items():
         shift = np.where(mask, np.random.default_rng(3).normal(size=mask.shape), 0.0)
-        after = _statistics_after(module, inputs, name, shift)
+        after = run.statistics_after(inputs, name, shift)
         for statistic, value in after.items():
             moved = value - before[statistic]
             if moved.shape != shift.shape or not mask.all():
@@ -77,17 +89,6 @@ def _followers(module: torch.nn.Module, masks: Mapping[str, NDArray], inputs: Se
             if abs(rate) > 1e-6 and np.allclose(moved, rate * shift, rtol=1e-6, atol=1e-9):
                 found.append(Follower(name, statistic, rate))
     return found
-
-
-def _statistics_after(
-    module: torch.nn.Module, inputs: Sequence[NDArray], name: str | None, shift: NDArray | float
-) -> dict[str, NDArray]:
-    copy = torch_side.lifted(module, float64=True).train()
-    with torch.no_grad(), torch_side.without_dropout(copy, train=True):
-        if name is not None:
-            copy.get_parameter(name).add_(torch.as_tensor(shift))
-        copy(*(torch.tensor(a) for a in inputs))
-    return {n: torch_side.numpy(b) for n, b in copy.named_buffers() if b.is_floating_point()}
 
 
 class Fixed:

@@ -7,6 +7,7 @@ from parity.sides.jax.module import Side, default_loss, environment, flat, is_dr
 from parity.sides.jax.nnx import NnxSide, flat_variables, nnx_state
 from parity.sides.jax.record import record
 from parity.sides.jax.side import side_of
+from parity.sides.jax.train import flax_steps
 
 __all__ = [
     "LinenSide",
@@ -17,6 +18,7 @@ __all__ = [
     "environment",
     "flat",
     "flat_variables",
+    "flax_steps",
     "is_dropout",
     "layers_of",
     "lifted",

@@ -14,6 +14,7 @@ from parity.sides.torch.module import (
     without_dropout,
 )
 from parity.sides.torch.record import default_dtype, layers_of, products, record
+from parity.sides.torch.train import torch_steps
 
 __all__ = [
     "COUNTER",
@@ -29,6 +30,7 @@ __all__ = [
     "products",
     "put",
     "record",
+    "torch_steps",
     "versions",
     "without_dropout",
 ]

@@ -1,18 +1,95 @@
-"""PyTorch's side in training, a step at a time."""
+"""PyTorch's side in training, a step at a time. Never imports jax."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parity.pairing.layers import Pairing
 from parity.records.side import Snapshot, nudged
-from parity.sides.optimizers import PairedOptimizer
 from parity.sides.torch.module import lifted, loss_of, numpy, without_dropout
 from parity.sides.torch.record import default_dtype
+
+
+def torch_cross_entropy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over the batch; classes on axis 1."""
+    return torch.nn.functional.cross_entropy(output, labels)
+
+
+class TorchRun:
+    """PyTorch's module in training; a copy, so that the given one stays as it is.
+
+    Args:
+      module: any module.
+      factory: parameters -> torch optimizer, or (optimizer, scheduler), whose scheduler makes a step after each.
+      loss: of (output, *target).
+      dtype: "float32" or "float64", of parameters and state.
+      train: train or eval mode.
+      buffers: of the optimiser, which are part of a snapshot.
+      nudge: before every step, parameters and inputs are moved by a unit in the last place.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        factory: Callable,
+        loss: Callable,
+        *,
+        dtype: str,
+        train: bool = True,
+        buffers: Collection[str] = (),
+        nudge: np.random.Generator | None = None,
+    ) -> None:
+        self.dtype = getattr(torch, dtype)
+        self.module = lifted(module, float64=False).cpu().to(self.dtype).train(train)
+        made = factory(list(self.module.parameters()))
+        self.optimizer, self.scheduler = made if isinstance(made, tuple) else (made, None)
+        self.loss, self.train, self.buffers, self.nudge = loss, train, buffers, nudge
+
+    def step(self, inputs: Sequence[NDArray], *target: NDArray) -> float:
+        """One step; gives the loss before it."""
+        if self.nudge is not None:
+            with torch.no_grad():
+                for p in self.module.parameters():
+                    p.copy_(torch.from_numpy(nudged(p.numpy(), self.nudge)))
+            inputs = [nudged(a, self.nudge) for a in inputs]
+        given = [torch.tensor(a) for a in inputs]
+        given = [v.to(self.dtype) if v.is_floating_point() else v for v in given]
+        self.optimizer.zero_grad()
+        with default_dtype(self.dtype), without_dropout(self.module, train=self.train):
+            loss = self.loss(self.module(*given), *(torch.tensor(a) for a in target))
+            loss.backward()
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return float(loss.detach())
+
+    def gradients(self) -> dict[str, NDArray]:
+        """Of the last step."""
+        return {n: numpy(p.grad) for n, p in self.module.named_parameters() if p.grad is not None}
+
+    def snapshot(self) -> Snapshot:
+        """What the last step left."""
+        parameters = dict(self.module.named_parameters())
+        statistics = {n: b for n, b in self.module.named_buffers() if b.is_floating_point()}
+        kinds: dict[str, dict[str, torch.Tensor]] = {"parameters": {**parameters}, "statistics": statistics}
+        for key in self.buffers:
+            state = {n: self.optimizer.state[p].get(key) for n, p in parameters.items() if p in self.optimizer.state}
+            kinds[f"optimizer {key}"] = {n: v for n, v in state.items() if v is not None}
+        return {kind: {n: numpy(v) for n, v in named.items()} for kind, named in kinds.items()}
+
+    def statistics_after(
+        self, inputs: Sequence[NDArray], name: str | None = None, shift: NDArray | float = 0.0
+    ) -> dict[str, NDArray]:
+        """The statistics that a run leaves, with one parameter shifted; this run's own stay as they are."""
+        copy = lifted(self.module, float64=True).train()
+        with torch.no_grad(), without_dropout(copy, train=True):
+            if name is not None:
+                copy.get_parameter(name).add_(torch.as_tensor(shift))
+            copy(*(torch.tensor(a) for a in inputs))
+        return {n: numpy(b) for n, b in copy.named_buffers() if b.is_floating_point()}
 
 
 def torch_steps(
@@ -25,77 +102,9 @@ def torch_steps(
     loss: Callable | None,
 ) -> list[dict[str, NDArray]]:
     """PyTorch's parameters before the first step and after each, in float64."""
-    module = lifted(module, float64=True).train(train)
-    made = factory(list(module.parameters()))
-    optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
-    given = [torch.tensor(a).double() if np.asarray(a).dtype.kind == "f" else torch.tensor(a) for a in inputs]
-    states = [_snapshot(module)]
-    with default_dtype(torch.float64), without_dropout(module, train=train):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            output = module(*given)
-            loss_of(output, loss).backward()
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            states.append(_snapshot(module))
+    run = TorchRun(module, factory, lambda output: loss_of(output, loss), dtype="float64", train=train)
+    states = [run.snapshot()["parameters"]]
+    for _ in range(steps):
+        run.step(inputs)
+        states.append(run.snapshot()["parameters"])
     return states
-
-
-def _snapshot(module: torch.nn.Module) -> dict[str, NDArray]:
-    return {name: numpy(p) for name, p in module.named_parameters()}
-
-
-def torch_cross_entropy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch; classes on axis 1."""
-    return torch.nn.functional.cross_entropy(output, labels)
-
-
-class TorchRun:
-    """PyTorch's module in training mode; a copy, so that the given one stays as it is."""
-
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        pairing: Pairing,
-        optimizer: PairedOptimizer,
-        lr: float,
-        loss: Callable,
-        *,
-        dtype: str,
-        nudge: np.random.Generator | None = None,
-    ) -> None:
-        self.dtype = getattr(torch, dtype)
-        self.module = lifted(module, float64=False).cpu().to(self.dtype).train()
-        self.optimizer = optimizer.torch(list(self.module.parameters()), lr)
-        self.buffers, self.loss, self.nudge = list(optimizer.state), loss, nudge
-        self.names = {name for name, _, _ in pairing.tensors()}
-
-    def step(self, inputs: Sequence[NDArray], target: NDArray) -> float:
-        """One step; gives the loss before it."""
-        if self.nudge is not None:
-            with torch.no_grad():
-                for p in self.module.parameters():
-                    p.copy_(torch.from_numpy(nudged(p.numpy(), self.nudge)))
-            inputs = [nudged(a, self.nudge) for a in inputs]
-        given = [torch.tensor(a) for a in inputs]
-        self.optimizer.zero_grad()
-        with default_dtype(self.dtype), without_dropout(self.module, train=True):
-            loss = self.loss(self.module(*given), torch.tensor(target))
-        loss.backward()
-        self.optimizer.step()
-        return float(loss.detach())
-
-    def gradients(self) -> dict[str, NDArray]:
-        """Of the last step."""
-        return {n: numpy(p.grad) for n, p in self.module.named_parameters() if p.grad is not None}
-
-    def snapshot(self) -> Snapshot:
-        """What the last step left."""
-        parameters = {n: p for n, p in self.module.named_parameters() if n in self.names}
-        statistics = {n: b for n, b in self.module.named_buffers() if n in self.names and b.is_floating_point()}
-        kinds: dict[str, dict[str, torch.Tensor]] = {"parameters": {**parameters}, "statistics": statistics}
-        for key in self.buffers:
-            state = {n: self.optimizer.state[p].get(key) for n, p in parameters.items() if p in self.optimizer.state}
-            kinds[f"optimizer {key}"] = {n: v for n, v in state.items() if v is not None}
-        return {kind: {n: numpy(v) for n, v in named.items()} for kind, named in kinds.items()}
