@@ -61,7 +61,7 @@ def dump(
       What was written.
 
     Raises:
-      TypeError: a module of neither framework.
+      TypeError: a module of neither framework, an optimizer of another.
       ValueError: weights of other names or shapes, a dump in the other mode, empty inputs, steps without optimizer.
       OSError: the files can't be written.
     """
@@ -74,6 +74,10 @@ def dump(
     if not isinstance(steps, int) or steps < 0 or (steps and optimizer is None):
         raise ValueError(f"steps is {steps!r}, optimizer {optimizer!r}; allowed: 0, or more with an optimizer")
     framework = framework_of(module)
+    fine = callable(optimizer) if framework == "torch" else hasattr(optimizer, "update")
+    if optimizer is not None and not fine:
+        allowed = "parameters -> torch optimizer, or an optax.GradientTransformation, or None"
+        raise TypeError(f"optimizer is {optimizer!r}; allowed: {allowed}")
     if framework == "torch":
         made = _dump_torch(module, given, train, weights, other, loss, layer_map, optimizer, steps)
     elif framework == "flax":

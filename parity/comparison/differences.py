@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.pairing.arrangements import SAME, Slot, fitting, result
 from parity.pairing.layers import LayerPair, Pairing
-from parity.pairing.translation import Translation, apply_layout
+from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.distance import error_of
 from parity.records.recording import NETWORK, Call, Layer, Recording
@@ -82,11 +83,9 @@ def input_gradients(torch: Recording, flax: Recording) -> Iterator[Difference]:
     for a, b, truth, given in zip(torch.inputs, flax.inputs, torch.input_gradients, flax.input_gradients, strict=False):
         if truth is None or given is None:
             continue
-        ways = (("same",), *((("last",),) if a.ndim > 2 else ()), *((("swap",),) if a.ndim == 3 else ()))
-        way = next((way for way in ways if error_of(b, apply_layout(way, a)) <= SAME_INPUT), None)
-        if way is not None:
-            error = error_of(given, apply_layout(way, truth))
-            yield Difference("backward", NETWORK, "", "input gradient", error)
+        same = (way for way in fitting(kinds.OTHER, a, b.shape) if error_of(b, way.of(a)) <= SAME_INPUT)
+        if (way := next(same, None)) is not None:
+            yield Difference("backward", NETWORK, "", "input gradient", error_of(given, way.of(truth)))
 
 
 def alone(pairing: Pairing, torch: Recording, flax: Recording) -> tuple[list[Layer], list[Layer]]:
@@ -123,21 +122,21 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Di
     floor = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in activations), default=0.0)
     largest = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in torch.gradients.values()), default=0.0)
     for i, gradient in enumerate(flax.output_gradients[: len(torch.outputs)]):
-        truth = translation.gradient(("result", i), torch.output_gradients[i])
+        truth = translation.gradient(result(i), torch.output_gradients[i])
         if gradient is not None and truth is not None:
             found.append(Difference("loss", NETWORK, "", "gradient", error_of(gradient, truth)))
     for call, flax_key in reversed(keys):
         mine, pair = calls.get(flax_key), translation.pair_of[call.path]
         if mine is None or mine.output_gradient is None or call.output_gradient is None:
             continue
-        dy = apply_layout(translation.chosen.get((call.key, "output"), ("same",)), call.output_gradient)
+        dy = translation.chosen.get(Slot(call.key, "output"), SAME).of(call.output_gradient)
         found.append(
             Difference("backward", call.key, flax_key[0], "output gradient", error_of(mine.output_gradient, dy, floor))
         )
         if call.index == max(c.index for c, k in keys if c.path == call.path):
             found += _parameters(translation, flax, pair, call, dy, largest)
         for i, gradient in enumerate(mine.input_gradients[: len(call.input_gradients)]):
-            truth = translation.gradient((call.key, "input", i), call.input_gradients[i])
+            truth = translation.gradient(Slot(call.key, "input", i), call.input_gradients[i])
             if gradient is not None and truth is not None:
                 error = error_of(gradient, truth, floor)
                 found.append(Difference("backward", call.key, flax_key[0], "input gradient", error))

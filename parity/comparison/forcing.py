@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parity.pairing.arrangements import Slot, result
 from parity.pairing.layers import Pairing
 from parity.pairing.translation import Translation
 from parity.records.recording import Recording
@@ -20,7 +21,9 @@ class Forcing:
             return None
         value = self.translation.input(call, i, arrived)
         gradients = call.input_gradients
-        return value, self.translation.gradient((call.key, "input", i), gradients[i] if i < len(gradients) else None)
+        return value, self.translation.gradient(
+            Slot(call.key, "input", i), gradients[i] if i < len(gradients) else None
+        )
 
     def output(self, key, output):
         """See `records.side.Force`."""
@@ -28,7 +31,7 @@ class Forcing:
         if call is None:
             return None
         value = self.translation.output(call, output)
-        return value, self.translation.gradient((call.key, "output"), call.output_gradient)
+        return value, self.translation.gradient(Slot(call.key, "output"), call.output_gradient)
 
     def result(self, i, output):
         """See `records.side.Force`."""
@@ -37,7 +40,7 @@ class Forcing:
             return None
         value = self.translation.result(i, output)
         gradient = torch.output_gradients[i] if i < len(torch.output_gradients) else None
-        return value, self.translation.gradient(("result", i), gradient)
+        return value, self.translation.gradient(result(i), gradient)
 
 
 def forcing(torch: Recording, pairing: Pairing) -> Forcing:

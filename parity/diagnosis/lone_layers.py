@@ -8,7 +8,8 @@ from parity.comparison.differences import alone
 from parity.diagnosis.between import family as between
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.finding import Finding, Located
-from parity.pairing.translation import Translation, apply_layout, layouts_for
+from parity.pairing.arrangements import usual
+from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.recording import NETWORK, Call, Layer, Recording
 
@@ -89,7 +90,7 @@ def _is_handed_on(translation: Translation, forced: Recording, position: int) ->
     if arrived is None or not norm.inputs:
         return False
     x, kind = norm.inputs[0], translation.torch.layers[norm.path].kind
-    source = Source(norm.path, apply_layout(layouts_for(kind, x, x.shape)[0], x))
+    source = Source(norm.path, usual(kind, x).of(x))
     return between.describe([source], arrived, MOST_ERROR) is not None
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from parity.diagnosis.between.activations import error_of, limit_of
 from parity.diagnosis.family import Family, Property
 from parity.diagnosis.finding import Finding, Located
+from parity.pairing.arrangements import result
 from parity.pairing.translation import Translation
 from parity.records.recording import Recording
 
@@ -217,7 +218,7 @@ def loss_findings(translation: Translation, forced: Recording, bound: float) -> 
     torch = translation.torch
     if torch.loss is None or forced.loss is None or not torch.outputs:
         return []
-    gradient = translation.gradient(("result", 0), torch.output_gradients[0])
+    gradient = translation.gradient(result(0), torch.output_gradients[0])
     if gradient is None or forced.output_gradients[0] is None:
         return []
     scale = max(abs(torch.loss), 1e-30)

@@ -21,6 +21,7 @@ from parity.diagnosis.norm_after_activation import NormOrder
 from parity.diagnosis.parameters.conversion import of_layout
 from parity.diagnosis.product import family as products
 from parity.diagnosis.product.fits import ProductSide
+from parity.pairing.arrangements import Slot
 from parity.pairing.layers import LayerPair
 from parity.pairing.translation import Translation
 from parity.records import kinds
@@ -203,10 +204,10 @@ class Diagnosis:
         before, after = tensors["before"], tensors["after"] if once else {}
         x = self.translation.input(call, 0)
         y = self.translation.output(call) if mine is None else mine.output
-        dy = self.translation.gradient((call.key, "output"), call.output_gradient)
+        dy = self.translation.gradient(Slot(call.key, "output"), call.output_gradient)
         dx = call.input_gradients[0] if call.input_gradients else None
         dx = (
-            self.translation.gradient((call.key, "input", 0), dx)
+            self.translation.gradient(Slot(call.key, "input", 0), dx)
             if mine is None
             else (mine.input_gradients or [None])[0]
         )
@@ -244,8 +245,8 @@ class Diagnosis:
                     self.translation.output(call) if is_torch else mine.output,
                     kernel,
                     before.get("bias"),
-                    self.translation.gradient((call.key, "output"), call.output_gradient),
-                    self.translation.gradient((call.key, "input", 0), dx) if is_torch else dx,
+                    self.translation.gradient(Slot(call.key, "output"), call.output_gradient),
+                    self.translation.gradient(Slot(call.key, "input", 0), dx) if is_torch else dx,
                     dkernel if sum(c.path == call.path for c in self.torch.calls) == 1 else None,
                     dict((pair.torch if is_torch else pair.flax).config),
                 )

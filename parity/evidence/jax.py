@@ -87,13 +87,12 @@ class FlaxRuns:
         self._use(pairing.to_flax(torch.tensors))
         # Layer by layer, without gradients: in which order what is flattened arrives, and the network's output.
         translation.settle(self.forced(translation, gradients=False))
-        if any(which[-1] == "output" and layout[0] == "flatten" for which, layout in translation.chosen.items()):
-            # A norm behind a flatten hands the order on.
+        if translation.hands_on_flattens():
             translation.settle(self.forced(translation, gradients=False))
         for path, shape in dict(translation.flattens()).items():
             pairing.with_flatten(path, shape)
         self._use(pairing.to_flax(torch.tensors))
-        self.swapped = [i for i in range(len(torch.outputs)) if translation.chosen.get(("result", i)) == ("swap",)]
+        self.swapped = translation.swapped()
         return translation
 
     def _use(self, carried: Mapping[str, Any]) -> None:

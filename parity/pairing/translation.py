@@ -1,4 +1,4 @@
-"""In which layout each array of a run goes from PyTorch to Flax."""
+"""In which arrangement each activation of a run goes from PyTorch to Flax."""
 
 from __future__ import annotations
 
@@ -8,44 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.pairing.arrangements import SAME, SWAP, Arrangement, Slot, fitting, result, usual
 from parity.pairing.layers import Pairing
 from parity.records import kinds
 from parity.records.distance import error_of
 from parity.records.recording import Call, Recording
 
-Layout = tuple
-"""How an activation goes from PyTorch to Flax: ("same",), ("last",), ("swap",) or ("flatten", (C, *spatial))."""
-
-
-def apply_layout(layout: Layout, a: NDArray) -> NDArray:
-    """PyTorch's array in Flax's layout.
-
-    "last" moves axis 1 to the end, "swap" exchanges the first two axes (sequence and batch), "flatten" reorders the
-    last axis from C, *spatial to *spatial, C.
-    """
-    if layout[0] == "last":
-        return np.moveaxis(a, 1, -1)
-    if layout[0] == "swap":
-        return np.swapaxes(a, 0, 1)
-    if layout[0] == "flatten":
-        return np.moveaxis(a.reshape(*a.shape[:-1], *layout[1]), a.ndim - 1, -1).reshape(a.shape)
-    return a
-
-
-def layouts_for(kind: str, a: NDArray, shape: Sequence[int], flattened: Sequence[tuple[int, ...]] = ()) -> list[Layout]:
-    """The layouts that give PyTorch's array this shape, the usual one of this kind of layer first."""
-    first = ("last",) if kind in kinds.CHANNELS_SECOND and a.ndim > 2 else ("same",)
-    every: list[Layout] = [first]
-    every += [("flatten", s) for s in flattened if a.ndim == 2 and np.prod(s) == a.shape[-1]]
-    if kind in kinds.CHANNELS_SECOND:
-        every.append(("same",))
-    else:
-        every += [("last",)] * (a.ndim > 2) + [("swap",)] * (a.ndim == 3)
-    return [layout for layout in every if apply_layout(layout, a).shape == tuple(shape)] or [first]
-
 
 class Translation:
-    """Decides once, from shapes and where these leave a choice from numbers, in which layout each array goes across."""
+    """Decides once, from shapes and where these leave a choice from numbers, how each array goes across."""
 
     def __init__(self, torch: Recording, pairing: Pairing) -> None:
         self.torch, self.pairing = torch, pairing
@@ -53,7 +24,7 @@ class Translation:
         self.torch_path = {pair.flax.path: pair.torch.path for pair in pairing.layers}
         self.calls = {call.key: call for call in torch.calls}
         self.position = {call.key: i for i, call in enumerate(torch.calls)}
-        self.chosen: dict[tuple, Layout] = {}
+        self.chosen: dict[Slot, Arrangement] = {}
 
     def torch_call(self, flax_key: tuple[str, int]) -> Call | None:
         """PyTorch's call that belongs to this call of Flax."""
@@ -64,46 +35,49 @@ class Translation:
         """The i-th input of PyTorch's call in Flax's layout; `arrived` is Flax's, for its shape."""
         kind = self.pair_of[call.path].kind
         flattened = self._before_flatten(call, kind)
-        return self._layout((call.key, "input", i), call.inputs[i], kind, arrived, flattened)
+        return self._arranged(Slot(call.key, "input", i), call.inputs[i], kind, arrived, flattened)
 
     def output(self, call: Call, like: Any = None) -> NDArray:
         """The output of PyTorch's call in Flax's layout."""
         kind = self.pair_of[call.path].kind
-        return self._layout((call.key, "output"), call.output, kind, like)
+        return self._arranged(Slot(call.key, "output"), call.output, kind, like)
 
     def result(self, i: int, like: Any = None) -> NDArray:
         """The i-th output of PyTorch's network in Flax's layout."""
-        return self._layout(("result", i), self.torch.outputs[i], "other", like, self._channels_before())
+        return self._arranged(result(i), self.torch.outputs[i], kinds.OTHER, like, self._channels_before())
 
-    def gradient(self, which: tuple, gradient: NDArray | None) -> NDArray | None:
-        """A gradient, in the layout of what it belongs to."""
-        return None if gradient is None else apply_layout(self.chosen.get(which, ("same",)), gradient)
+    def gradient(self, slot: Slot, gradient: NDArray | None) -> NDArray | None:
+        """A gradient, arranged as what it belongs to."""
+        return None if gradient is None else self.chosen.get(slot, SAME).of(gradient)
 
-    def _layout(self, which, a, kind, like, flattened=()) -> NDArray:
-        if which not in self.chosen:
-            shape = apply_layout(layouts_for(kind, a, ())[0], a).shape if like is None else np.shape(like)
-            self.chosen[which] = layouts_for(kind, a, shape, flattened)[0]
-        return apply_layout(self.chosen[which], a)
+    def _arranged(
+        self, slot: Slot, a: NDArray, kind: str, like: Any, flattened: Sequence[tuple[int, ...]] = ()
+    ) -> NDArray:
+        if slot not in self.chosen:
+            shape = usual(kind, a).of(a).shape if like is None else np.shape(like)
+            self.chosen[slot] = fitting(kind, a, shape, flattened)[0]
+        return self.chosen[slot].of(a)
 
     def settle(self, forced: Recording) -> None:
-        """Where shapes leave a choice of layouts, chooses by what arrived in single-layer mode."""
+        """Where shapes leave a choice of arrangements, chooses by what arrived in single-layer mode."""
         for mine in forced.calls:
             call = self.torch_call(mine.key)
             if call is None:
                 continue
-            kind, layout = self.pair_of[call.path].kind, None
+            kind, first = self.pair_of[call.path].kind, None
             flattened = self._before_flatten(call, kind)
             for i, (a, arrived) in enumerate(zip(call.inputs, mine.arrived, strict=False)):
-                which, fitting = (call.key, "input", i), layouts_for(kind, a, arrived.shape, flattened)
+                possible = fitting(kind, a, arrived.shape, flattened)
                 # Where the kind says it, numbers that happen to agree must not: it may be the mistake.
                 by_kind = kind in kinds.CHANNELS_SECOND and a.ndim > 2
-                self.chosen[which] = fitting[0] if by_kind else _closest(fitting, a, arrived)
-                layout = layout or self.chosen[which]
-            fitting = layouts_for(kind, call.output, mine.output.shape, () if kind == "linear" else flattened)
-            self.chosen[call.key, "output"] = layout if layout in fitting else fitting[0]
+                chosen = possible[0] if by_kind else _closest(possible, a, arrived)
+                self.chosen[Slot(call.key, "input", i)] = chosen
+                first = first or chosen
+            possible = fitting(kind, call.output, mine.output.shape, () if kind == "linear" else flattened)
+            self.chosen[Slot(call.key, "output")] = first if first in possible else possible[0]
         for i, (a, output) in enumerate(zip(self.torch.outputs, forced.outputs, strict=False)):
-            fitting = layouts_for("other", a, output.shape, self._channels_before())
-            self.chosen["result", i] = _closest(fitting, a, output)
+            possible = fitting(kinds.OTHER, a, output.shape, self._channels_before())
+            self.chosen[result(i)] = _closest(possible, a, output)
 
     def _before_flatten(self, call: Call, kind: str) -> list[tuple[int, ...]]:
         """What can have been flattened to this layer's input: (C, H, W) of as many numbers."""
@@ -133,24 +107,33 @@ class Translation:
         return [(channels, *[edge] * (image.ndim - 2))] if edge ** (image.ndim - 2) == pixels else []
 
     def _kind(self, call: Call) -> str:
-        return self.pair_of[call.path].kind if call.path in self.pair_of else "other"
+        return self.pair_of[call.path].kind if call.path in self.pair_of else kinds.OTHER
 
     def flattens(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(PyTorch's path, (C, *spatial)) of every linear layer whose inputs stand in another order in Flax."""
-        for which, layout in self.chosen.items():
-            if layout[0] == "flatten" and which[0] != "result":
-                yield which[0][0], layout[1]
+        for slot, arrangement in self.chosen.items():
+            if arrangement.name == "flatten" and not slot.is_result:
+                yield slot.key[0], arrangement.sizes
+
+    def hands_on_flattens(self) -> bool:
+        """Whether a layer behind a flatten, as a norm does, hands the order on to the next."""
+        outputs = (a for slot, a in self.chosen.items() if slot.part == "output" and not slot.is_result)
+        return any(a.name == "flatten" for a in outputs)
+
+    def swapped(self) -> list[int]:
+        """The outputs of the network whose first two axes are exchanged in Flax."""
+        return [i for i in range(len(self.torch.outputs)) if self.chosen.get(result(i)) == SWAP]
 
 
-def _closest(layouts: list[Layout], a: NDArray, like: NDArray) -> Layout:
-    """The layout in which the numbers agree best; the usual one unless another is clearly closer."""
-    if len(layouts) == 1 or apply_layout(layouts[0], a).shape != like.shape:
-        return layouts[0]
+def _closest(possible: list[Arrangement], a: NDArray, like: NDArray) -> Arrangement:
+    """The arrangement in which the numbers agree best; the usual one unless another is clearly closer."""
+    if len(possible) == 1 or possible[0].of(a).shape != like.shape:
+        return possible[0]
     # By correlation, of either sign: another activation or a factor may have changed the values, not which of them
     # are large and which small (or, where it falls, small and large).
-    distances = [1 - abs(_correlation(apply_layout(layout, a), like)) for layout in layouts]
+    distances = [1 - abs(_correlation(arrangement.of(a), like)) for arrangement in possible]
     best = int(np.argmin(distances))
-    return layouts[best] if distances[best] < 0.7 * distances[0] else layouts[0]
+    return possible[best] if distances[best] < 0.7 * distances[0] else possible[0]
 
 
 def _correlation(a: NDArray, b: NDArray) -> float:
@@ -175,7 +158,7 @@ def flat_layout_inputs(inputs: Sequence[NDArray], torch: Recording | None = None
 
 
 def translated(torch: Recording, flax: Recording, pairing: Pairing) -> Translation:
-    """Decides from both runs in which layout each array goes across, and what stands behind a flatten."""
+    """Decides from both runs how each array goes across, and what stands behind a flatten."""
     translation = Translation(torch, pairing)
     translation.settle(flax)
     for path, shape in dict(translation.flattens()).items():

@@ -48,6 +48,7 @@ more usual one is named; where there is no difference at all, nothing is.
 | `per-device-statistics` and `wrong-reduction-axes` (per image) | a device holds one image; named `wrong-reduction-axes` |
 | `wrong-reduction-axes` per row, per pixel, per image | the images have one row, one column, or one pixel |
 | `affine-missing`, `affine-swapped` and no mistake | gamma is 1 and beta 0, gamma equals beta: as in a fresh layer |
+| `norm-offset` and `affine-missing` | the scale is 0, as in a fresh layer of that kind; named `affine-missing` |
 | `bias-missing` and no mistake | the bias is 0; it is named all the same if only one side has the parameter |
 | a bias before a batch norm, in training | the output never shows it (a gauge); the layer itself and moving_mean do |
 | `kernel-transposed`, `-flipped`, `-hw-swapped`, `-layout` | the kernel has that symmetry; 1x1 kernels cannot be flipped |

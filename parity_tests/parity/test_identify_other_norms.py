@@ -33,6 +33,8 @@ def other_norm(given, axes=(-1,), groups=None, convention=RIGHT, centred=True):
     gamma, beta = (torch.tensor(v) for v in (given.gamma, given.beta))
     if convention.affine == "swapped":
         gamma, beta = beta, gamma
+    if convention.affine == "offset":
+        gamma = 1 + gamma
     y = ((seen - mu) / s).reshape(x.shape) * gamma + (beta if convention.affine != "bias missing" else 0)
     (dx,) = torch.autograd.grad((y * torch.tensor(given.dy)).sum(), x)
     return NormSide(given.x, y.detach().numpy(), given.gamma, given.beta, dy=given.dy, dx=dx.numpy())
@@ -44,6 +46,7 @@ MISTAKES = [
     ("unbiased-variance", {"unbiased_forward": True}),
     ("affine-swapped", {"affine": "swapped"}),
     ("bias-missing", {"affine": "bias missing"}),
+    ("norm-offset", {"affine": "offset"}),
     ("stopped-statistics-gradient", {"stopped": "both"}),
 ]
 

@@ -247,6 +247,12 @@ def test_refused(tmp_path, torch_net, flax_net):
     for module in ("text", nn.Module, 3):
         with pytest.raises(TypeError, match=r"module is .*; allowed: a torch.nn.Module"):
             offline.dump(module, [X], tmp_path / "a")
+    for steps in (1, -1, 1.5):
+        with pytest.raises(ValueError, match=r"steps is .*allowed: 0, or more with an optimizer"):
+            offline.dump(torch_net, [X], tmp_path / "a", steps=steps)
+    for module in (torch_net, flax_net()):
+        with pytest.raises(TypeError, match=r"optimizer is 3; allowed: "):
+            offline.dump(module, [X], tmp_path / "a", optimizer=3)
     offline.dump(torch_net, [X], tmp_path / "a", train=True)
     with pytest.raises(ValueError, match="mode is eval; allowed: train, in which"):
         offline.dump(flax_net(), [X], tmp_path / "b", train=False, weights=tmp_path / "a")
@@ -359,7 +365,8 @@ def test_trace(torch_net, flax_net):
     """Every layer is run on PyTorch's input whether or not anything differs."""
     report = parity.trace(torch_net, flax_net(), X, train=False)
     assert report.ok, str(report)
-    layered = [row for row in report.layers if row.torch_layer and row.phase in ("forward", "backward")]
+    # The gradient by the network's input is of the whole, and not of a layer.
+    layered = [row for row in report.layers if row.phase == "forward" or (row.phase == "backward" and row.torch_layer)]
     assert all(row.local_error is not None and row.local_error < 1e-13 for row in layered)
     report = parity.trace(torch_net, flax_net(1e-3), X, train=False, layer_map={"1": "BatchNorm_0"})
     alone = [row for row in report.layers if row.local_error and row.local_error > 1e-6 and row.phase == "forward"]
