@@ -17,8 +17,8 @@ from parity.offline import compare, dump
 from parity.pairing import rules
 from parity.pairing.rules import register
 from parity.records import kinds
-from parity.records import weight_files as files
 from parity.report import Report
+from parity.sides import weight_files as files
 from parity.testing import assert_parity
 
 if TYPE_CHECKING:

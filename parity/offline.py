@@ -46,7 +46,7 @@ def dump(
       train: train or eval mode.
       weights: None: the module's own (a linen module is initialised with key 0). The name of a dump: its weights, which
         are carried over if it is the other side's; for Flax, the layers are then also run one by one on PyTorch's
-        inputs. Else a file of this side's own weights (see `parity/records/weight_files.py`).
+        inputs. Else a file of this side's own weights (see `parity/sides/weight_files.py`).
       flax_layout: the inputs are in Flax's layout already.
       loss: of the output, in this framework; None: a fixed function of the output that no layout changes. Both sides
         must be given the same.

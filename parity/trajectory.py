@@ -14,10 +14,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from parity.evidence.guessed import settle
@@ -32,6 +31,9 @@ from parity.sides.torch import layers as torch_layers
 from parity.sides.torch.train import TorchRun, torch_cross_entropy
 from parity.training.gauges import Fixed, find
 from parity.training.trajectory import Trajectory, Verdict, distances
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["OPTIMIZERS", "PairedOptimizer", "Trajectory", "lockstep"]
 
@@ -149,7 +151,8 @@ class _Runs:
         self.side, self.transform = flax_side.side_of(flax_module), rule.optax(lr)
         self.flax_take_step = flax_step(self.side, self.transform, losses[1])
         # Both precisions begin with the weights as `dtype` holds them.
-        self.module = torch_side.lifted(self.module, float64=False).cpu().to(getattr(torch, dtype))
+        self.module = torch_side.lifted(self.module, float64=False).cpu()
+        torch_side.to_dtype(self.module, dtype)
         state = {n: v.numpy() for n, v in self.module.state_dict().items() if v.is_floating_point()}
         self.variables = pairing.to_flax(state)
 

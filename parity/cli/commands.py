@@ -141,11 +141,9 @@ class Check(_Pair):
 
         variables = None
         if self.variables is not None:
-            from flax.traverse_util import unflatten_dict
+            from parity.sides.weight_files import nested, read_weights
 
-            from parity.records.weight_files import read_weights
-
-            variables = unflatten_dict(read_weights(self.variables, "--variables"), sep="/")
+            variables = nested(read_weights(self.variables, "--variables"))
         with taken("both modules", given):
             report = check(
                 torch_module,

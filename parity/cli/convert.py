@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from parity.records import weight_files
+from parity.sides import weight_files
 
 if TYPE_CHECKING:
     import tyro

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bn_common.checks import require
-from parity.wings.blenet import batches
+from parity.wings.blenet import batches, blenets
 
 # Where a recipe for BLeNet has it.
 LEARNING_RATES = {"sgd": 0.1, "momentum": 0.05, "nesterov": 0.05, "adagrad": 0.01}
@@ -91,14 +91,7 @@ class Train:
             from parity.cli.named_objects import module_of
 
             return module_of("torch", self.torch), module_of("flax", self.flax)
-        import torch
-
-        import jax_bn
-        import torch_bn
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return torch_bn.BLeNet(), jax_bn.BLeNet()
+        return blenets(self.seed)
 
 
 def main(args: Sequence[str] | None = None) -> int:

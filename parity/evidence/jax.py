@@ -20,8 +20,8 @@ from parity.records.answers import ProbeError
 from parity.records.evidence import Evidence, Noise
 from parity.records.recording import Recording
 from parity.records.structure import of_layers, of_recording
-from parity.records.weight_files import read_weights
 from parity.sides import jax as flax_side
+from parity.sides.weight_files import read_weights
 
 
 class FlaxRuns:

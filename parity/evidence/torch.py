@@ -17,8 +17,8 @@ from parity.records.answers import ProbeError
 from parity.records.distance import error_of
 from parity.records.evidence import Evidence, Noise
 from parity.records.recording import Recording
-from parity.records.weight_files import read_weights
 from parity.sides import torch as torch_side
+from parity.sides.weight_files import read_weights
 
 MOST_FLATTENS = 3
 

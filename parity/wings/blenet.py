@@ -1,11 +1,24 @@
-"""BLeNet in lockstep: its batches and its gauges."""
+"""BLeNet in lockstep: the pair, its batches and its gauges."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+def blenets(seed: int) -> tuple[Any, Any]:
+    """BLeNet in either wing, PyTorch's with initial weights of this seed."""
+    import torch
+
+    import jax_bn
+    import torch_bn
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch_bn.BLeNet(), jax_bn.BLeNet()
 
 
 def batches(batch_size: int, steps: int, seed: int) -> Iterator[tuple[NDArray, NDArray]]:

@@ -14,7 +14,7 @@ import torch
 import torch_bn
 from parity import weights
 from parity.cli import convert
-from parity.records import weight_files
+from parity.sides import weight_files
 
 NAMES = ["w.pt", "w.pth", "w.safetensors", "w.npz", "w", "w.orbax"]
 METADATA = {"framework": "torch", "batch_norm": {"conv.1": {"momentum": 0.9, "unbiased_moving_var": False}}}

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from parity.diagnosis.optimizer.rules import (
     LOOSER,
@@ -180,6 +179,8 @@ def _minimise(residual: Callable[[Numbers], NDArray], start: Numbers, free: tupl
             if name in values:
                 values[name] = float(np.clip(values[name], 0, 1 - 1e-6))
         return start._replace(**values)
+
+    from scipy.optimize import least_squares  # late: it takes a third of a second, and few comparisons need it
 
     def given(theta: NDArray) -> NDArray:
         return residual(unpack(theta))

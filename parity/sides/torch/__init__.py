@@ -10,6 +10,7 @@ from parity.sides.torch.module import (
     loss_of,
     numpy,
     put,
+    to_dtype,
     versions,
     without_dropout,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "products",
     "put",
     "record",
+    "to_dtype",
     "torch_steps",
     "versions",
     "without_dropout",

@@ -80,6 +80,11 @@ def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002  # 
     return input
 
 
+def to_dtype(module: nn.Module, dtype: str) -> None:
+    """Convert floating parameters and buffers to "float32" or "float64", in place."""
+    module.to(getattr(torch, dtype))
+
+
 def has_dropout(module: nn.Module) -> bool:
     """Whether a dropout module is in it, with a rate above 0."""
     return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())

@@ -258,7 +258,7 @@ def _load_orbax(path: Path) -> Weights:
 
 
 def read_weights(path: Path, option: str = "--weights") -> dict[str, NDArray]:
-    """Weights by full names from any file that `parity.records.weight_files` reads.
+    """Weights by full names from any file that `parity.sides.weight_files` reads.
 
     Raises:
       ValueError: no such file, or one that can't be read.
