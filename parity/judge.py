@@ -307,7 +307,7 @@ class Judge:
     def report(self) -> Report:
         """What was found."""
         failing = self._failing()
-        cut = self._is_cut_otherwise(failing) and not self.stops and not self._rules
+        cut = self._is_cut_otherwise(failing) and not self.stops and not self.rules
         located = self._precision if cut else self._located()
         local = self.local if self.flax.forced is not None or failing else []
         alike = self.flax.forced is not None and bool(local) and not located and self.flax.forced.failure is None
