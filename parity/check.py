@@ -52,8 +52,8 @@ def check(
       flax_call: flax_call(module, variables, *inputs, train) returns what `module.apply` gives, where the way to tell
         train from eval is not found in the module's signature.
       layer_map: {PyTorch's dotted name: Flax's path "a/b"} of layers that are not paired rightly by order and kind.
-      loss: (torch_loss, jax_loss), each a function of the output. None: the same fixed
-        function of the output, which no layout changes.
+      loss: (torch_loss, jax_loss), each a function of the output. None: the same fixed function
+        of the output, which no layout changes.
       steps: how many steps of training to compare, on these inputs.
       optimizers: (parameters -> torch optimizer, optax.GradientTransformation), needed for steps.
 

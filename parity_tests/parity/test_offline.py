@@ -8,6 +8,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -282,6 +283,22 @@ def test_files_of_two_dumps(tmp_path, torch_net):
     assert not dump_file.is_dump(tmp_path / "missing")
 
 
+def test_an_older_dump_is_read(tmp_path, torch_net, flax_net):
+    """Without what later ones tell besides: float32, notes, the optimiser, where a run stopped."""
+    assert both(tmp_path, torch_net, flax_net(1e-3)).diagnoses[0].code == "epsilon"
+    for name in "ab":
+        about = json.loads((tmp_path / f"{name}.json").read_text())
+        for key in ("notes", "answers"):
+            del about[key]
+        del about["runs"]["own"]
+        for run in about["runs"].values():
+            del run["failed_in"], run["dropout_off"]
+        (tmp_path / f"{name}.json").write_text(json.dumps(about))
+    report = offline.compare(tmp_path / "a", tmp_path / "b")
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("epsilon", "1")]
+    assert all(row.error32 is None for row in report.layers)
+
+
 @pytest.mark.parametrize("name", ["a", "a.safetensors", "a.json", "net.v2"])
 def test_any_name(tmp_path, name):
     """Bit for bit, also what is no number, empty, an integer or a scalar."""
@@ -359,6 +376,29 @@ def test_the_same_mistakes_without_a_framework(tmp_path, name):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
+
+
+class RoughInFloat32(nn.Module):
+    """Its product is of bfloat16, as a flag of an accelerator may make it; float64 shows nothing of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel, bias = self.param("kernel", nn.initializers.normal(), (4, 3)), self.param("bias", nn.zeros, (3,))
+        if x.dtype == jnp.float32:
+            x, kernel = (v.astype(jnp.bfloat16).astype(jnp.float32) for v in (x, kernel))
+        return x @ kernel + bias
+
+
+def test_float32_is_compared_in_dumps_too(tmp_path):
+    torch.manual_seed(0)
+    module, x = torch.nn.Linear(4, 3), np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
+    offline.dump(module, [x], tmp_path / "a")
+    offline.dump(RoughInFloat32(), [x], tmp_path / "b", weights=tmp_path / "a")
+    report, checked = offline.compare(tmp_path / "a", tmp_path / "b"), parity.check(module, RoughInFloat32(), x)
+    for found in (report, checked):
+        assert [d.code for d in found.diagnoses] == ["matmul-precision"], found
+        assert max(row.error for row in found.layers) < 1e-12
+        assert max(row.error32 for row in found.layers if row.error32 is not None) > 1e-4
 
 
 def test_trace(torch_net, flax_net):
