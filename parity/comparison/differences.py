@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,6 +91,7 @@ def input_gradients(torch: Recording, flax: Recording) -> Iterator[Difference]:
 def alone(pairing: Pairing, torch: Recording, flax: Recording) -> tuple[list[Layer], list[Layer]]:
     """The layers of either side that have no partner on the other and are used: called, or with a gradient."""
     left = tuple(map(set, pairing.left()))
+    left[0].difference_update(_tied(left[0], [name for name, _, _ in pairing.tensors()], torch))
 
     def used(layer: Layer, run: Recording, names: set[str]) -> bool:
         mine = [full for full in layer.tensors.values() if full in names]
@@ -101,6 +102,26 @@ def alone(pairing: Pairing, torch: Recording, flax: Recording) -> tuple[list[Lay
         [layer for layer in pairing.torch_alone if used(layer, torch, left[0])],
         [layer for layer in pairing.flax_alone if used(layer, flax, left[1])],
     )
+
+
+def _tied(left: Iterable[str], carried: Sequence[str], torch: Recording) -> set[str]:
+    """Those of PyTorch's tensors that are a second name of one that has a partner, as of an embedding tied to the head.
+
+    Under either name it holds the same numbers, and has the same gradient: that through both its layers.
+    """
+
+    def same(a: NDArray | None, b: NDArray | None) -> bool:
+        return a is not None and b is not None and np.array_equal(a, b)
+
+    return {
+        name
+        for name in left
+        if any(
+            same(torch.tensors.get(name), torch.tensors.get(other))
+            and same(torch.gradients.get(name), torch.gradients.get(other))
+            for other in carried
+        )
+    }
 
 
 def _not_finite(translation: Translation) -> Iterator[Difference]:

@@ -243,3 +243,33 @@ def test_tensors_of_the_default_dtype(default):
         torch.set_default_dtype(before)
     assert report.ok, report
     assert after == default
+
+
+class Tied(nn.Module):
+    """A head that shares its weight with the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte, self.ln, self.head = nn.Embedding(9, 4), nn.LayerNorm(4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, ids):
+        return self.head(self.ln(self.wte(ids)))
+
+
+class FlaxTied(linen.Module):
+    tied: bool = True
+
+    @linen.compact
+    def __call__(self, ids):
+        embed = linen.Embed(9, 4)
+        x = linen.LayerNorm(epsilon=1e-5)(embed(ids))
+        return embed.attend(x) if self.tied else linen.Dense(9, use_bias=False)(x)
+
+
+def test_a_second_name_of_a_tensor_needs_no_partner():
+    torch.manual_seed(0)
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    report = parity.check(Tied(), FlaxTied(), ids, train=False)
+    assert report.ok, report
+    assert not parity.check(Tied(), FlaxTied(tied=False), ids, train=False).ok
