@@ -151,19 +151,23 @@ def _apart(ts: Sequence[Layer], fs: Sequence[Layer], positions: tuple[dict, dict
     return apart / max(float(apart.max(initial=0.0)), 1.0)
 
 
+OPTIONS = kinds.IN_OUT, "transpose_kernel"
+"""What a layer's config says of its tensors that their shapes do not."""
+
 _Look = tuple[str, Any, tuple[tuple[str, Shape], ...]]
 """Kind, what the shapes do not say, and the shapes of a layer: layers of one look fit the same partners."""
 
 
 def _look_of(layer: Layer, structure: Structure) -> _Look:
-    return layer.kind, layer.config.get("transpose_kernel"), tuple(shapes_of(layer, structure).items())
+    options = tuple((name, layer.config[name]) for name in OPTIONS if name in layer.config)
+    return layer.kind, options, tuple(shapes_of(layer, structure).items())
 
 
 def _fit(torch: _Look, flax: _Look) -> int | None:
-    (torch_kind, _, torch_shapes), (flax_kind, transposed, flax_shapes) = torch, flax
+    (torch_kind, torch_options, torch_shapes), (flax_kind, flax_options, flax_shapes) = torch, flax
     if not kinds.like(torch_kind, flax_kind):
         return None
-    options = {"transpose_kernel": transposed}
+    options = dict((*torch_options, *flax_options))
     paired = rules.pair_tensors(kinds.common(torch_kind, flax_kind), dict(torch_shapes), dict(flax_shapes), options)
     fits = bool(paired.pairs) and all(pair.fits for pair in paired.pairs)
     return len(paired.torch_left) + len(paired.flax_left) if fits else None

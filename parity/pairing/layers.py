@@ -151,7 +151,9 @@ def _check_map(layer_map: Mapping[str, str], torch: Structure, flax: Structure) 
 
 
 def _pair(t: Layer, f: Layer, torch: Structure, flax: Structure) -> LayerPair:
-    found = rules.pair_tensors(kinds.common(t.kind, f.kind), shapes_of(t, torch), shapes_of(f, flax), f.config)
+    found = rules.pair_tensors(
+        kinds.common(t.kind, f.kind), shapes_of(t, torch), shapes_of(f, flax), {**t.config, **f.config}
+    )
     return LayerPair(t, f, list(found.pairs), list(found.torch_left), list(found.flax_left))
 
 

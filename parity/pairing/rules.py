@@ -158,7 +158,8 @@ def pair_tensors(
       kind: of the layer, one of `kinds.KINDS`.
       torch_shapes: local name -> shape, parameters and statistics ("out_proj.weight" for a sub-layer's).
       flax_shapes: local name -> shape, without the collection ("query/kernel" for a sub-layer's).
-      options: what shapes do not say: {"transpose_kernel": True} of a transposed convolution with as many channels in
+      options: what shapes do not say: {"in_out": True} of a linear layer whose PyTorch matrix is [in, out], as GPT-2's;
+        {"transpose_kernel": True} of a transposed convolution with as many channels in
         as out (default: False, as in Flax).
 
     Returns:
@@ -283,6 +284,8 @@ def _by_shape(
 def _with_options(rule: Rule, options: Mapping[str, Any]) -> Rule:
     if rule.kind == "conv_transpose" and options.get("transpose_kernel"):
         return rule._replace(layouts=tuple(reversed(rule.layouts)))
+    if rule.kind == "linear" and OUT_IN in rule.layouts and options.get(kinds.IN_OUT):
+        return rule._replace(layouts=(SAME,))
     return rule
 
 

@@ -64,6 +64,9 @@ def like(first: str, second: str) -> bool:
 
 Shape = tuple[int, ...]
 
+IN_OUT = "in_out"
+"""In a linear layer's config: PyTorch's matrix is [in, out], as Flax's."""
+
 COUNTERS = re.compile(r"(.*_)?(num_batches_tracked|num_batches|counter|step|steps)", re.IGNORECASE)
 """Names of counters, which hold no weights. They are scalars."""
 

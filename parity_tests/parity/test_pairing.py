@@ -191,3 +191,53 @@ def test_norms_go_with_what_feeds_them():
     x = np.random.default_rng(0).normal(size=(2, 3, 6, 5)).astype(np.float32)
     report = parity.check(module, LinenBranches(), x, train=False)
     assert report.ok, report
+
+
+class InOut(nn.Module):
+    """A linear layer that keeps its matrix as [in, out], as GPT-2's."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class LinenThree(linen.Module):
+    width: int
+
+    @linen.compact
+    def __call__(self, x):
+        x = jnp.tanh(linen.Dense(self.width, name="fc")(x))
+        return linen.Dense(8, name="head")(linen.Dense(8, name="proj")(x))
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_a_matrix_in_out_beside_one_out_in(width):
+    """Of square ones the shapes do not tell which is which: what the layer makes of random numbers does."""
+    torch.manual_seed(0)
+    module = nn.Sequential()
+    module.add_module("fc", InOut(8, width))
+    module.add_module("tanh", nn.Tanh())
+    module.add_module("proj", InOut(width, 8))
+    module.add_module("head", nn.Linear(8, 8))
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    right = {
+        name: {
+            "kernel": (layer.weight.T if name == "head" else layer.weight).detach().numpy(),
+            "bias": layer.bias.detach().numpy(),
+        }
+        for name, layer in module.named_children()
+        if name != "tanh"
+    }
+    carried = parity.to_flax(module, LinenThree(width), inputs=[x])
+    jax.tree.map(np.testing.assert_array_equal, carried["params"], right)
+    state = parity.to_torch(carried, module, flax_module=LinenThree(width), inputs=[x])
+    assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
+    assert parity.check(module, LinenThree(width), x, train=False).ok
+    assert parity.check(module, LinenThree(width), x, train=False, variables={"params": right}).ok
+    if width == 8:
+        wrong = {"params": {**right, "proj": {**right["proj"], "kernel": right["proj"]["kernel"].T}}}
+        report = parity.check(module, LinenThree(width), x, train=False, variables=wrong)
+        assert [(d.code, d.layer) for d in report.diagnoses] == [("kernel-transposed", "proj")]

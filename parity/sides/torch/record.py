@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from parity.records.kinds import PRODUCTS, class_names, kind_of
+from parity.records.kinds import IN_OUT, PRODUCTS, class_names, kind_of
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
 from parity.sides.torch.module import COUNTER, floating, has_dropout, lifted, loss_of, numpy, without_dropout
 
+LOG = logging.getLogger(__name__)
 CONFIG = ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode", "eps", "momentum", "num_groups")
 
 
@@ -54,20 +57,41 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
         if not own or not (has_parameters or kind == "batch_norm"):
             continue
         below = any(_tensors(grandchild, recurse=True) for grandchild in child.children()) and kind != "attention"
+        config = {name: getattr(child, name, None) for name in CONFIG}
+        config = {name: value for name, value in config.items() if isinstance(value, int | float | str | tuple)}
+        if kind == "linear" and type(child).forward is not nn.Linear.forward and _is_in_out(child, own):
+            config[IN_OUT] = True
         layers[path] = Layer(
             path,
             kind,
             type(child).__name__,
             {name: f"{path}.{name}" if path else name for name in own},
             statistics,
-            {
-                name: value
-                for name in CONFIG
-                if isinstance(value := getattr(child, name, None), int | float | str | tuple)
-            },
+            config,
             is_called=not below,
         )
     return layers
+
+
+def _is_in_out(module: nn.Module, own: dict[str, Tensor]) -> bool:
+    """Whether a hand-written linear layer keeps its matrix as [in, out], by what it makes of random numbers."""
+    matrices = [name for name, v in own.items() if v.ndim == 2]
+    if len(matrices) != 1:
+        return False
+    random = torch.Generator().manual_seed(0)
+    try:
+        module = copy.deepcopy(module).cpu().double().eval()
+        with torch.no_grad(), default_dtype(torch.float64):
+            tensors = {
+                name: v.copy_(torch.randn(v.shape, generator=random))
+                for name, v in _tensors(module, recurse=False).items()
+            }
+            matrix, shift = tensors.pop(matrices[0]), sum(tensors.values())
+            x = torch.randn(3, len(matrix), generator=random)
+            return torch.allclose(module(x), x @ matrix + shift, rtol=1e-9, atol=1e-9)
+    except Exception as error:  # whatever a stranger's module raises: then it is no such layer
+        LOG.info("%s takes no [3, %d]: %s", type(module).__name__, len(own[matrices[0]]), error)
+        return False
 
 
 def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
