@@ -44,16 +44,18 @@ def check(
       torch_module: any module.
       flax_module: a linen module or an `nnx.Module`.
       *inputs: numpy arrays in PyTorch's layout, as the PyTorch module takes them. Floating arrays of rank 3 and more go
-        to Flax channels last.
+        to Flax channels last, but for those that go straight into a layer that has its channels last in PyTorch too
+        (linear, layer norm, attention).
       train: train or eval mode. In training, dropout is switched off on both sides.
       variables: Flax's own variables (an `nnx.State` for NNX), which are then examined too: "is my own conversion
         right?". None: PyTorch's weights are carried over: "are these two the same network?".
-      flax_inputs: what Flax is given instead, in its layout.
+      flax_inputs: what Flax is given instead, in its layout. What is the same but for float32's rounding is given as
+        float64 has it.
       flax_call: flax_call(module, variables, *inputs, train) returns what `module.apply` gives, where the way to tell
         train from eval is not found in the module's signature.
       layer_map: {PyTorch's dotted name: Flax's path "a/b"} of layers that are not paired rightly by order and kind.
-      loss: (torch_loss, jax_loss), each a function of the output. None: the same fixed function
-        of the output, which no layout changes.
+      loss: (torch_loss, jax_loss), each a function of the output. None: the same fixed function of the
+        output, which no layout changes.
       steps: how many steps of training to compare, on these inputs.
       optimizers: (parameters -> torch optimizer, optax.GradientTransformation), needed for steps.
 
@@ -74,28 +76,32 @@ def check(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's modules: an eager run in float64 meets more of them
-        torch = TorchRuns(torch_module, inputs, train=train, loss=loss and loss[0])
-        first = torch.evidence()
-        if not first.free.has_ended:
-            return stopped(first)
-        arrays = torch.inputs_for_flax(first.free, flax_inputs)
-        flax = FlaxRuns(flax_module, arrays, train=train, loss=loss and loss[1], flax_call=flax_call)
-        translation = flax.carry(first.free, layer_map, variables)
-        second = flax.evidence()
-        judge = Judge(first, second, translation)
+        # PyTorch on its own, in float64.
+        torch_runs = TorchRuns(torch_module, inputs, train=train, loss=loss and loss[0])
+        torch = torch_runs.evidence()
+        if not torch.free.has_ended:
+            return stopped(torch)
+        # Which layer, tensor and axis is which; the weights go across; Flax on its own.
+        arrays = torch_runs.inputs_for_flax(torch.free, flax_inputs)
+        flax_runs = FlaxRuns(flax_module, arrays, train=train, loss=loss and loss[1], flax_call=flax_call)
+        translation = flax_runs.carry(torch.free, layer_map, variables)
+        flax = flax_runs.evidence()
+        # What the judge asks for besides: the modules' own dtype, Flax layer by layer, how much is rounding.
+        judge = Judge(torch, flax, translation)
         if judge.asks_for_own_dtype():
-            torch.add_own_dtype(first)
-            flax.add_own_dtype(second)
+            torch_runs.add_own_dtype(torch)
+            flax_runs.add_own_dtype(flax)
         if judge.asks_for_layers():
-            second.forced = flax.forced(translation)
+            flax.forced = flax_runs.forced(translation)
         if judge.asks_for_rounding():
-            first.noise, second.noise = torch.noise(first.free), flax.noise(second.free)
+            torch.noise, flax.noise = torch_runs.noise(torch.free), flax_runs.noise(flax.free)
+        # The optimisers' rules by themselves; training, if all agrees so far: else a step only carries on what differs.
         if steps and optimizers:
-            torch.add_optimizer(first, optimizers[0])
-            flax.add_optimizer(second, optimizers[1], translation)
-            if judge.agrees:  # else every step would only carry on what differs
-                torch.add_steps(first, optimizers[0], steps)
-                flax.add_steps(second, optimizers[1], steps)
+            torch_runs.add_optimizer(torch, optimizers[0])
+            flax_runs.add_optimizer(flax, optimizers[1], translation)
+            if judge.agrees:
+                torch_runs.add_steps(torch, optimizers[0], steps)
+                flax_runs.add_steps(flax, optimizers[1], steps)
         return judge.report()
 
 
@@ -176,16 +182,16 @@ def trace(
     check_inputs(inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch = TorchRuns(torch_module, inputs, train=train, loss=loss and loss[0])
-        first = torch.evidence()
-        if not first.free.has_ended:
-            return stopped(first)
-        arrays = torch.inputs_for_flax(first.free, flax_inputs)
-        flax = FlaxRuns(flax_module, arrays, train=train, loss=loss and loss[1], flax_call=flax_call)
-        translation = flax.carry(first.free, layer_map)
-        second = flax.evidence()
-        judge = Judge(first, second, translation)
-        second.forced = flax.forced(translation)
+        torch_runs = TorchRuns(torch_module, inputs, train=train, loss=loss and loss[0])
+        torch = torch_runs.evidence()
+        if not torch.free.has_ended:
+            return stopped(torch)
+        arrays = torch_runs.inputs_for_flax(torch.free, flax_inputs)
+        flax_runs = FlaxRuns(flax_module, arrays, train=train, loss=loss and loss[1], flax_call=flax_call)
+        translation = flax_runs.carry(torch.free, layer_map)
+        flax = flax_runs.evidence()
+        judge = Judge(torch, flax, translation)
+        flax.forced = flax_runs.forced(translation)
         if judge.asks_for_rounding():
-            first.noise, second.noise = torch.noise(first.free), flax.noise(second.free)
+            torch.noise, flax.noise = torch_runs.noise(torch.free), flax_runs.noise(flax.free)
         return judge.report()

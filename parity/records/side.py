@@ -7,12 +7,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+LARGE = 16.0
+"""What the default loss takes the sine of is not larger."""
+
 
 def loss_weights(count: int) -> NDArray:
-    """The w of the default loss, sum over n of w[n] * (sum over all y in entry n of the first axis of sin(y + 1)).
+    """The w of the default loss, sum over n of w[n] * (sum over all y in entry n of the first axis of sin(y / s + 1)).
 
     It does not ask for the order of y within an entry, so each side computes it alone, whatever its layout; and its
-    gradient, w[n] cos(y + 1), differs from number to number.
+    gradient, w[n] cos(y / s + 1) / s, differs from number to number. s = max(1, max|y| / LARGE), a constant in the
+    derivative: the sine of a large number would blow its rounding up, and with it the bound of every gradient.
 
     Args:
       count: length of the first axis, or of the one that holds the other side's first.

@@ -1,6 +1,7 @@
 """Never ok in silence: what hides a mistake, what cannot be compared, weights that have no place."""
 
 import flax.linen as linen
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -273,3 +274,26 @@ def test_a_second_name_of_a_tensor_needs_no_partner():
     report = parity.check(Tied(), FlaxTied(), ids, train=False)
     assert report.ok, report
     assert not parity.check(Tied(), FlaxTied(tied=False), ids, train=False).ok
+
+
+@pytest.mark.parametrize("size", [0.01, 10.0, 1000.0, 1e6])
+def test_a_large_output_widens_no_bound(size):
+    """A derivative that takes the statistics for constants is seen whatever the size of what it is seen through."""
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.Dense(8)(x)
+            mean, var = x.mean(0), x.var(0)
+            x = (x - jax.lax.stop_gradient(mean)) / jnp.sqrt(jax.lax.stop_gradient(var) + 1e-5)
+            scale = self.param("scale", linen.initializers.ones, (8,))
+            return linen.Dense(4)(x * scale + self.param("bias", linen.initializers.zeros, (8,)))
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 4))
+    with torch.no_grad():
+        module[2].weight *= size
+    report = parity.check(module, Net(), X)
+    assert not report.ok
+    bounds = [row.bound for row in report.layers if row.phase == "backward"]
+    assert max(bounds) <= 1e-8, bounds

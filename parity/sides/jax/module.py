@@ -15,7 +15,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from parity.records.side import loss_weights
+from parity.records.side import LARGE, loss_weights
 
 FLAGS = {
     "train": False,
@@ -148,7 +148,10 @@ def default_loss(output: Any, swapped: Container[int] = ()) -> Any:
     total = jnp.zeros(())
     for i, y in enumerate(v for v in jax.tree.leaves(output) if jnp.issubdtype(jnp.asarray(v).dtype, jnp.floating)):
         y = y.swapaxes(0, 1) if i in swapped else y
-        rows = y.reshape(len(y) if y.ndim else 1, -1)
+        if not y.size:
+            continue
+        scale = jax.lax.stop_gradient(jnp.maximum(jnp.abs(y).max() / LARGE, 1))
+        rows = (y / scale.astype(y.dtype)).reshape(len(y) if y.ndim else 1, -1)
         total = total + (jnp.asarray(loss_weights(len(rows)), y.dtype) * jnp.sin(rows + 1).sum(1)).sum()
     return total
 

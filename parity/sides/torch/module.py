@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from parity.records.side import loss_weights
+from parity.records.side import LARGE, loss_weights
 
 COUNTER = "num_batches_tracked"
 
@@ -43,7 +43,9 @@ def default_loss(output: Any) -> Tensor:
     """See `records.side.loss_weights`."""
     total: Tensor = torch.zeros(())
     for y in floating(output):
-        rows = y.reshape(len(y) if y.ndim else 1, -1)
+        if not y.numel():
+            continue
+        rows = (y / (y.detach().abs().max() / LARGE).clamp(min=1)).reshape(len(y) if y.ndim else 1, -1)
         total = total + (torch.from_numpy(loss_weights(len(rows))).to(y) * (rows + 1).sin().sum(1)).sum()
     return total
 
