@@ -278,22 +278,20 @@ def test_a_second_name_of_a_tensor_needs_no_partner():
 
 @pytest.mark.parametrize("size", [0.01, 10.0, 1000.0, 1e6])
 def test_a_large_output_widens_no_bound(size):
-    """A derivative that takes the statistics for constants is seen whatever the size of what it is seen through."""
+    """A derivative that is off by 1e-6 is seen whatever the size of the output that it is seen through."""
 
     class Net(linen.Module):
         @linen.compact
         def __call__(self, x):
             x = linen.Dense(8)(x)
             mean, var = x.mean(0), x.var(0)
-            x = (x - jax.lax.stop_gradient(mean)) / jnp.sqrt(jax.lax.stop_gradient(var) + 1e-5)
-            scale = self.param("scale", linen.initializers.ones, (8,))
-            return linen.Dense(4)(x * scale + self.param("bias", linen.initializers.zeros, (8,)))
+            mean = mean + 1e-6 * (jax.lax.stop_gradient(mean) - mean)  # the same number, another derivative
+            scale, bias = (self.param(name, linen.initializers.ones, (8,)) for name in ("scale", "bias"))
+            return linen.Dense(4)((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias)
 
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 4))
     with torch.no_grad():
+        module[1].weight.uniform_(0.5, 1.5)
         module[2].weight *= size
-    report = parity.check(module, Net(), X)
-    assert not report.ok
-    bounds = [row.bound for row in report.layers if row.phase == "backward"]
-    assert max(bounds) <= 1e-8, bounds
+    assert not parity.check(module, Net(), X).ok
