@@ -295,3 +295,49 @@ def test_a_large_output_widens_no_bound(size):
         module[1].weight.uniform_(0.5, 1.5)
         module[2].weight *= size
     assert not parity.check(module, Net(), X).ok
+
+
+class SomeAttention(nn.Module):
+    """Dropout inside of the function of attention, beside a module of dropout."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.a, self.b, self.drop, self.rate = nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.1), rate
+
+    def forward(self, x):
+        y = self.drop(self.a(x))
+        rate = self.rate if self.training else 0.0
+        return self.b(nn.functional.scaled_dot_product_attention(y, y, y, dropout_p=rate))
+
+
+class LinenSomeAttention(linen.Module):
+    rate: float
+
+    @linen.compact
+    def __call__(self, x, train):
+        y = linen.Dropout(0.1, deterministic=not train)(linen.Dense(8)(x))[..., None, :]
+        rng = self.make_rng("dropout") if train and self.rate else None
+        options = {"dropout_rng": rng, "dropout_rate": self.rate, "deterministic": not train}
+        return linen.Dense(8)(linen.dot_product_attention(y, y, y, **options)[..., 0, :])
+
+
+class NnxSomeAttention(nnx.Module):
+    def __init__(self, rate):
+        rngs = nnx.Rngs(0)
+        self.a, self.b = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.drop, self.rate, self.rngs = nnx.Dropout(0.1, rngs=rngs), rate, rngs
+
+    def __call__(self, x, deterministic):
+        y = self.drop(self.a(x))[..., None, :]
+        options = {"dropout_rng": self.rngs.dropout(), "dropout_rate": self.rate, "deterministic": deterministic}
+        return self.b(nnx.dot_product_attention(y, y, y, **options)[..., 0, :])
+
+
+@pytest.mark.parametrize("flax_net", [LinenSomeAttention, NnxSomeAttention])
+@pytest.mark.parametrize("rates", [(0.1, 0.1), (0.1, 0.0), (0.0, 0.1)], ids=str)
+def test_dropout_inside_of_attention_is_off_in_training(flax_net, rates):
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+    report = parity.check(SomeAttention(rates[0]), flax_net(rates[1]), x, flax_inputs=[x])
+    assert report.ok, report
+    assert any("dropout was switched off" in note for note in report.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.linen import attention as linen_attention
+from flax.nnx.nn import attention as nnx_attention
 from flax.traverse_util import flatten_dict
 from jax import Array
 
@@ -116,6 +119,34 @@ def opened(is_opened: bool) -> Iterator[None]:
 def is_dropout(module: Any) -> bool:
     """Whether it is one of Flax's own dropouts."""
     return isinstance(module, nn.Dropout | nnx.Dropout)
+
+
+@contextlib.contextmanager
+def without_attention_dropout(*, train: bool) -> Iterator[list[float]]:
+    """In training, the dropout inside of Flax's functions of attention is off. Gives the rates that they were told."""
+    rates: list[float] = []
+    if not train:
+        yield rates
+        return
+
+    def without(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def weights(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            rates.append(given.arguments.get("dropout_rate", 0.0))
+            given.arguments["dropout_rate"] = 0.0
+            return function(*given.args, **given.kwargs)
+
+        return weights
+
+    name = "dot_product_attention_weights"
+    with contextlib.ExitStack() as stack:
+        for module in (linen_attention, nnx_attention):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, without(getattr(module, name)))
+        yield rates
 
 
 def lifted(value: Any, *, float64: bool) -> Any:

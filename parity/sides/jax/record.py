@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from parity.records.recording import Call, Failure, Layer, Recording
 from parity.records.side import Force
 from parity.sides.jax.layers import trace_state
-from parity.sides.jax.module import Side, default_loss, environment, is_dropout, lifted
+from parity.sides.jax.module import Side, default_loss, environment, is_dropout, lifted, without_attention_dropout
 
 
 @jax.custom_vjp
@@ -221,9 +221,11 @@ class _Run:
             y = probe(y, None if self.force is None else self.force.output(key, y))
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
-        output, seen["statistics"] = self.side.apply(
-            {**parameters, **self.others}, given, train=self.train, intercept=intercept, seed=self.seed
-        )
+        with without_attention_dropout(train=self.train) as rates:
+            output, seen["statistics"] = self.side.apply(
+                {**parameters, **self.others}, given, train=self.train, intercept=intercept, seed=self.seed
+            )
+        self.has_dropout = self.has_dropout or any(rates)
         leaves, tree = jax.tree.flatten(output)
         places = [i for i, v in enumerate(leaves) if jnp.issubdtype(jnp.asarray(v).dtype, jnp.floating)]
         seen["result"] = [leaves[i] for i in places]

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import NDArray
 
 from parity.records.side import Snapshot, nudged
-from parity.sides.jax.module import Side, environment, is_dropout
+from parity.sides.jax.module import Side, environment, is_dropout, without_attention_dropout
 
 
 def flax_cross_entropy(output: jax.Array, labels: jax.Array) -> jax.Array:
@@ -85,7 +85,8 @@ def flax_step(side: Side, transform: optax.GradientTransformation, loss: Callabl
 
     def total(tree, statistics, inputs, *target):
         flat = {f"params/{n}": v for n, v in flatten_dict(tree, sep="/").items()}
-        output, after = side.apply({**flat, **statistics}, inputs, train=train, intercept=intercept, seed=0)
+        with without_attention_dropout(train=train):
+            output, after = side.apply({**flat, **statistics}, inputs, train=train, intercept=intercept, seed=0)
         return loss(output, *target), after
 
     @jax.jit

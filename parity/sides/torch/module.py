@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -57,10 +58,14 @@ def numpy(tensor: Tensor) -> NDArray:
 
 
 @contextlib.contextmanager
-def without_dropout(module: nn.Module, *, train: bool) -> Iterator[None]:
-    """In training, dropout is the identity, as a module and as a function. The module is changed: give a copy."""
+def without_dropout(module: nn.Module, *, train: bool) -> Iterator[list[float]]:
+    """In training, dropout is the identity: as a module, as a function and inside of attention.
+
+    The module is changed: give a copy. Gives a list of the rates that functions of attention were called with.
+    """
+    rates: list[float] = []
     if not train:
-        yield
+        yield rates
         return
     for child in module.modules():
         if isinstance(child, nn.modules.dropout._DropoutNd):
@@ -71,8 +76,16 @@ def without_dropout(module: nn.Module, *, train: bool) -> Iterator[None]:
     kept = {name: getattr(nn.functional, name) for name in names}
     for name in names:
         setattr(nn.functional, name, _same)
+    attention = kept["scaled_dot_product_attention"] = nn.functional.scaled_dot_product_attention
+
+    @functools.wraps(attention)
+    def without(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
+        rates.append(dropout_p)
+        return attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
+    nn.functional.scaled_dot_product_attention = without
     try:
-        yield
+        yield rates
     finally:
         for name, function in kept.items():
             setattr(nn.functional, name, function)

@@ -149,7 +149,7 @@ def record(
     with (
         torch.random.fork_rng(devices=[]),
         default_dtype(own),
-        without_dropout(module, train=train),
+        without_dropout(module, train=train) as rates,
         _not_compiled(module),
         watch,
     ):
@@ -159,6 +159,7 @@ def record(
         except Exception as error:  # whatever a stranger's module raises
             recording.failure = Failure.of(error, watch.active[-1] if watch.active else "")
             return recording
+        recording.dropout_off = recording.dropout_off or any(rates)
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
         output = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
         leaves = floating(output)
