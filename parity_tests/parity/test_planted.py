@@ -80,7 +80,9 @@ def test_a_finding_charges_what_the_table_says():
 
 
 def test_the_readme_counts_what_is_planted():
-    assert re.findall(r"all (\d+) mistakes", (ROOT / "README.md").read_text()) == [str(len(CASES))]
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r"all (\d+) mistakes", readme) == [str(len(CASES))]
+    assert re.findall(r"\[(\d+) of them\]", readme) == [str(len(TABLE))]
 
 
 def test_the_page_of_mistakes_is_of_this_table():
