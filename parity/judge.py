@@ -113,7 +113,8 @@ class Judge:
     def local(self) -> list[Difference]:
         """Every layer's own differences: in single-layer mode, or else where both sides were given the same."""
         if self.flax.forced is not None:
-            return differences(self.translation, self.flax.forced, train=self.train)
+            found = differences(self.translation, self.flax.forced, train=self.train)
+            return [*found, *input_gradients(self.torch.free, self.flax.forced)]
         return [d for d in self.free if self._is_local(d)]
 
     def _is_local(self, d: Difference) -> bool:
