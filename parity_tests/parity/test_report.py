@@ -75,7 +75,7 @@ def test_text():
 def test_summaries():
     rows = example().layers
     assert Report(layers=rows[:1]).summary == "ok: 1 layer, 1 quantity agrees"
-    assert Report(layers=[*rows[:2], rows[5]]).summary == "ok: 2 layers, 3 quantities agree"
+    assert Report(layers=[*rows[:2], rows[5]]).summary == "ok: 2 layers, 2 quantities agree"
     assert str(Report()) == "ok: 0 layers, 0 quantities agree"
     unseen = Report(diagnoses=[Diagnosis("weight-decay-coupling", "", "...")])
     assert unseen.summary == "no layer differs by more than its bound, but: weight-decay-coupling"
