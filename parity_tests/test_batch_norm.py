@@ -115,6 +115,7 @@ def test_long_sums_that_cancel(wing, shape, masked, dtype):
     check(wing, arrays, dtype, train=True, mask=mask, truth_of=lambda *_, **__: truth)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wing", WINGS)
 def test_a_million_rows_that_cancel_in_float64(wing):
     """What x - mu rounds off would count, 30 eps of max |dy|; but it is added up, and one last rounding is all."""

@@ -23,6 +23,7 @@ def run(program, *args):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.thorough
 def test_a_quick_run(tmp_path):
     """Every peer in every mode, ratios to a reference that is in the run; JAX's is not ours."""
     done = run(

@@ -23,10 +23,13 @@ def test_needs_no_framework():
 @pytest.mark.parametrize(
     "before",
     [
-        "import parity",
+        pytest.param("import parity", marks=pytest.mark.thorough),
         "import parity.check, parity.trajectory, parity.weights, parity.offline",
-        "from parity.check import trace; import parity.evidence.torch",
-        "from parity import weights; import parity.cli.commands; import parity.comparison.bounds",
+        pytest.param("from parity.check import trace; import parity.evidence.torch", marks=pytest.mark.thorough),
+        pytest.param(
+            "from parity import weights; import parity.cli.commands; import parity.comparison.bounds",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_functions_are_functions(before):
@@ -40,16 +43,17 @@ def test_functions_are_functions(before):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "name", ["rules", "files", "kinds", "trajectory", "offline", "report", "testing", "weights", "convert"]
-)
-def test_older_names_of_modules(name):
+OLDER = "rules", "files", "kinds", "trajectory", "offline", "report", "testing", "weights", "convert"
+
+
+def test_older_names_of_modules():
     """In each of the three ways to import one, and it is the same module."""
-    done = python(
-        f"import parity.{name}\nfrom parity import {name}\nimport sys, parity\n"
-        f"assert parity.{name} is {name} is sys.modules['parity.{name}']\n"
-        "from parity.rules import register\nassert register is parity.register is parity.weights.register\n"
-    )
+    lines = [
+        f"import parity.{name}\nfrom parity import {name}\nassert parity.{name} is {name} is sys.modules['parity.{name}']"
+        for name in OLDER
+    ]
+    lines += ["from parity.rules import register\nassert register is parity.register is parity.weights.register"]
+    done = python("\n".join(["import sys", *lines]))
     assert done.returncode == 0, done.stderr
 
 
