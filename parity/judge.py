@@ -159,11 +159,12 @@ class Judge:
     def bound(self, d: Difference, *, local: bool = False) -> float:
         """What rounding explains of a difference."""
         if d.phase == "optimizer":
-            return STEP_BOUND
+            return max(STEP_BOUND, 30 * self.flax.noise.get(("optimizer", NETWORK), 0.0))
         bound = BACKWARD_BOUND if d.phase == "backward" else FORWARD_BOUND
         phase = "backward" if d.phase == "loss" else d.phase
         keys = (self.torch.noise, d.key), (self.flax.noise, (d.flax_layer, d.key[1]))
-        measured = 30 * max(noise.get((phase, key), max(noise.values(), default=0.0)) for noise, key in keys)
+        largest = [max((v for (p, _), v in noise.items() if p != "optimizer"), default=0.0) for noise, _ in keys]
+        measured = 30 * max(noise.get((phase, key), usual) for (noise, key), usual in zip(keys, largest, strict=True))
         return max(bound, min(measured, MOST_NOISE if local else MOST_CARRIED))
 
     def _failing(self) -> list[Difference]:

@@ -18,7 +18,7 @@ from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.answers import ProbeError
 from parity.records.evidence import Evidence, Noise
-from parity.records.recording import Recording
+from parity.records.recording import NETWORK, Recording
 from parity.records.structure import of_layers, of_recording
 from parity.sides import jax as flax_side
 from parity.sides.weight_files import read_weights
@@ -149,6 +149,12 @@ class FlaxRuns:
                 evidence.answers = flax_side.answers(transform, parameters, serials)
         except ProbeError as error:
             evidence.notes.append(f"the optimisers' rules were not compared by themselves: {error}")
+        if flax_side.is_float32_inside(transform, parameters):
+            # A schedule of the integer step, say: float32 whatever the parameters are.
+            evidence.noise["optimizer", NETWORK] = float(np.finfo(np.float32).eps)
+            evidence.notes.append(
+                "Flax's optimiser computes in float32 inside: what is smaller is not seen in its steps"
+            )
 
     def add_steps(self, evidence: Evidence, transform: Any, steps: int) -> None:
         """The parameters before the first step of training and after each."""

@@ -49,7 +49,8 @@ OLDER = "rules", "files", "kinds", "trajectory", "offline", "report", "testing",
 def test_older_names_of_modules():
     """In each of the three ways to import one, and it is the same module."""
     lines = [
-        f"import parity.{name}\nfrom parity import {name}\nassert parity.{name} is {name} is sys.modules['parity.{name}']"
+        f"import parity.{name}\nfrom parity import {name}\n"
+        f"assert parity.{name} is {name} is sys.modules['parity.{name}']"
         for name in OLDER
     ]
     lines += ["from parity.rules import register\nassert register is parity.register is parity.weights.register"]

@@ -341,3 +341,46 @@ def test_dropout_inside_of_attention_is_off_in_training(flax_net, rates):
     report = parity.check(SomeAttention(rates[0]), flax_net(rates[1]), x, flax_inputs=[x])
     assert report.ok, report
     assert any("dropout was switched off" in note for note in report.notes)
+
+
+def scheduled(make, **options):
+    """SGD whose scheduler makes a step after each of the optimiser's."""
+
+    def factory(parameters):
+        optimizer = torch.optim.SGD(parameters, **options)
+        return optimizer, make(optimizer)
+
+    return factory
+
+
+SCHEDULES = torch.optim.lr_scheduler
+
+
+@pytest.mark.parametrize(
+    ("torch_schedule", "optax_schedule"),
+    [
+        pytest.param(lambda o: SCHEDULES.LinearLR(o, 0.2, 1.0, 5), optax.linear_schedule(0.02, 0.1, 5), id="linear"),
+        pytest.param(
+            lambda o: SCHEDULES.LambdaLR(o, lambda k: min(1.0, (k + 1) / 5)),
+            lambda s: 0.1 * jnp.minimum(1.0, (s + 1) / 5),
+            id="warm-up",
+        ),
+        pytest.param(lambda o: SCHEDULES.ExponentialLR(o, 0.9), optax.exponential_decay(0.1, 1, 0.9), id="exponential"),
+    ],
+)
+def test_a_schedule_of_the_integer_step_is_float32_in_jax(torch_schedule, optax_schedule):
+    """Whatever the parameters are. It is no difference; what is larger is one."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(3)(jnp.tanh(linen.Dense(5)(x)))
+
+    factory = scheduled(torch_schedule, lr=0.1)
+    report = parity.check(module, Net(), X, steps=3, optimizers=(factory, optax.sgd(optax_schedule)))
+    assert report.ok, report
+    assert any("float32 inside" in note for note in report.notes)
+    off = optax.sgd(lambda step: optax_schedule(step) * 1.0001)
+    assert not parity.check(module, Net(), X, steps=3, optimizers=(factory, off)).ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from flax.traverse_util import unflatten_dict
 from numpy.typing import NDArray
 
 from parity.records.answers import ProbeError, Response, Run, ask
+
+LOG = logging.getLogger(__name__)
 
 
 def answers(
@@ -40,6 +43,18 @@ def answers(
         return unflatten_dict({paths[n]: jnp.asarray(flat[a:b].reshape(shapes[n])) for n, a, b in parts})
 
     return ask(every, lambda gradients, parameters: _run(transform, tree, gradients, parameters), whole_state=False)
+
+
+def is_float32_inside(transform: Any, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether it computes something in float32 though its gradients and parameters are float64: by its program."""
+    tree = {name: jax.ShapeDtypeStruct(shape, np.float64) for name, shape in shapes.items()}
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        try:
+            state = jax.eval_shape(transform.init, tree)
+            return "f32[" in str(jax.make_jaxpr(transform.update)(tree, state, tree))
+        except Exception as error:  # whatever a stranger's transformation raises: its steps will tell
+            LOG.info("the optimiser has no program: %s", error)
+            return False
 
 
 def _run(transform: Any, tree: Any, gradients: NDArray, parameters: NDArray) -> Run:
