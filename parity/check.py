@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,47 +68,66 @@ def check(
         flax_inputs.
       Exception: what either module raises on these inputs whatever their dtype.
     """
+    question = Question(inputs, train, flax_inputs, flax_call, layer_map, loss, variables, steps, optimizers)
+    _check_arguments(torch_module, flax_module, question)
+    return _answer(torch_module, flax_module, question)
+
+
+class Question(NamedTuple):
+    """What both modules are asked: the arguments of `check`, which documents them."""
+
+    inputs: Sequence[NDArray[Any]]
+    train: bool = True
+    flax_inputs: Sequence[NDArray[Any]] | None = None
+    flax_call: Callable[..., Any] | None = None
+    layer_map: Mapping[str, str] | None = None
+    loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None
+    variables: Any = None
+    steps: int = 0
+    optimizers: tuple[Callable[[Any], torch.optim.Optimizer], Any] | None = None
+
+
+def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by_layer: bool = False) -> Report:
+    """The report. layer_by_layer: single-layer mode in any case, and nothing but float64."""
     from parity.evidence.jax import FlaxRuns
     from parity.evidence.torch import TorchRuns
 
-    _check_arguments(
-        torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers
-    )
+    train, (torch_loss, flax_loss) = question.train, question.loss or (None, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's modules: an eager run in float64 meets more of them
         # PyTorch on its own, in float64.
-        torch_runs = TorchRuns(torch_module, inputs, train=train, loss=loss and loss[0])
+        torch_runs = TorchRuns(torch_module, question.inputs, train=train, loss=torch_loss)
         torch = torch_runs.evidence()
         if not torch.free.has_ended:
             return stopped(torch)
         # Which layer, tensor and axis is which; the weights go across; Flax on its own.
-        arrays = torch_runs.inputs_for_flax(torch.free, flax_inputs)
-        flax_runs = FlaxRuns(flax_module, arrays, train=train, loss=loss and loss[1], flax_call=flax_call)
-        translation = flax_runs.carry(torch.free, layer_map, variables)
+        inputs = torch_runs.inputs_for_flax(torch.free, question.flax_inputs)
+        flax_runs = FlaxRuns(flax_module, inputs, train=train, loss=flax_loss, flax_call=question.flax_call)
+        translation = flax_runs.carry(torch.free, question.layer_map, question.variables)
         flax = flax_runs.evidence()
         # What the judge asks for besides: the modules' own dtype, Flax layer by layer, how much is rounding.
         judge = Judge(torch, flax, translation)
-        if judge.asks_for_own_dtype():
+        if judge.asks_for_own_dtype() and not layer_by_layer:
             torch_runs.add_own_dtype(torch)
             flax_runs.add_own_dtype(flax)
-        if judge.asks_for_layers():
+        if judge.asks_for_layers() or layer_by_layer:
             flax.forced = flax_runs.forced(translation)
         if judge.asks_for_rounding():
             torch.noise, flax.noise = torch_runs.noise(torch.free), flax_runs.noise(flax.free)
         # The optimisers' rules by themselves; training, if all agrees so far: else a step only carries on what differs.
-        if steps and optimizers:
-            torch_runs.add_optimizer(torch, optimizers[0])
-            flax_runs.add_optimizer(flax, optimizers[1], translation)
+        if question.optimizers is not None and question.steps:
+            torch_runs.add_optimizer(torch, question.optimizers[0])
+            flax_runs.add_optimizer(flax, question.optimizers[1], translation)
             if judge.agrees:
-                torch_runs.add_steps(torch, optimizers[0], steps)
-                flax_runs.add_steps(flax, optimizers[1], steps)
+                torch_runs.add_steps(torch, question.optimizers[0], question.steps)
+                flax_runs.add_steps(flax, question.optimizers[1], question.steps)
         return judge.report()
 
 
-def _check_arguments(
-    torch_module, flax_module, inputs, train, flax_inputs, flax_call, layer_map, loss, steps, optimizers
-) -> None:
+def _check_arguments(torch_module: Any, flax_module: Any, question: Question) -> None:
     from parity.sides.jax import side_of
+
+    inputs, train, flax_inputs, flax_call, layer_map, loss, _, steps, optimizers = question
 
     def require(fine: bool, name: str, given: Any, allowed: str, kind: type[Exception] = TypeError) -> None:
         if not fine:
@@ -176,22 +195,6 @@ def trace(
     Returns:
       The report.
     """
-    from parity.evidence.jax import FlaxRuns
-    from parity.evidence.torch import TorchRuns
-
     check_inputs(inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch_runs = TorchRuns(torch_module, inputs, train=train, loss=loss and loss[0])
-        torch = torch_runs.evidence()
-        if not torch.free.has_ended:
-            return stopped(torch)
-        arrays = torch_runs.inputs_for_flax(torch.free, flax_inputs)
-        flax_runs = FlaxRuns(flax_module, arrays, train=train, loss=loss and loss[1], flax_call=flax_call)
-        translation = flax_runs.carry(torch.free, layer_map)
-        flax = flax_runs.evidence()
-        judge = Judge(torch, flax, translation)
-        flax.forced = flax_runs.forced(translation)
-        if judge.asks_for_rounding():
-            torch.noise, flax.noise = torch_runs.noise(torch.free), flax_runs.noise(flax.free)
-        return judge.report()
+    question = Question(inputs, train, flax_inputs, flax_call, layer_map, loss)
+    return _answer(torch_module, flax_module, question, layer_by_layer=True)
