@@ -140,7 +140,12 @@ class Diagnosis:
             truth = self.translation.result(i, output)
             tolerance = self._tolerance(NETWORK, "output")
             found += between.findings(
-                self._sources(len(self.torch.calls)), truth, output, train=self.train, tolerance=tolerance
+                self._sources(len(self.torch.calls)),
+                truth,
+                output,
+                train=self.train,
+                tolerance=tolerance,
+                output=f"output {i + 1} of {len(self.torch.outputs)}",
             )
         last = self.torch.calls[-1] if self.torch.calls else Call("", 0, [], np.zeros(0))
         pair = self.translation.pair_of.get(last.path)

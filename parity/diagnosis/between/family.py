@@ -33,6 +33,7 @@ def findings(
     train: bool,
     tolerance: float = 1e-9,
     rerun: tuple[Array, Array] | None = None,
+    output: str = "",
 ) -> list[Finding]:
     """Names the mistakes between the sources, which both sides have alike, and the next layer's input.
 
@@ -46,6 +47,7 @@ def findings(
       train: whether both were run in training mode, with dropout switched off.
       tolerance: relative to the largest value.
       rerun: both once more, with another random key: a side that differs from itself drops out.
+      output: it is no layer's input, but this output of the network ("output 2 of 3").
 
     Returns:
       The findings; [] if the numbers agree.
@@ -62,6 +64,8 @@ def findings(
     ]
     if all(chains):
         family, (a, b) = _nearest(chains[0][:MOST_CHAINS], chains[1][:MOST_CHAINS], min(torch.ndim, flax.ndim))
+        if output and "source" in family.differences(a, b) and " + " not in a.source + b.source:
+            return [Finding("output-taken-early", f"PyTorch makes {output} of {a.source}, Flax of {b.source}")]
         found = [*_dropout((a, b), random, train), *family.findings(a, b)]
         return found or [_unexplained(chains, f"both sides look like {a}, and yet they differ")]
     found = _dropout((None, None), random, train)

@@ -1,6 +1,6 @@
 """The corpus of planted mistakes."""
 
-from parity_tests.parity.planted import glue, kernels, lone, networks, norms, training
+from parity_tests.parity.planted import glue, kernels, lone, networks, norms, outputs, training
 from parity_tests.parity.planted.chain import Case, Planted
 
 CASES: list[Case] = [
@@ -9,6 +9,7 @@ CASES: list[Case] = [
     *glue.cases(),
     *training.cases(),
     *lone.cases(),
+    *outputs.cases(),
     *networks.cases(),
 ]
 
