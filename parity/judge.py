@@ -35,6 +35,9 @@ from parity.records.recording import NETWORK, PHASES, Failure
 from parity.report import Report, verdict
 from parity.report.verdict import Stop, layer_rows, which
 
+LEAST_FELT = 1e-9
+"""Of the largest gradient: a place with a smaller one leaves no trace in the output."""
+
 
 def of_dumps(torch: Evidence, flax: Evidence, layer_map: Mapping[str, str] | None) -> Judge:
     """Two dumps side by side; the run in single-layer mode counts only where it was fed this very dump."""
@@ -84,7 +87,7 @@ class Judge:
         self.train = torch.details["mode"] == "train"
         self.notes: list[str] = []
         self.free = differences(translation, flax.free, train=self.train)
-        self.free += [*self._unfit(), *self._loss(), *input_gradients(torch.free, flax.free)]
+        self.free += [*self._unfit(), *self._unseen(), *self._loss(), *input_gradients(torch.free, flax.free)]
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
 
@@ -96,6 +99,15 @@ class Judge:
         for pair in self.pairing.layers:
             if not all(t.fits for t in pair.tensors) and (pair.torch.path, 0) not in seen:
                 yield Difference("forward", (pair.torch.path, 0), pair.flax.path, "output", float("inf"))
+
+    def _unseen(self) -> Iterable[Difference]:
+        """Outputs or gradients of which there are none that could be compared."""
+        a, b = self.torch.free, self.flax.free
+        if a.has_ended and b.has_ended and not a.outputs and not b.outputs:
+            yield Difference("forward", NETWORK, "", "output", float("nan"))
+        parameters = [g for name, g in a.gradients.items() if a.tensors[name].size]
+        if parameters and not any(np.any(g) for g in parameters):
+            yield Difference("backward", NETWORK, "", "gradient", float("nan"))
 
     def _loss(self) -> Iterable[Difference]:
         a, b = self.torch.free, self.flax.free
@@ -204,7 +216,17 @@ class Judge:
             and not self._weights
             and all(t.fits for pair in self.pairing.layers for t in pair.tensors)
             and all(d.key != NETWORK and d.quantity in INNER and not np.isnan(d.error) for d in failing)
+            and all(self._is_felt(d.key) for d in failing)
         )
+
+    def _is_felt(self, key: tuple[str, int]) -> bool:
+        """Whether the loss depends on this call: where its gradient vanishes, outputs that agree say nothing of it."""
+        sizes = {
+            call.key: float(np.abs(call.output_gradient).max(initial=0.0))
+            for call in self.torch.free.calls
+            if call.output_gradient is not None
+        }
+        return sizes.get(key, 0.0) > LEAST_FELT * max(sizes.values(), default=0.0)
 
     def asks_for_layers(self) -> bool:
         """Whether there is something that the run in single-layer mode can explain."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +102,20 @@ class FlaxRuns:
             known = (a[name] for a in sources if name in a and np.shape(a[name]) == tuple(v.shape))
             self.variables[name] = next(known, None)
             if self.variables[name] is None:
-                self.variables[name] = _filler(name, v.shape)
+                # A collection of its own holds constants, which only the module knows.
+                known_here = {} if name.startswith(("params/", "batch_stats/")) else self._initial
+                self.variables[name] = known_here.get(name, _filler(name, v.shape))
         self.carried = {**self.variables, **{name: a for name, a in carried.items() if name in self.shapes}}
+
+    @cached_property
+    def _initial(self) -> dict[str, NDArray]:
+        """The variables as the module makes them."""
+        with flax_side.environment(float64=False):
+            return {n: np.asarray(v) for n, v in self.side.initial(self.inputs, train=self.train).items()}
 
     def take(self, weights: str | Path | None, other: Evidence | None) -> None:
         """The module's own variables; with those of a file or a dump of Flax's, if given."""
-        with flax_side.environment(float64=False):
-            initial = self.side.initial(self.inputs, train=self.train)
-            self.variables = {name: np.asarray(v) for name, v in initial.items()}
+        self.variables = dict(self._initial)
         if other is not None:
             self.variables |= _checked(other.free.tensors, self.shapes, str(weights))
         elif weights is not None:

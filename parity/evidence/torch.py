@@ -68,7 +68,9 @@ class TorchRuns:
     def add_optimizer(self, evidence: Evidence, factory: Callable) -> None:
         """What the optimiser answers by itself."""
         free = evidence.free
-        shapes = {name: tuple(a.shape) for name, a in free.tensors.items() if name in free.gradients}
+        frozen = {n for n, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        trained = free.gradients.keys() - frozen
+        shapes = {name: tuple(a.shape) for name, a in free.tensors.items() if name in trained}
         try:
             evidence.answers = torch_side.answers(factory, shapes)
         except ProbeError as error:

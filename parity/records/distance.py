@@ -5,6 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+MASK, BESIDE = 1e9, 1e6
+"""A mask's constant is at least so large, and so many times as large as what stands beside it."""
+
+
+def _size(a: NDArray, b: NDArray) -> float:
+    """max|b|, but for a mask's constant that is the same on both sides: it is no measure of what stands beside it."""
+    largest = float(np.abs(b).max(initial=0.0))
+    if largest >= MASK:
+        beside = (a != b) | (np.abs(b) < largest)
+        rest = float(max(np.abs(a[beside]).max(initial=0.0), np.abs(b[beside]).max(initial=0.0)))
+        return rest if largest > BESIDE * rest else largest
+    return largest
+
 
 def error_of(given: NDArray, truth: NDArray, floor: float = 0.0) -> float:
     """max|given - truth| / max(max|truth|, floor); infinity where shapes, NaNs or infinities differ.
@@ -27,7 +40,7 @@ def error_of(given: NDArray, truth: NDArray, floor: float = 0.0) -> float:
     worst = float(np.abs(a - b).max(initial=0.0))
     if worst == 0:
         return 0.0
-    scale = max(float(np.abs(b).max(initial=0.0)), floor)
+    scale = max(_size(a, b), floor)
     return worst / scale if scale > 0 else float("inf")
 
 

@@ -78,8 +78,7 @@ def report(
     if stop is not None and stopped:
         divergence = Divergence(stop.phase, stop.torch_layer, stop.flax_layer, math.nan, FORWARD_BOUND, "run")
     elif divergence is not None and math.isnan(divergence.error):
-        where = divergence.torch_layer or "the network"
-        text = f"not finite at {where}: its {divergence.quantity} is NaN or infinite, so nothing was compared there"
+        text = _why_not_compared(divergence, torch)
         chosen = [Diagnosis(NOT_COMPARED, divergence.torch_layer, text, divergence.flax_layer)]
     elif divergence is not None and not chosen:
         text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
@@ -92,6 +91,15 @@ def report(
     if len(others) > MOST_BESIDES:
         besides.append(f"besides, at {len(others) - MOST_BESIDES} more places what differs is not explained")
     return Report(divergence, list(dict.fromkeys(chosen)), rows, [*notes, *besides, *_not_compared(rows)], details)
+
+
+def _why_not_compared(divergence: Divergence, torch: Recording) -> str:
+    if divergence.phase == "backward" and divergence.quantity == "gradient":
+        return "nothing was compared backward: the gradient of the loss by every parameter is 0"
+    if not torch.outputs:
+        return "nothing was compared: the network gives no floating-point numbers"
+    where = divergence.torch_layer or "the network"
+    return f"not finite at {where}: its {divergence.quantity} is NaN or infinite, so nothing was compared there"
 
 
 def _not_compared(rows: Sequence[LayerRow]) -> list[str]:

@@ -103,3 +103,34 @@ def test_another_function_is_none_that_is_cut_otherwise(torch_net, flax_net, x):
     report = parity.check(torch_net(), flax_net(), x, train=False)
     assert not report.ok
     assert not any("cut otherwise" in note for note in report.notes)
+
+
+class ReZero(nn.Module):
+    """A branch that counts nothing yet: its factor and its last layer are 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.l1, self.l2, self.o = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.a = nn.Parameter(torch.zeros(8))
+        nn.init.zeros_(self.l2.weight)
+        nn.init.zeros_(self.l2.bias)
+
+    def forward(self, x):
+        x = self.i(x)
+        return self.o(x + self.a * self.l2(F.gelu(self.l1(x))))
+
+
+class LinenReZero(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Dense(8, name="i")(x)
+        h = linen.Dense(8, name="l2")(linen.relu(linen.Dense(8, name="l1")(x)))
+        return linen.Dense(3, name="o")(x + self.param("a", linen.initializers.zeros, (8,)) * h)
+
+
+def test_what_the_output_does_not_feel_is_not_cut_otherwise():
+    """GELU for ReLU where nothing comes through: outputs and gradients agree, and say nothing of it."""
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    report = parity.check(ReZero(), LinenReZero(), x)
+    assert [d.code for d in report.diagnoses] == ["activation"]

@@ -181,6 +181,7 @@ def default_loss(output: Any, swapped: Container[int] = ()) -> Any:
         y = y.swapaxes(0, 1) if i in swapped else y
         if not y.size:
             continue
+        y = jnp.where(jnp.isfinite(y), y, 0)  # a mask's infinity
         scale = jax.lax.stop_gradient(jnp.maximum(jnp.abs(y).max() / LARGE, 1))
         rows = (y / scale.astype(y.dtype)).reshape(len(y) if y.ndim else 1, -1)
         total = total + (jnp.asarray(loss_weights(len(rows)), y.dtype) * jnp.sin(rows + 1).sum(1)).sum()

@@ -46,6 +46,7 @@ def default_loss(output: Any) -> Tensor:
     for y in floating(output):
         if not y.numel():
             continue
+        y = torch.where(y.isfinite(), y, 0)  # a mask's infinity
         rows = (y / (y.detach().abs().max() / LARGE).clamp(min=1)).reshape(len(y) if y.ndim else 1, -1)
         total = total + (torch.from_numpy(loss_weights(len(rows))).to(y) * (rows + 1).sin().sum(1)).sum()
     return total
