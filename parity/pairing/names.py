@@ -19,15 +19,21 @@ AUTOMATIC = re.compile(r"[A-Z]\w*_\d+")
 def words_of(path: str) -> list[str]:
     """The words and numbers of a path, in one spelling."""
     path = re.sub(r"(Batch|Layer|Group)Norm", "Norm", path)
-    found = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", path)
+    found = re.findall(r"\d+x\d+|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", path)  # 3x3 counts nothing
     return [WORDS.get(word.lower(), word.lower()) for word in found]
 
 
 def similarity(torch_path: str, flax_path: str) -> float:
     """How much two names have in common, 0 to 1: mostly in words and numbers, then in letters."""
-    a, b = words_of(torch_path), words_of(flax_path)
+    a, b = words_of(_own(torch_path)), words_of(_own(flax_path))
     by_words = SequenceMatcher(None, a, b, autojunk=False).ratio()
     return 0.8 * by_words + 0.2 * SequenceMatcher(None, "/".join(a), "/".join(b), autojunk=False).ratio()
+
+
+def _own(path: str) -> str:
+    """A path without the class of an automatic name at its end, which the kind says already."""
+    parent, _, last = path.rpartition("/")
+    return f"{parent}/{last.rpartition('_')[2]}" if AUTOMATIC.fullmatch(last) else path
 
 
 class Name(NamedTuple):
@@ -38,19 +44,29 @@ class Name(NamedTuple):
 
 
 def read(path: str) -> Name:
-    """A path as words and numbers. The number of a name that linen gave says no more than the order does."""
+    """A path as words and numbers.
+
+    A number counts every word of its segment, or of the one before if it stands alone. That of a name that linen gave
+    says no more than the order does, and the class in it, at a path's end, no more than the kind.
+    """
     words: set[str] = set()
     numbers: dict[str, int] = {}
-    counted = ""
-    for segment in re.split(r"[./]", path):
+    counted: list[str] = []
+    segments = re.split(r"[./]", path)
+    for place, segment in enumerate(segments):
         is_automatic = AUTOMATIC.fullmatch(segment) is not None
+        if is_automatic and place == len(segments) - 1:
+            continue
+        if not segment.isdigit():
+            counted = []
         for word in words_of(segment):
             if not word.isdigit():
-                counted = word.removesuffix("s")
-                words.add(counted)
+                words.add(word.removesuffix("s"))
+                counted = [w for w in counted if not w.endswith(" #")] + [word.removesuffix("s")]
             elif not is_automatic:
-                numbers.setdefault(counted, int(word))
-                counted += " #"
+                for w in counted or [""]:
+                    numbers.setdefault(w, int(word))
+                counted = [f"{w} #" for w in counted]
     return Name(frozenset(words), numbers)
 
 
@@ -59,17 +75,28 @@ def alike(torch: Sequence[str], flax: Sequence[str]) -> list[list[float]]:
 
     A word that both sides use counts 1 for two layers that have it, and 1 against a pair of which only one has it; what
     one side alone says counts nothing. Numbers count likewise, by their place among the numbers of that side: one may
-    begin at 0 and the other at 1.
+    begin at 0 and the other at 1. Where a word counts one thing here and another there (the blocks, and the layers of a
+    block), its numbers count nothing.
+
+    Args:
+      torch: PyTorch's paths, in the order of calls.
+      flax: Flax's.
     """
     a, b = [read(path) for path in torch], [read(path) for path in flax]
     words = _every(name.words for name in a) & _every(name.words for name in b)
-    counted = _every(name.numbers for name in a) & _every(name.numbers for name in b)
+    first, second = _counts(a), _counts(b)
+
+    def same(what: str) -> bool:
+        here, there = first[what], second[what]
+        if len(set(here)) != len(set(there)):
+            return False
+        return here == there or (here not in second.values() and there not in first.values())
+
+    counted = {what for what in first.keys() & second.keys() if same(what)}
     places = [
         {what: sorted({name.numbers[what] for name in side if what in name.numbers}) for what in counted}
         for side in (a, b)
     ]
-    # Of another count the places say nothing.
-    counted = {what for what in counted if len(places[0][what]) == len(places[1][what])}
 
     def said(x: Name, y: Name) -> float:
         total = float(sum(1 if word in y.words else -1 for word in x.words & words))
@@ -80,6 +107,15 @@ def alike(torch: Sequence[str], flax: Sequence[str]) -> list[list[float]]:
         return total
 
     return [[said(x, y) for y in b] for x in a]
+
+
+def _counts(side: Sequence[Name]) -> dict[str, list[int]]:
+    """What is counted -> the place of each layer's number among them, in the order of calls."""
+    found = {}
+    for what in _every(name.numbers for name in side):
+        numbers = [name.numbers[what] for name in side if what in name.numbers]
+        found[what] = [sorted(set(numbers)).index(n) for n in numbers]
+    return found
 
 
 def _every(sets: Iterable[Iterable[str]]) -> set[str]:

@@ -12,6 +12,9 @@ from parity.pairing.names import similarity
 from parity.records.recording import Layer
 from parity.records.structure import Structure, natural
 
+CLEARLY = 0.05
+"""How much more alike the names of partners are than those of another choice: less is chance, and a lost order."""
+
 
 def by_names(torch: Structure, flax: Structure, known: Mapping[str, str]) -> Partners:
     """The layers that fit each other in all their tensors, by their names.
@@ -77,7 +80,7 @@ class _ByNames(Alignment):
         for i, j in chosen.items():
             for k, m in chosen.items():
                 same = _family(fs[j].path) == _family(fs[m].path)
-                if i < k and not same and alike[i, j] + alike[k, m] - alike[i, m] - alike[k, j] <= 1e-6:
+                if i < k and not same and alike[i, j] + alike[k, m] - alike[i, m] - alike[k, j] <= CLEARLY:
                     raise ValueError(
                         f"the variables {fs[j].path} and {fs[m].path} are in alphabetical order, and either fits "
                         f"{ts[i].path} and {ts[k].path}; allowed: flax_module=..., which knows the order, or "

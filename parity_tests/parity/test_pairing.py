@@ -241,3 +241,46 @@ def test_a_matrix_in_out_beside_one_out_in(width):
         wrong = {"params": {**right, "proj": {**right["proj"], "kernel": right["proj"]["kernel"].T}}}
         report = parity.check(module, LinenThree(width), x, train=False, variables=wrong)
         assert [(d.code, d.layer) for d in report.diagnoses] == [("kernel-transposed", "proj")]
+
+
+def test_a_word_that_counts_something_else_on_the_other_side():
+    """A stage's layers are its layers here, and the stages there; so are blocks."""
+    t = [f"layers.{i}.blocks.{j}" for i in range(3) for j in range(3)]
+    f = [f"block{i}_fc{j}" for i in range(3) for j in range(3)]
+    assert partners(t, f) == dict(zip(t, f, strict=True))
+    t = [f"layer{i}.{j}.conv1" for i in range(1, 4) for j in range(3)]
+    f = [f"block{i}_layer{j}/conv_1" for i in range(1, 4) for j in range(3)]
+    assert partners(t, f) == dict(zip(t, f, strict=True))
+
+
+def test_a_number_counts_every_word_of_its_segment():
+    """A feature pyramid calls its last level first."""
+    t = [f"inner_blocks.{i}" for i in (3, 2, 1, 0)]
+    f = [f"inner_{i}" for i in range(4)]
+    assert partners(t, f) == {f"inner_blocks.{i}": f"inner_{i}" for i in range(4)}
+
+
+def test_what_is_no_name():
+    """The class in an automatic name, and the size of a kernel."""
+    assert partners(["proj", "fc"], ["Dense_0", "head"]) == {"proj": "Dense_0", "fc": "head"}
+    t = ["branch1x1", "branch5x5_1", "branch3x3_1"]
+    f = ["branch1", "branch2_1", "branch3_1"]
+    assert partners(t, f) == dict(zip(t, f, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("torch_names", "flax_names"),
+    [
+        (("stem", "block", "head"), ("embed", "body", "classifier")),
+        (("proj", "hidden", "fc"), ("Dense_0", "Dense_1", "logits")),
+        (("embed", "fc1", "fc2", "head"), ("Dense_0", "Dense_1", "Dense_2", "classifier")),
+    ],
+)
+def test_a_lost_order_is_not_guessed_from_letters(torch_names, flax_names):
+    """JAX has sorted the variables, and no word says which is which."""
+    module = nn.Sequential()
+    for name in torch_names:
+        module.add_module(name, nn.Linear(8, 8))
+    made = {name: {"bias": np.zeros(8, "f"), "kernel": np.eye(8, dtype="f")} for name in sorted(flax_names)}
+    with pytest.raises(ValueError, match="alphabetical order"):
+        parity.to_torch({"params": made}, module)
