@@ -30,12 +30,20 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also the tests marked `thorough`")
 
 
+LONGEST = (
+    "test_planted.py", "test_zoo.py", "test_batch_norm.py", "test_programs.py", "test_blenet.py", "test_lockstep.py",
+    "test_identify_glue.py", "test_options.py", "test_offline.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
     """What shows once more what others show, or looks at the tests' own networks, is for `--all`: CI's."""
     if not config.getoption("--all"):
         left_out = [item for item in items if item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    # The longest files first: else one of the two workers ends with one of them, and the other waits.
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 # A third of the suite's time would go to XLA compiling what it has compiled before: the same step in another test, the

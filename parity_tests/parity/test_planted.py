@@ -99,12 +99,12 @@ def test_the_page_of_mistakes_is_of_this_table():
 
 
 def is_thorough(case: Case) -> bool:
-    """The large networks cost the most, and the deep chain shows the same; so do half of the deep chains.
+    """The large networks cost the most, and the deep chain shows the same; so do three quarters of the deep chains.
 
-    Of four mistakes in a row, the deep chain has one in PyTorch's wing and one in Flax's; all are planted alone.
+    Of eight mistakes in a row, the deep chain has one in PyTorch's wing and one in Flax's; all are planted alone.
     """
     if case.depth == "deep" and case.code in CODES:
-        return CODES.index(case.code) % 4 in (1, 2)
+        return CODES.index(case.code) % 8 not in (0, 5)
     return case.depth not in ("alone", "deep")
 
 
