@@ -23,6 +23,7 @@ from parity.evidence.guessed import settle
 from parity.pairing.layers import Pairing
 from parity.pairing.translation import flat_layout_inputs
 from parity.records.side import Snapshot
+from parity.records.structure import UNSEEN
 from parity.sides import jax as flax_side
 from parity.sides import torch as torch_side
 from parity.sides.jax.train import FlaxRun, flax_cross_entropy, flax_step
@@ -82,12 +83,12 @@ def lockstep(
         raise ValueError("batches is empty; allowed: at least one (input, target)")
     losses = loss or (torch_cross_entropy, flax_cross_entropy)
     with flax_side.environment(float64=True):
-        pairing = _pair(torch_module, flax_module, given[0][0], layer_map)
+        pairing, notes = _pair(torch_module, flax_module, given[0][0], layer_map)
         runs = _Runs(torch_module, flax_module, pairing, rule, lr, losses, dtype)
         batch = _cast(given[0], "float64")
         fixed = find(partial(runs.torch, "float64"), *batch)
         trajectory = Trajectory(
-            optimizer if isinstance(optimizer, str) else "custom", lr, dtype, gauges=sorted(fixed.masks)
+            optimizer if isinstance(optimizer, str) else "custom", lr, dtype, gauges=sorted(fixed.masks), notes=notes
         )
         every = runs.all()
         views = {name: Fixed(fixed) for name in every}
@@ -133,13 +134,15 @@ def _cast(batch: tuple[Sequence[NDArray], NDArray], dtype: str) -> tuple[list[ND
     return [cast(a) for a in batch[0]], cast(batch[1])
 
 
-def _pair(torch_module: torch.nn.Module, flax_module: Any, inputs, layer_map) -> Pairing:
+def _pair(torch_module: torch.nn.Module, flax_module: Any, inputs, layer_map) -> tuple[Pairing, list[str]]:
+    """The pairing, and what could not be seen."""
     module = torch_layers.unwrapped(torch_module)[0]
-    found, _ = settle(module, torch_layers.of_module(module), flax_module, list(inputs), None, layer_map)
+    torch_ = torch_layers.of_module(module)
+    found, flax = settle(module, torch_, flax_module, list(inputs), None, layer_map)
     left = [name for side in found.left() for name in side]
     if left:
         raise ValueError(f"{', '.join(left)} has no counterpart; allowed: modules with the same parameters")
-    return found
+    return found, [f"{UNSEEN} ({side.unseen})" for side in (torch_, flax) if side.unseen]
 
 
 class _Runs:

@@ -19,7 +19,7 @@ from parity.pairing import problems as misfits
 from parity.pairing.layers import Pairing
 from parity.pairing.layouts import OIHW, OUT_IN, SAME, Layout, behind_flatten
 from parity.pairing.rules import register
-from parity.records.structure import Structure
+from parity.records.structure import UNSEEN, Structure
 from parity.sides.jax import layers as flax_layers
 from parity.sides.jax import variables as flax_variables
 from parity.sides.jax.variables import named
@@ -93,7 +93,7 @@ def to_flax(
         Flax module takes.
 
     Warns:
-      ParityWarning: a tensor holds NaN or infinity.
+      ParityWarning: a tensor holds NaN or infinity, or it could not be seen what stands behind a flatten.
     """
     source = torch_module_or_state_dict
     flax_variables.check_module(flax_module)
@@ -115,7 +115,7 @@ def to_flax(
     problems += [f"{full} is missing (for {f})" for full, f in misfits.missing_in_torch(found)]
     _raise(problems)
     carried = found.to_flax(arrays)
-    _warn_unless_finite(arrays)
+    _warn(arrays, given, flax)
     flax_names = [full for layer in flax.layers for full in layer.tensors.values()]
     partner = {pair.flax.path: pair.torch.path for pair in found.layers}
     counters = {
@@ -156,7 +156,7 @@ def to_torch(
         problems. Or the variables' order is lost, and needed.
 
     Warns:
-      ParityWarning: an array holds NaN or infinity.
+      ParityWarning: an array holds NaN or infinity, or it could not be seen what stands behind a flatten.
     """
     variables, holder = flax_variables.opened(variables)
     flax_module = holder if flax_module is None else flax_module
@@ -181,7 +181,7 @@ def to_torch(
     state = module.state_dict()
     problems += misfits.missing_in_flax(found, target, torch_state.tied(state))
     _raise(problems)
-    _warn_unless_finite(arrays)
+    _warn(arrays, target, given)
     carried = found.to_torch(arrays)
     partner = {pair.torch.path: pair.flax.path for pair in found.layers}
     for path, name in target.counters.items():
@@ -206,10 +206,13 @@ def _raise(problems: Sequence[str]) -> None:
         raise ValueError(f"{len(problems)} problem(s):\n  " + "\n  ".join(problems))
 
 
-def _warn_unless_finite(arrays: Mapping[str, NDArray]) -> None:
+def _warn(arrays: Mapping[str, NDArray], *structures: Structure) -> None:
+    """Of numbers that are no numbers, and of what could not be looked at."""
     broken = [name for name, a in arrays.items() if a.dtype.kind != "i" and not np.isfinite(a.astype(np.float32)).all()]
-    if broken:
-        warnings.warn(f"{', '.join(broken)} hold NaN or infinity", ParityWarning, stacklevel=3)
+    told = [f"{', '.join(broken)} hold NaN or infinity"] if broken else []
+    told += [f"{UNSEEN} ({found.unseen})" for found in structures if found.unseen]
+    for sentence in told:
+        warnings.warn(sentence, ParityWarning, stacklevel=3)
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:

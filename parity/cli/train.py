@@ -79,6 +79,8 @@ class Train:
         console.print(trajectory.table())
         if trajectory.gauges:
             console.print(f"no gradient but rounding, compared without: {', '.join(trajectory.gauges)}")
+        for note in trajectory.notes:
+            console.print(note)
         console.print(trajectory.verdict, style="green" if trajectory.ok else "red")
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)

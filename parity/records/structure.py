@@ -36,6 +36,7 @@ class Structure:
       flattened: path of a layer -> what its input was before it was flattened.
       feeders: path of a layer -> of the layer whose output it takes as it is; None if no run has shown them.
       ordered: whether the order of the layers means anything.
+      unseen: why a run did not show what stands behind a flatten; "" where it did, or nothing can.
     """
 
     layers: list[Layer]
@@ -44,6 +45,11 @@ class Structure:
     flattened: dict[str, Flattened] = field(default_factory=dict)
     feeders: dict[str, str] | None = None
     ordered: bool = True
+    unseen: str = ""
+
+
+UNSEEN = "no run shows what stands behind a flatten; its weights are carried as if nothing did"
+"""What is said of a structure that has `unseen`."""
 
 
 class Guess(NamedTuple):

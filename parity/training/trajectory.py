@@ -46,6 +46,7 @@ class Trajectory:
     Attributes:
       optimizer, lr, dtype: as given.
       gauges: PyTorch's names of the parameters that have a true gradient of 0, and are compared as `Fixed` says.
+      notes: what could not be looked at.
       losses: run -> loss of every step, before it. "PyTorch64" and "Flax64" are the referees.
       distances: kind -> pair of runs -> distance after every step.
       bounds: kind -> pair of runs -> bound at every step, for those that are judged.
@@ -56,6 +57,7 @@ class Trajectory:
     lr: float
     dtype: str
     gauges: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
     distances: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     bounds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -103,7 +105,7 @@ class Trajectory:
         }
         over = None if self.first_over is None else self.first_over._asdict()
         curves = {"losses": self.losses, "distances": self.distances, "bounds": self.bounds}
-        whole = {**about, "steps": self.steps, "gauges": self.gauges, "first_over": over, **curves}
+        whole = {**about, "steps": self.steps, "gauges": self.gauges, "notes": self.notes, "first_over": over, **curves}
         Path(path).write_text(json.dumps(_finite(whole), indent=1) + "\n")
 
     def plot(self, path: str | Path) -> None:

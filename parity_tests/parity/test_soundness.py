@@ -384,3 +384,39 @@ def test_a_schedule_of_the_integer_step_is_float32_in_jax(torch_schedule, optax_
     assert any("float32 inside" in note for note in report.notes)
     off = optax.sgd(lambda step: optax_schedule(step) * 1.0001)
     assert not parity.check(module, Net(), X, steps=3, optimizers=(factory, off)).ok
+
+
+class Shy(nn.Module):
+    """Does not run with the weights of 1 that mark the channels in front of a flatten."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 2, 3), nn.Linear(2 * 2 * 2, 3)
+
+    def forward(self, x):
+        if (self.conv.weight == 1).all():
+            raise RuntimeError("weights are all 1")
+        return self.linear(self.conv(x).flatten(1))
+
+
+class Flattens(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(2, (3, 3), padding="VALID")(x)
+        return linen.Dense(3)(x.reshape(len(x), -1))
+
+
+def test_what_could_not_be_looked_at_is_said():
+    """A flatten that no run shows: to_flax, to_torch and lockstep say so, and not to a log."""
+    torch.manual_seed(0)
+    module, images = Shy(), np.random.default_rng(0).normal(size=(2, 1, 4, 4)).astype(np.float32)
+    with pytest.warns(
+        weights.ParityWarning, match=r"no run shows .* flatten.*PyTorch: RuntimeError: weights are all 1"
+    ):
+        variables = weights.to_flax(module, Flattens(), inputs=[images])
+    with pytest.warns(weights.ParityWarning, match="weights are all 1"):
+        weights.to_torch(variables, module, flax_module=Flattens(), inputs=[images])
+    labels = np.zeros(2, np.int64)
+    trajectory = parity.lockstep(module, Flattens(), [(images, labels)], steps=1, dtype="float64")
+    (note,) = trajectory.notes
+    assert "weights are all 1" in note

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from parity.records import kinds
 from parity.records.kinds import Shape, class_names, kind_of
 from parity.records.marks import channel_counts, code, read_code
-from parity.records.recording import Layer
+from parity.records.recording import Failure, Layer
 from parity.records.structure import Flattened, Guess, Structure, natural
 from parity.sides.jax.linen import LinenSide, linen_interceptor
 from parity.sides.jax.module import Side, environment
@@ -325,7 +325,7 @@ def flattened(side: Side, structure: Structure, guess: Guess) -> dict[str, Flatt
             # Compiled: what the marks replace is never computed.
             inputs_by_path = jax.jit(run)(ones, [jnp.asarray(a) for a in inputs])
     except Exception as error:  # whatever a stranger's module raises
-        LOG.warning("Flax's module does not show what is behind a flatten: %s: %s", type(error).__name__, error)
+        structure.unseen = f"Flax: {Failure.of(error).error}"
         return {}
     counts = channel_counts(structure.layers, structure.shapes, -1)
     found = {path: read_code(np.asarray(x), counts) for path, x in inputs_by_path.items()}

@@ -17,7 +17,7 @@ from bn_common.conventions import PYTORCH, complement
 from parity.records import kinds
 from parity.records.kinds import Shape
 from parity.records.marks import channel_counts, code, read_code
-from parity.records.recording import Layer
+from parity.records.recording import Failure, Layer
 from parity.records.structure import Flattened, Guess, Structure
 from parity.sides.torch.module import COUNTER
 from parity.sides.torch.record import default_dtype, layers_of
@@ -172,9 +172,7 @@ class Runner:
         try:
             inputs = self._run(coded, guess, "cpu", coded=True).inputs
         except Exception as error:  # as above
-            LOG.warning(
-                "PyTorch's module does not show what stands behind a flatten: %s: %s", type(error).__name__, error
-            )
+            self.structure.unseen = f"PyTorch: {Failure.of(error).error}"
             return {}
         counts = channel_counts(self.structure.layers, self.structure.shapes, 0)
         return {path: found for path, x in inputs.items() if (found := read_code(x, counts)) is not None}
