@@ -90,6 +90,12 @@ class Judge:
         self.free += [*self._unfit(), *self._unseen(), *self._loss(), *input_gradients(torch.free, flax.free)]
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
+        rounding_losses = [side for side, of in (("PyTorch", torch), ("Flax", flax)) if of.free.rounds_loss]
+        self.loss_rounds_by = float(np.finfo(np.float32).eps) if rounding_losses else 0.0
+        if rounding_losses:
+            sides = " and ".join(f"{side}'s" for side in rounding_losses)
+            seen = f"below {30 * self.loss_rounds_by:.1g} nothing is seen in the losses, the gradients and the steps"
+            self.notes.append(f"{sides} loss computes in float32 inside, as of float32 targets: {seen}")
 
     # What is compared.
 
@@ -171,12 +177,14 @@ class Judge:
     def bound(self, d: Difference, *, local: bool = False) -> float:
         """What rounding explains of a difference."""
         if d.phase == "optimizer":
-            return max(STEP_BOUND, 30 * self.flax.noise.get(("optimizer", NETWORK), 0.0))
+            return max(STEP_BOUND, 30 * max(self.loss_rounds_by, self.flax.noise.get(("optimizer", NETWORK), 0.0)))
         bound = BACKWARD_BOUND if d.phase == "backward" else FORWARD_BOUND
         phase = "backward" if d.phase == "loss" else d.phase
         keys = (self.torch.noise, d.key), (self.flax.noise, (d.flax_layer, d.key[1]))
         largest = [max((v for (p, _), v in noise.items() if p != "optimizer"), default=0.0) for noise, _ in keys]
         measured = 30 * max(noise.get((phase, key), usual) for (noise, key), usual in zip(keys, largest, strict=True))
+        if d.phase in ("loss", "backward") and not local:
+            measured = max(measured, 30 * self.loss_rounds_by)
         return max(bound, min(measured, MOST_NOISE if local else MOST_CARRIED))
 
     def _failing(self) -> list[Difference]:

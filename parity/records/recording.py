@@ -111,6 +111,7 @@ class Recording:
       outputs: the floating arrays of the output, flattened.
       output_gradients: of the loss.
       loss: its value, None where there is nothing to differentiate.
+      rounds_loss: the loss computes something in float32, whatever the output's dtype: of float32 targets, say.
       failure: what stopped the run before its end; in the backward pass, what the forward pass gave is there.
       dropout_off: a dropout was in it, and was switched off.
     """
@@ -127,6 +128,7 @@ class Recording:
     outputs: list[NDArray] = field(default_factory=list)
     output_gradients: list[NDArray] = field(default_factory=list)
     loss: float | None = None
+    rounds_loss: bool = False
     failure: Failure | None = None
     dropout_off: bool = False
 

@@ -14,6 +14,7 @@ from flax.traverse_util import unflatten_dict
 from numpy.typing import NDArray
 
 from parity.records.answers import ProbeError, Response, Run, ask
+from parity.sides.jax.precision import rounds
 
 LOG = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def is_float32_inside(transform: Any, shapes: Mapping[str, tuple[int, ...]]) -> 
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         try:
             state = jax.eval_shape(transform.init, tree)
-            return "f32[" in str(jax.make_jaxpr(transform.update)(tree, state, tree))
+            return rounds(transform.update, tree, state, tree)
         except Exception as error:  # whatever a stranger's transformation raises: its steps will tell
             LOG.info("the optimiser has no program: %s", error)
             return False

@@ -15,6 +15,7 @@ from parity.records.recording import Call, Failure, Layer, Recording
 from parity.records.side import Force
 from parity.sides.jax.layers import trace_state
 from parity.sides.jax.module import Side, default_loss, environment, is_dropout, lifted, without_attention_dropout
+from parity.sides.jax.precision import rounds
 
 
 @jax.custom_vjp
@@ -145,6 +146,7 @@ class _Run:
         self.keys: list[tuple[str, int]] = []
         self.has_dropout = False
         self.stopped_in = ""
+        self.rounds_loss = False
 
     def __call__(self, parameters, xs, probes):
         given = list(self.inputs)
@@ -231,7 +233,18 @@ class _Run:
         seen["result"] = [leaves[i] for i in places]
         for n, i in enumerate(places):
             leaves[i] = probe(leaves[i], None if self.force is None else self.force.result(n, leaves[i]))
-        return jnp.asarray(self.loss(jax.tree.unflatten(tree, leaves))), seen
+        output = jax.tree.unflatten(tree, leaves)
+        self.rounds_loss = self._rounds_loss(output)
+        return jnp.asarray(self.loss(output)), seen
+
+    def _rounds_loss(self, output) -> bool:
+        """Whether the user's loss computes in float32 what the run computes in float64."""
+        if self.loss is default_loss or jnp.result_type(float) != np.float64:
+            return False
+        try:
+            return rounds(self.loss, output)
+        except jax.errors.JAXTypeError:
+            return False  # it looks at the values of its arrays and has no program
 
 
 def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floating) -> None:
@@ -250,6 +263,7 @@ def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floatin
     recording.outputs = [_numpy(v) for v in seen["result"]]
     recording.output_gradients = [gradient(v) for v in seen["result"]]
     recording.loss = float(total)
+    recording.rounds_loss = run.rounds_loss
     recording.dropout_off = run.has_dropout
     recording.new_statistics = {name: _numpy(v) for name, v in seen["statistics"].items()}
     recording.gradients = {name: _numpy(v) for name, v in by_parameter.items()}

@@ -17,6 +17,7 @@ from torch.utils import _pytree
 from parity.records.kinds import IN_OUT, PRODUCTS, class_names, kind_of
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
 from parity.sides.torch.module import COUNTER, floating, has_dropout, lifted, loss_of, numpy, without_dropout
+from parity.sides.torch.precision import Rounds
 
 LOG = logging.getLogger(__name__)
 CONFIG = ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode", "eps", "momentum", "num_groups")
@@ -167,7 +168,9 @@ def record(
         for leaf in leaves:
             if leaf.requires_grad:
                 leaf.retain_grad()
-        total = loss_of(output, loss)
+        with Rounds() as rounds:
+            total = loss_of(output, loss)
+        recording.rounds_loss = rounds.seen and float64
         recording.loss = total.item() if isinstance(total, Tensor) else float(total)
         watch.is_over = True
         if isinstance(total, Tensor) and total.requires_grad:

@@ -1,0 +1,44 @@
+"""Whether something computes in float32 though it is given float64. Never imports jax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SHORT = (torch.float32, torch.float16, torch.bfloat16)
+# Copies of numbers: nothing is rounded.
+EXACT = frozenset((
+    "_unsafe_view", "abs", "alias", "amax", "amin", "arange", "as_strided", "cat", "clone", "constant_pad_nd",
+    "copy_", "detach", "empty", "empty_like", "expand", "fill_", "full", "full_like", "gather", "index",
+    "index_select", "lift_fresh", "max", "min", "neg", "ones", "ones_like", "permute", "relu", "reshape",
+    "scalar_tensor", "scatter", "select", "sign", "slice", "split", "squeeze", "stack", "t", "transpose", "unbind",
+    "unsqueeze", "view", "where", "zeros", "zeros_like",
+))  # fmt: skip
+
+
+class Rounds(TorchDispatchMode):
+    """While it is entered, sees whether an operation rounds to float32 or less.
+
+    Of a constant in float32 that is only widened nothing is rounded.
+
+    Attributes:
+      seen: whether one did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operation as it is."""
+        result = func(*args, **(kwargs or {}))
+        if any(v.dtype in SHORT for v in _pytree.tree_leaves(result) if isinstance(v, Tensor)):
+            name = func.overloadpacket.__name__
+            given = {v.dtype for v in _pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
+            is_exact = name in EXACT or (name == "_to_copy" and torch.float64 not in given)
+            self.seen = self.seen or not is_exact
+        return result
