@@ -38,7 +38,7 @@ parity: $(VENV)/installed-test
 	$(VENV)/bin/python -m parity check $(ARGS)
 
 mistakes: $(VENV)/installed-test
-	$(VENV)/bin/python -m parity_tests.parity.planted_table --write docs/parity_mistakes.md
+	$(VENV)/bin/python -m parity_tests.parity.planted_table --write docs/parity_mistakes.md $(ARGS)
 
 bench: $(VENV)/installed-bench
 	@mkdir -p runs/bench

@@ -3,7 +3,10 @@
     python -m parity_tests.parity.planted_table
     python -m parity_tests.parity.planted_table --write docs/parity_mistakes.md
 
-Prints Markdown. With --write the README's number of mistakes is put right as well.
+    python -m parity_tests.parity.planted_table --only norm-offset --write docs/parity_mistakes.md
+
+Prints Markdown. With --write the README's numbers of mistakes are put right as well. With --only, the rows of these
+codes are put into the page, and the others stay as they are.
 """
 
 from __future__ import annotations
@@ -178,16 +181,38 @@ A difference that is none of these is reported as `unexplained`, with the first 
 {ALIKE}"""  # noqa: E501
 
 
-def counted(readme: str, number: int) -> str:
-    """The README, with this number of planted mistakes."""
-    return re.sub(r"all \d+ mistakes", f"all {number} mistakes", readme)
+def patched(page: str, part: str) -> str:
+    """The page with the rows of a part of it.
+
+    Raises:
+      ValueError: not all of the part was named first; then only the whole page is right.
+    """
+    if "All were caught and named first." not in page or "All were caught and named first." not in part:
+        raise ValueError("not all are named first; allowed: --write without --only")
+    row = re.compile(r"^\| `([a-z-]+)` \| .*\n", re.MULTILINE)
+    rows = {
+        m[1]: m[0]
+        for text in (page.partition("All were")[0], part.partition("All were")[0])
+        for m in row.finditer(text)
+    }
+    start, end = page.index("|---|---:|"), page.index("\nAll were")
+    start = page.index("\n", start) + 1
+    page = page[:start] + "".join(rows[m.code] for m in TABLE if m.code in rows) + page[end:]
+    page = re.sub(r"^\d+ mistakes are planted", f"{len(CASES)} mistakes are planted", page, flags=re.MULTILINE)
+    return re.sub(r"\d+ of them are caught, \d+ are", f"{len(CASES)} of them are caught, {len(CASES)} are", page)
+
+
+def counted(readme: str) -> str:
+    """The README, with the numbers of planted mistakes and of their kinds."""
+    readme = re.sub(r"all \d+ mistakes", f"all {len(CASES)} mistakes", readme)
+    return re.sub(r"\[\d+ of them\]", f"[{len(TABLE)} of them]", readme)
 
 
 def main(args: list[str] | None = None) -> None:
     """The program."""
     parser = argparse.ArgumentParser(prog="python -m parity_tests.parity.planted_table", description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the page to this file")
-    parser.add_argument("--only", default="", metavar="CODE", help="cases whose name contains this")
+    parser.add_argument("--only", default="", metavar="CODES", help="of these codes, separated by commas")
     options = parser.parse_args(args)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
@@ -195,11 +220,13 @@ def main(args: list[str] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        page = text([case for case in CASES if options.only in case.name], others=not options.only)
+        only = options.only.split(",") if options.only else [m.code for m in TABLE]
+        page = text([case for case in CASES if case.code in only], others=not options.only)
     print(page, end="")
     if options.write is not None:
+        page = patched(options.write.read_text(), page) if options.only else page
         write_whole(options.write, page.encode())
-        write_whole(README, counted(README.read_text(), len(CASES)).encode())
+        write_whole(README, counted(README.read_text()).encode())
 
 
 if __name__ == "__main__":
