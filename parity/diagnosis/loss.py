@@ -49,7 +49,8 @@ def findings(
       tolerance: relative to the largest value.
 
     Returns:
-      "loss-reduction" and "label-offset", alone or both; else "unexplained"; [] if values and gradients agree.
+      "loss-reduction", "huber-delta", "ignore-index" and "label-offset", alone or two of them; else "unexplained"; []
+      if values and gradients agree.
 
     Raises:
       ValueError: if the gradients have other shapes than the output.
@@ -66,7 +67,7 @@ def findings(
         return []
     factor = _factor(torch_gradient, flax_gradient, tolerance)
     if factor and not gradients_agree and _close(factor * torch_loss, flax_loss, 10 * tolerance):
-        return [_reduction(factor, output.shape)]
+        return [_multiple(factor, torch_gradient, flax_gradient)]
     with np.errstate(all="ignore"):
         entropies = [_cross_entropy(g, output, tolerance) for g in (torch_gradient, flax_gradient)]
     if entropies[0] and entropies[1] and not gradients_agree:
@@ -87,6 +88,36 @@ def _factor(torch: Array, flax: Array, tolerance: float) -> float | None:
         return None
     k = float((torch * flax).sum()) / square
     return k if k != 0 and error_of(flax, k * torch) <= 2 * limit_of(flax, tolerance) else None
+
+
+def _multiple(factor: float, torch: Array, flax: Array) -> Finding:
+    """One loss is a multiple of the other: what the gradients show of the reason."""
+    used: Array = np.asarray(torch.reshape(-1, torch.shape[-1]).any(axis=1))
+    if factor > 0 and not used.all() and _close(max(factor, 1 / factor), len(used) / used.sum(), 1e-6):
+        sides = ("PyTorch", "Flax") if factor < 1 else ("Flax", "PyTorch")
+        left = f"{len(used) - used.sum()} rows out of {len(used)} are left out on both sides"
+        return Finding("ignore-index", f"{left}: {sides[0]} takes the mean over the others, {sides[1]} over all rows")
+    found = _reduction(factor, torch.shape)
+    if factor > 0 and _has_slope_limit(torch) and _has_slope_limit(flax):
+        steep, flat = ("PyTorch", torch), ("Flax", flax)
+        if factor > 1:
+            steep, flat = flat, steep
+        delta = min(factor, 1 / factor)
+        huber = f"{flat[0]}'s is a Huber loss of delta {delta:.6g}, {steep[0]}'s a smooth L1 of beta {delta:.6g}"
+        how = f"Flax's loss and gradient are {factor:.6g} times PyTorch's, both with a largest slope"
+        # Of the mean over all elements with slopes up to 1; a sum would be steeper.
+        if _close(float(np.abs(steep[1]).max()), 1 / torch.size, 1e-6):
+            return Finding("huber-delta", f"{how}: {huber}, which divides by beta")
+        return Finding("loss-reduction", f"{found.evidence}; or {huber}")
+    return found
+
+
+def _has_slope_limit(gradient: Array) -> bool:
+    """Whether several of its numbers are exactly the largest, and others less: quadratic within, linear outside."""
+    size = np.abs(gradient)
+    limit = size.max(initial=0.0)
+    at = size >= limit * (1 - 1e-9)
+    return bool(limit > 0 and at.sum() > 1 and ((size > 0) & (size < limit * (1 - 1e-6))).sum() > 1)
 
 
 def _reduction(factor: float, shape: tuple[int, ...]) -> Finding:
@@ -157,16 +188,44 @@ def _family(shape: tuple[int, ...], tolerance: float) -> Family[_CrossEntropy]:
     return Family(
         Property(
             "labels",
-            lambda torch, flax: not np.array_equal(torch.labels, flax.labels),
+            lambda torch, flax: not np.array_equal(torch.labels, flax.labels) and not _other_rows(torch, flax),
             lambda torch, flax: [_other_labels(torch.labels, flax.labels, shape[-1])],
         ),
+        Property("left out", _other_rows, _other_rows_sentence),
         Property("smoothing", lambda torch, flax: abs(torch.smoothing - flax.smoothing) > 1e-6, _other_smoothing),
         Property(
             "scale",
-            lambda torch, flax: not _close(torch.scale, flax.scale, allowed),
+            lambda torch, flax: not _is_left_out(torch, flax, allowed) and not _close(torch.scale, flax.scale, allowed),
             lambda torch, flax: [_reduction(flax.scale / torch.scale, shape)],
         ),
     )
+
+
+def _other_rows(torch: _CrossEntropy, flax: _CrossEntropy) -> bool:
+    """Whether one side leaves out rows that the other counts, and all rows that both count have the same labels."""
+    used = torch.labels != NO_LABEL, flax.labels != NO_LABEL
+    both = used[0] & used[1]
+    if not both.any() or np.array_equal(*used):
+        return False
+    return np.array_equal(torch.labels[both], flax.labels[both]) and _offset(torch.labels, flax.labels, 2**31) is None
+
+
+def _other_rows_sentence(torch: _CrossEntropy, flax: _CrossEntropy) -> list[Finding]:
+    parts = []
+    for side, own, other in (("PyTorch", torch, flax), ("Flax", flax, torch)):
+        rows = np.flatnonzero((own.labels == NO_LABEL) & (other.labels != NO_LABEL))
+        if rows.size:
+            some = ", ".join(map(str, rows[:4])) + (", ..." if len(rows) > 4 else "")
+            label = sorted(set(other.labels[rows].tolist()))
+            counted = f"label {label[0]}" if len(label) == 1 else f"{len(label)} different labels"
+            parts.append(f"{side} leaves out rows {some} (from 0), which the other side counts as {counted}")
+    return [Finding("ignore-index", "; ".join(parts))]
+
+
+def _is_left_out(torch: _CrossEntropy, flax: _CrossEntropy, allowed: float) -> bool:
+    """Whether the scales are those of two means, each over the rows that its side counts."""
+    counts = [int((side.labels != NO_LABEL).sum()) for side in (torch, flax)]
+    return _other_rows(torch, flax) and _close(torch.scale * counts[0], flax.scale * counts[1], allowed)
 
 
 def _other_labels(torch: NDArray[np.intp], flax: NDArray[np.intp], k: int) -> Finding:

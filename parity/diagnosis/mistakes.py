@@ -73,6 +73,8 @@ TABLE = (
     Mistake("input-scale", "forward", "", "0..255 for 0..1"),
     # loss
     Mistake("label-offset", "loss", "", "labels from 1"),
+    Mistake("ignore-index", "loss", "", "padded labels left out on one side only, or left out and counted in the mean"),
+    Mistake("huber-delta", "loss", "", "a Huber loss for a smooth L1, which divides by beta"),
     Mistake("loss-reduction", "loss", "", "sum for mean"),
     # optimisers
     Mistake("adam-epsilon", "optimizer", "", "another epsilon, or inside the root"),

@@ -142,3 +142,77 @@ def test_float32(swap):
 def test_shapes():
     with pytest.raises(ValueError, match=r"flax_gradient.shape is \(3,\); allowed"):
         losses.findings(1.0, 1.0, np.ones((3, 2)), np.ones(3), np.ones((3, 2)), tolerance=1e-9)
+
+
+def masked(labels, counted, divide_by):
+    """Cross-entropy of the rows that are counted, by hand."""
+    rows = torch.from_numpy(np.asarray(counted))
+
+    def loss(x):
+        each = torch.nn.functional.cross_entropy(x, torch.from_numpy(labels), reduction="none")
+        return torch.where(rows, each, 0).sum() / divide_by
+
+    return loss
+
+
+@SWAP
+def test_rows_left_out_on_one_side(swap):
+    output, labels = data((10, 5))
+    counted = np.arange(10) % 3 != 1
+    found = named(output, masked(labels, counted, 7), masked(labels, counted | True, 10), swap)
+    assert codes(found) == ["ignore-index"]
+    assert f"{'Flax' if swap else 'PyTorch'} leaves out rows 1, 4, 7 (from 0)" in found[0].evidence
+    # Divided by all rows on both sides; and, the second mistake, summed on one.
+    found = named(output, masked(labels, counted, 10), masked(labels, counted | True, 10), swap)
+    assert codes(found) == ["ignore-index"]
+    found = named(output, masked(labels, counted, 7), masked(labels, counted | True, 1), swap)
+    assert codes(found) == ["ignore-index", "loss-reduction"]
+
+
+@SWAP
+def test_rows_left_out_and_counted_in_the_mean(swap):
+    output, labels = data((10, 5))
+    counted = np.arange(10) % 3 != 1
+    found = named(output, masked(labels, counted, 7), masked(labels, counted, 10), swap)
+    assert codes(found) == ["ignore-index"]
+    one = "PyTorch" if not swap else "Flax"
+    assert found[0].evidence.startswith(f"3 rows out of 10 are left out on both sides: {one} takes the mean")
+
+
+@SWAP
+def test_no_row_is_called_left_out(swap):
+    """A margin of 1 for 0.5: rows without a gradient that nobody left out. And left out, but with other labels."""
+    output, labels = data((10, 5))
+    margin = [
+        lambda x, m=m: torch.nn.functional.multi_margin_loss(x, torch.from_numpy(labels), margin=m) for m in (1.0, 0.1)
+    ]
+    assert codes(named(output, *margin, swap)) == ["unexplained"]
+    counted = np.arange(10) % 3 != 1
+    found = named(output, masked(labels, counted, 7), masked(np.roll(labels, 1), counted | True, 10), swap)
+    assert "ignore-index" not in codes(found)
+
+
+@SWAP
+@pytest.mark.parametrize("delta", [0.25, 0.3])
+def test_a_huber_loss_for_a_smooth_l1(delta, swap):
+    output, target = data((8, 4))[0], torch.from_numpy(data((8, 4), 1)[0])
+    found = named(
+        output,
+        lambda x: torch.nn.functional.smooth_l1_loss(x, target, beta=delta),
+        lambda x: torch.nn.functional.huber_loss(x, target, delta=delta),
+        swap,
+    )
+    assert codes(found) == ["huber-delta"]
+    assert f"{'PyTorch' if swap else 'Flax'}'s is a Huber loss of delta {delta}" in found[0].evidence
+
+
+@SWAP
+def test_a_huber_loss_summed_or_not_is_no_smooth_l1(swap):
+    output, target = data((8, 4))[0], torch.from_numpy(data((8, 4), 1)[0])
+    losses_of = [
+        lambda x, how=how: how(torch.nn.functional.huber_loss(x, target, delta=0.5, reduction="none"))
+        for how in (torch.mean, lambda v: v.mean(1).sum())
+    ]
+    found = named(output, *losses_of, swap)
+    assert codes(found) == ["loss-reduction"]
+    assert "mean over 8 examples" in found[0].evidence

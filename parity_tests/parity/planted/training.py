@@ -61,12 +61,68 @@ def optax_squares(reduce: Callable) -> Callable:
     return lambda out: reduce((out - jnp.asarray(TARGETS, out.dtype)) ** 2)
 
 
+PADDED = np.where(np.arange(8) % 4 == 2, -100, LABELS)
+
+
+def padded_cross_entropy(labels: np.ndarray = PADDED) -> Callable:
+    """The mean over the labels that are not -100."""
+    return lambda out: F.cross_entropy(out, torch.from_numpy(labels))
+
+
+def padded_optax(reduce: Callable, counted: np.ndarray = PADDED >= 0) -> Callable:
+    def loss(out):
+        each = optax.softmax_cross_entropy_with_integer_labels(out, jnp.asarray(np.maximum(PADDED, 0)))
+        return reduce(jnp.where(jnp.asarray(counted), each, 0.0))
+
+    return loss
+
+
+DELTA = 0.25
+
+
+def smooth_l1() -> tuple[Callable, Callable]:
+    """With beta, on either side."""
+
+    def in_jax(out):
+        x = jnp.abs(out - jnp.asarray(TARGETS, out.dtype))
+        return jnp.where(x < DELTA, x * x / (2 * DELTA), x - DELTA / 2).mean()
+
+    return lambda out: F.smooth_l1_loss(out, torch.from_numpy(TARGETS).to(out), beta=DELTA), in_jax
+
+
+def huber() -> tuple[Callable, Callable]:
+    """With delta, on either side."""
+    return (
+        lambda out: F.huber_loss(out, torch.from_numpy(TARGETS).to(out), delta=DELTA),
+        lambda out: optax.huber_loss(out, jnp.asarray(TARGETS, out.dtype), delta=DELTA).mean(),
+    )
+
+
 # code, wing, variant, the losses
 LOSSES: list[tuple[str, str, str, tuple[Callable, Callable]]] = [
     ("loss-reduction", "torch", "sum", (cross_entropy(reduction="sum"), optax_cross_entropy())),
     ("loss-reduction", "flax", "sum", (cross_entropy(), optax_cross_entropy(reduce=jnp.sum))),
     ("loss-reduction", "torch", "squares", (squares("sum"), optax_squares(jnp.mean))),
     ("loss-reduction", "flax", "squares", (squares("mean"), optax_squares(lambda v: v.sum(-1).mean()))),
+    ("huber-delta", "torch", "", (huber()[0], smooth_l1()[1])),
+    ("huber-delta", "flax", "", (smooth_l1()[0], huber()[1])),
+    (
+        "ignore-index",
+        "torch",
+        "counted",
+        (padded_cross_entropy(np.maximum(PADDED, 0)), padded_optax(lambda v: v.sum() / 6)),
+    ),
+    ("ignore-index", "flax", "counted", (padded_cross_entropy(), padded_optax(jnp.mean, np.full(8, True)))),
+    (
+        "ignore-index",
+        "torch",
+        "mean",
+        (
+            lambda out: F.cross_entropy(out, torch.from_numpy(PADDED), reduction="none").mean(),
+            padded_optax(lambda v: v.sum() / 6),
+        ),
+    ),
+    ("ignore-index", "flax", "mean", (padded_cross_entropy(), padded_optax(jnp.mean))),
     ("label-offset", "torch", "", (cross_entropy(1), optax_cross_entropy())),
     ("label-offset", "flax", "", (cross_entropy(), optax_cross_entropy(1))),
     (
