@@ -168,9 +168,9 @@ class Judge:
     @cached_property
     def other_weights(self) -> list[str]:
         """Flax's names of the tensors that differ before the run."""
-        expected, given = self.pairing.to_flax(self.torch.free.tensors), self.flax.free.tensors
-        fits = {flax for _, flax, pair in self.pairing.tensors() if pair.fits}
-        return [n for n, a in expected.items() if n in fits and n in given and not _same(given[n], a)]
+        theirs, given = self.torch.free.tensors, self.flax.free.tensors
+        both = [(t, f, pair) for t, f, pair in self.pairing.tensors() if pair.fits and t in theirs and f in given]
+        return [f for t, f, pair in both if not _same(given[f], pair.to_flax(theirs[t]))]
 
     # What rounding explains.
 

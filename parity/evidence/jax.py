@@ -124,6 +124,11 @@ class FlaxRuns:
     def evidence(self) -> Evidence:
         """The run on its own."""
         free = self.run()
+        # What JAX holds of them is kept, and not another copy besides.
+        before = self.variables
+        held = {name: free.tensors[name] for name, v in before.items() if np.asarray(v).dtype == np.float64}
+        self.variables = before | held
+        self.carried = {name: held.get(name, v) if v is before[name] else v for name, v in self.carried.items()}
         about = flax_side.versions() | details(self.module, self.train, self.loss)
         found = Evidence(free, given=self.given, details=about)
         called = {call.path for call in free.calls}

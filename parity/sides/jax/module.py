@@ -12,6 +12,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.linen import attention as linen_attention
 from flax.nnx.nn import attention as nnx_attention
@@ -151,8 +152,10 @@ def without_attention_dropout(*, train: bool) -> Iterator[list[float]]:
 
 def lifted(value: Any, *, float64: bool) -> Any:
     """The array in float64, if that is asked for and it is floating point."""
-    value = jnp.asarray(value)
-    return value.astype(jnp.float64) if float64 and jnp.issubdtype(value.dtype, jnp.floating) else value
+    if float64 and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        value = np.asarray(value, np.float64)
+    # What numpy holds is put there as it is: `asarray` would compile a program for each shape.
+    return jax.device_put(value) if isinstance(value, np.ndarray) else jnp.asarray(value)
 
 
 @contextlib.contextmanager

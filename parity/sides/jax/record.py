@@ -109,32 +109,50 @@ def _with_gradients(run: _Run, parameters: Any, xs: Any, programs: dict | None, 
 
 def _program(run: _Run, parameters: Any, xs: Any) -> Callable:
     """(parameters, floating inputs) -> (loss, gradients by them and by the probes, what was seen)."""
-    probes = jax.eval_shape(lambda p, x: run(p, x, None)[1]["probes"], parameters, xs)
-    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), probes)
+    probes = jax.eval_shape(run.probes, parameters, xs)
 
     def whole(parameters, xs):
+        zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), probes)
         total, pull, seen = jax.vjp(run, parameters, xs, zeros, has_aux=True)
         return total, pull(jnp.ones_like(total)), seen
 
     return _compiled(whole)
 
 
+def _program_of(function: Callable, args: tuple) -> Callable:
+    """Its program for arguments of these shapes and dtypes.
+
+    Raises:
+      jax.errors.JAXTypeError: it has none.
+    """
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    if not jaxpr.consts:
+        return jax.jit(function)
+    flat = jax.jit(lambda constants, leaves: jax.core.eval_jaxpr(jaxpr.jaxpr, constants, *leaves))
+    return lambda *args: jax.tree.unflatten(jax.tree.structure(shapes), flat(jaxpr.consts, jax.tree.leaves(args)))
+
+
 def _compiled(function: Callable) -> Callable:
-    """The function compiled as one; as it is where it cannot be, as it looks at the values of its arrays."""
-    program = jax.jit(function)
+    """The function compiled as one; as it is where it cannot be, as it looks at the values of its arrays.
+
+    Another side's arrays, which are constants in it, become arguments: XLA would compute with them while it compiles.
+    """
+    made: list[Callable] = []
 
     def run(*args: Any) -> Any:
         try:
-            return program(*args)
+            if not made:
+                made.append(_program_of(function, args))
         except jax.errors.JAXTypeError:
             return function(*args)
+        return made[0](*args)
 
     return run
 
 
 def _numpy(v: Any) -> NDArray:
-    a = np.asarray(v)
-    return a.astype(np.float32) if a.dtype.name in ("bfloat16", "float16") else np.array(a)
+    a = np.asarray(v)  # JAX's own memory, on a CPU: nobody writes into it
+    return a.astype(np.float32) if a.dtype.name in ("bfloat16", "float16") else a
 
 
 class _Run:
@@ -146,6 +164,7 @@ class _Run:
         self.keys: list[tuple[str, int]] = []
         self.has_dropout = False
         self.stopped_in = ""
+        self.probed: list[Array] = []
         self.rounds_loss = False
 
     def __call__(self, parameters, xs, probes):
@@ -153,8 +172,8 @@ class _Run:
         for i, x in zip(self.floating, xs, strict=True):
             given[i] = x
         self.keys = []
-        seen: dict[str, Any] = {"inputs": [], "arrived": [], "outputs": [], "probes": []}
-        self.seen = seen
+        seen: dict[str, Any] = {"inputs": [], "arrived": [], "outputs": []}
+        self.seen, self.probed = seen, []
         # What is called inside a transformation of the module's own that was not opened can't be seen from outside.
         outside = trace_state()
         counts: dict[str, int] = {}
@@ -164,8 +183,8 @@ class _Run:
             """Adds a zero whose gradient is the value's; or puts another side's array in its place."""
             if forced is not None and value.shape != forced[0].shape:
                 value = jnp.broadcast_to(value.ravel()[:1].sum(), forced[0].shape)
-            seen["probes"].append(value)
-            zero = jnp.zeros_like(value) if probes is None else probes[len(seen["probes"]) - 1]
+            self.probed.append(value)
+            zero = jnp.zeros_like(value) if probes is None else probes[len(self.probed) - 1]
             if forced is None:
                 return value + zero
             gradient = jnp.zeros_like(value) if forced[1] is None else jnp.asarray(forced[1], value.dtype)
@@ -217,7 +236,8 @@ class _Run:
                 active.pop()
             y = output[0] if isinstance(output, tuple) else output
             self.keys.append(key)
-            seen["arrived"].append(arrived)
+            # The same arrays, unless another side's are put in their place.
+            seen["arrived"].append([] if self.force is None else arrived)
             seen["inputs"].append(used)
             seen["outputs"].append(y)
             y = probe(y, None if self.force is None else self.force.output(key, y))
@@ -236,6 +256,11 @@ class _Run:
         output = jax.tree.unflatten(tree, leaves)
         self.rounds_loss = self._rounds_loss(output)
         return jnp.asarray(self.loss(output)), seen
+
+    def probes(self, parameters, xs):
+        """What is probed, in order."""
+        self(parameters, xs, None)
+        return self.probed
 
     def _rounds_loss(self, output) -> bool:
         """Whether the user's loss computes in float32 what the run computes in float64."""
@@ -256,7 +281,8 @@ def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floatin
         return _numpy(next(probes))
 
     for key, inputs, arrived, output in zip(run.keys, seen["inputs"], seen["arrived"], seen["outputs"], strict=True):
-        call = Call(key[0], key[1], [_numpy(v) for v in inputs], _numpy(output), [_numpy(v) for v in arrived])
+        used = [_numpy(v) for v in inputs]
+        call = Call(key[0], key[1], used, _numpy(output), used if run.force is None else [_numpy(v) for v in arrived])
         call.input_gradients = [gradient(v) for v in inputs]
         call.output_gradient = gradient(output)
         recording.calls.append(call)

@@ -54,8 +54,13 @@ def default_loss(output: Any) -> Tensor:
 
 def numpy(tensor: Tensor) -> NDArray:
     """A copy as numpy has it; half types as float32, which holds them exactly."""
+    return np.array(as_numpy(tensor))
+
+
+def as_numpy(tensor: Tensor) -> NDArray:
+    """The same without a copy where it can be: for what nobody else will write into."""
     tensor = tensor.detach().cpu()
-    return np.array((tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy())
+    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
 
 
 @contextlib.contextmanager

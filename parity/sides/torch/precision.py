@@ -33,6 +33,11 @@ class Rounds(TorchDispatchMode):
         super().__init__()
         self.seen = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else PyTorch's compiler is imported, a second, to keep it away from here: nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operation as it is."""
         result = func(*args, **(kwargs or {}))

@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 from parity.records.kinds import IN_OUT, PRODUCTS, class_names, kind_of
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
-from parity.sides.torch.module import COUNTER, floating, has_dropout, lifted, loss_of, numpy, without_dropout
+from parity.sides.torch.module import COUNTER, as_numpy, floating, has_dropout, lifted, loss_of, numpy, without_dropout
 from parity.sides.torch.precision import Rounds
 
 LOG = logging.getLogger(__name__)
@@ -189,9 +189,9 @@ def record(
             for local, full in layer.tensors.items():
                 if local not in layer.statistics:
                     recording.gradients[full] = _grad(parameters[full])
-    after = _named(module, recording.layers)
+    after = _tensors(module, recurse=True)
     recording.new_statistics = {
-        layer.tensors[name]: after[layer.tensors[name]]
+        layer.tensors[name]: numpy(after[layer.tensors[name]])
         for layer in recording.layers.values()
         for name in layer.statistics
     }
@@ -229,13 +229,18 @@ def _not_compiled(module: nn.Module) -> contextlib.AbstractContextManager:
 
 
 def _grad(tensor: Tensor) -> NDArray:
-    return np.zeros(tuple(tensor.shape)) if tensor.grad is None else numpy(tensor.grad)
+    return np.zeros(tuple(tensor.shape)) if tensor.grad is None else as_numpy(tensor.grad)
 
 
 def _named(module: nn.Module, layers: dict[str, Layer]) -> dict[str, NDArray]:
+    """Of a module of this run's own; a forward writes into buffers, not into parameters."""
     tensors = _tensors(module, recurse=True)
+
+    def array(tensor: Tensor) -> NDArray:
+        return as_numpy(tensor) if isinstance(tensor, nn.Parameter) else numpy(tensor)
+
     return {
-        full: numpy(tensors[full]) for layer in layers.values() for full in layer.tensors.values() if full in tensors
+        full: array(tensors[full]) for layer in layers.values() for full in layer.tensors.values() if full in tensors
     }
 
 
