@@ -4,6 +4,7 @@
     python train_jax.py --data sample --epochs 2                 a quick look, no download
     python train_jax.py --optimizer momentum --batch-size 128 --out runs/momentum
     python train_jax.py --data-dir ~/kmnist                      any four IDX files named like MNIST's
+    python train_jax.py --devices 4 --batch-size 512             on four of the devices there are, else on all
 
 Prints a line per epoch and leaves a run folder: config.json, metrics.jsonl (a line per epoch), weights.safetensors and,
 at the end, curves.png. Same options, same order of the data as `python -m torch_bn.training`, its twin in PyTorch.
@@ -14,17 +15,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bn_common.command_line import main
+from bn_common.config import Config
 
 
-def _load_train() -> Callable:
+def _load_train(config: Config) -> Callable:
     # Only now: a mistake on the command line is answered before JAX is imported.
     from bn_common.memory import keep_memory
+    from jax_bn.mesh import make_mesh
     from jax_bn.settings import compute_in_the_caller, keep_compiled
     from jax_bn.training import train
 
     keep_memory()
     compute_in_the_caller()
     keep_compiled()
+    make_mesh(config)  # which refuses what the devices cannot do
 
     return train
 

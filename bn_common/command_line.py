@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -68,8 +68,10 @@ def read_config(args: Sequence[str] | None, *, prog: str, description: str) -> C
     return config
 
 
-def start(config: Config, *, framework: str, prog: str) -> tuple[ImageDataset, RunFolder]:
-    """Load the data, open the run folder.
+def start(
+    config: Config, loading: Future[Callable], *, framework: str, prog: str
+) -> tuple[Callable, ImageDataset, RunFolder]:
+    """Load the data, wait for the training loop, open the run folder.
 
     What can be refused is refused here or in `read_config`, before any work starts: exit status 2 and one line that
     says what was given and what is allowed.
@@ -82,13 +84,14 @@ def start(config: Config, *, framework: str, prog: str) -> tuple[ImageDataset, R
         require(
             config.batch_size <= num_train, "--batch-size", config.batch_size, f"2 to {num_train}, the training set"
         )
+        train = loading.result()
         about = {"data": dataset.name} | ({"notice": dataset.notice} if dataset.notice else {})
         run = RunFolder(config, framework, about, console)
     except ValueError as error:
         refuse(prog, str(error))
     if dataset.notice:
         run.say(f"Notice: {dataset.notice}", style="yellow")
-    return dataset, run
+    return train, dataset, run
 
 
 def load(config: Config, console: Console) -> ImageDataset:
@@ -109,12 +112,12 @@ def load(config: Config, console: Console) -> ImageDataset:
         return load_fashion_mnist(progress=progress)
 
 
-def main(load_train: Callable[[], Callable], *, framework: str, prog: str, description: str) -> None:
+def main(load_train: Callable[[Config], Callable], *, framework: str, prog: str, description: str) -> None:
     """A training program: the command line, then the training loop of one wing.
 
     Args:
       load_train: gives `train(config, dataset, run)`, and imports the framework for it: while the data are loaded, in
-        another thread, once the command line is known to be good.
+        another thread, once the command line is known to be good. ValueError for a config that the devices refuse.
       framework: "jax" or "torch".
       prog: the program's name in messages.
       description: of the program, for --help.
@@ -123,9 +126,9 @@ def main(load_train: Callable[[], Callable], *, framework: str, prog: str, descr
     try:
         config = read_config(None, prog=prog, description=description)
         with imports(), ThreadPoolExecutor(1) as meanwhile:
-            train = meanwhile.submit(load_train)
-            dataset, run = start(config, framework=framework, prog=prog)
-        train.result()(config, dataset, run)
+            loading = meanwhile.submit(load_train, config)
+            train, dataset, run = start(config, loading, framework=framework, prog=prog)
+        train(config, dataset, run)
     except FloatingPointError as error:
         sys.stderr.write(f"{prog}: stopped: {error}; {run.path if run else ''} holds the epochs before\n")
         raise SystemExit(1) from None

@@ -47,6 +47,12 @@ class Config:
     """Batch norm: weight of the OLD value in the moving statistics, 0 to 1 (PyTorch counts the new one's)."""
     bn_eps: float = 1e-5
     """Batch norm: added to the variance, > 0."""
+    sync_bn: Literal["global", "local"] = "global"
+    """Batch norm on several devices. global: normalise with the statistics of the whole batch, as one device would.
+    local: each device with those of its own share, as PyTorch's DistributedDataParallel does unless told otherwise;
+    the moving statistics are the first device's."""
+    devices: int | None = None
+    """Devices that share each batch, >= 1. None: all there are."""
     data: Literal["fashion-mnist", "sample"] = "fashion-mnist"
     """fashion-mnist: from the cache folder, Debian's package dataset-fashion-mnist, the download, or else the sample.
     sample: the 6,000 + 1,000 images that ship with the project."""
@@ -62,9 +68,8 @@ class Config:
         # tyro checks these too, but a Config is also made in code.
         for name, kind in get_type_hints(Config).items():
             if get_origin(kind) is Literal:
-                require(
-                    getattr(self, name) in get_args(kind), f"--{name}", getattr(self, name), ", ".join(get_args(kind))
-                )
+                value, allowed = getattr(self, name), get_args(kind)
+                require(value in allowed, f"--{name.replace('_', '-')}", value, ", ".join(allowed))
         if self.lr is not None:
             check_real("--lr", self.lr, math.nextafter(0, 1), 1e6, "a number > 0, at most 1e6")
         if self.weight_decay is not None:
@@ -73,12 +78,20 @@ class Config:
         check_real("--warmup-epochs", self.warmup_epochs, 0, self.epochs, f"0 to --epochs, {self.epochs}")
         if self.until_accuracy is not None:
             check_real("--until-accuracy", self.until_accuracy, math.nextafter(0, 1), 1, "a number > 0, at most 1")
+        if self.devices is not None:
+            check_int("--devices", self.devices, 1)
         check_int("--seed", self.seed, 0)
         require(self.seed < 2**32, "--seed", self.seed, "at most 2^32 - 1")
         check_momentum(self.bn_momentum, "--bn-momentum")
         check_epsilon("--bn-eps", self.bn_eps, "float32")
         both = self.data == "sample" and self.data_dir is not None
         require(not both, "--data-dir", f"{self.data_dir} with --data sample", "one of the two")
+
+    def check_shares(self, num_devices: int) -> None:
+        """Raise ValueError where a device that normalises with its own share's statistics would have one image."""
+        least = 2 * num_devices if self.sync_bn == "local" else 2
+        allowed = f"{least} or more with --sync-bn local on {num_devices} devices, 2 images for each"
+        require(self.batch_size >= least, "--batch-size", self.batch_size, allowed)
 
     def resolved(self) -> Config:
         """The same with the optimiser's defaults in place of None, and with ~ in paths expanded."""

@@ -54,12 +54,15 @@ def epoch_batches(
     return iter(order[: steps * batch_size].reshape(steps, batch_size)[first_step:])
 
 
-def padded_batches(num_examples: int, batch_size: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+def padded_batches(
+    num_examples: int, batch_size: int, *, multiple: int = 1
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
     """(indices, weights), each [batch_size], of batches that cover every example once, in order.
 
     For evaluation under a compiler that wants one shape: the last batch is padded with the last example at weight 0.
+    So is a batch whose size is no multiple of so many devices, which want equal shares: it is made one.
     """
-    size = min(batch_size, num_examples)
+    size = -(-min(batch_size, num_examples) // multiple) * multiple
     for first in range(0, num_examples, size):
         indices = np.arange(first, first + size, dtype=np.int32)
         yield np.minimum(indices, num_examples - 1), (indices < num_examples).astype(np.float32)

@@ -52,7 +52,7 @@ class BLeNet(nn.Module):
     platform: str | None = None
 
     @nn.compact
-    def layers(self, x: Array, train: bool) -> Array:
+    def layers(self, x: Array, train: bool, mask: Array | None = None) -> Array:
         """The network, layer by layer: what `init` makes, and what runs everywhere but on a CPU. x is not checked."""
 
         def affine(layer: type[nn.Module], fan_in: int, *args, **kwargs) -> nn.Module:
@@ -60,8 +60,8 @@ class BLeNet(nn.Module):
                 *args, kernel_init=kernel_init, bias_init=bias_init(fan_in), param_dtype=self.param_dtype, **kwargs
             )
 
-        def norm() -> nn.Module:
-            return BatchNorm(
+        def norm(x: Array) -> Array:
+            layer = BatchNorm(
                 use_running_average=not train,
                 momentum=self.momentum,
                 epsilon=self.epsilon,
@@ -69,27 +69,33 @@ class BLeNet(nn.Module):
                 param_dtype=self.param_dtype,
                 axis_name=self.axis_name,
             )
+            return layer(x, mask=None if mask is None else mask.reshape(-1, *(1,) * (x.ndim - 1)))
 
         x = affine(nn.Conv, 25 * self.channels, 6, (5, 5), padding=2)(x)
-        x = average_pool(nn.sigmoid(norm()(x)))
+        x = average_pool(nn.sigmoid(norm(x)))
         x = affine(nn.Conv, 25 * 6, 16, (5, 5), padding="VALID")(x)
-        x = average_pool(nn.sigmoid(norm()(x)))
+        x = average_pool(nn.sigmoid(norm(x)))
         x = x.reshape(x.shape[0], -1)
-        x = nn.sigmoid(norm()(affine(nn.Dense, x.shape[-1], 120)(x)))
-        x = nn.sigmoid(norm()(affine(nn.Dense, 120, 84)(x)))
+        x = nn.sigmoid(norm(affine(nn.Dense, x.shape[-1], 120)(x)))
+        x = nn.sigmoid(norm(affine(nn.Dense, 120, 84)(x)))
         return affine(nn.Dense, 84, self.num_class)(x)
 
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
         """Logits [N, num_class] of images x [N, fig_size, fig_size, channels].
 
         Args:
           x: a float array.
           train: normalise with the batch's statistics and move "batch_stats" (which must be mutable), or predict.
+          mask: bool [N], which images count in the statistics: those that only fill up a device's share do not.
 
         Raises:
           ValueError: another shape, a dtype that is no float, or fewer than two images in training.
         """
         x = check_array("x", x)
+        if mask is not None:
+            mask = check_array("mask", mask)
+            allowed = f"bool {x.shape[:1]}, one for each image"
+            require((mask.shape, mask.dtype) == (x.shape[:1], bool), "mask", f"{mask.dtype} {mask.shape}", allowed)
         check_blenet_input(
             shape=x.shape,
             dtype=x.dtype.name,
@@ -99,8 +105,8 @@ class BLeNet(nn.Module):
             shards=1 if self.axis_name is None or self.is_initializing() else lax.axis_size(self.axis_name),
         )
         if blenet_cpu.takes(self, x, train):
-            return blenet_cpu.apply(self, x, train)
-        return self.layers(x, train)
+            return blenet_cpu.apply(self, x, train, mask)
+        return self.layers(x, train, mask)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

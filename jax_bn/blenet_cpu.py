@@ -72,10 +72,10 @@ def takes(model: Any, x: Array, train: bool) -> bool:
     return x.dtype in (jnp.float32, jnp.float64) and given == {path: (shape, x.dtype) for path, shape in wanted}
 
 
-def apply(model: Any, x: Array, train: bool) -> Array:
+def apply(model: Any, x: Array, train: bool, mask: Array | None = None) -> Array:
     """The logits of a call that `takes` has taken; in training the model's batch_stats move."""
     variables = {name: model.variables[name] for name in ("params", "batch_stats")}
-    logits, batch_stats = _by_platform(model.clone(parent=None, name=None), variables, x, train)
+    logits, batch_stats = _by_platform(model.clone(parent=None, name=None), variables, x, train, mask)
     if train:
         for name, value in batch_stats.items():
             model.put_variable("batch_stats", name, value)
@@ -96,20 +96,21 @@ def _shapes(model: Any) -> frozenset[tuple[tuple[str, ...], tuple[int, ...]]]:
 
 # Compiled as one, so that a call outside of `jax.jit` compiles neither form twice.
 @functools.partial(jax.jit, static_argnums=(0, 3), inline=True)
-def _by_platform(model: Any, variables: Any, x: Array, train: bool) -> tuple[Array, Any]:
+def _by_platform(model: Any, variables: Any, x: Array, train: bool, mask: Array | None) -> tuple[Array, Any]:
     """Logits and the new batch_stats: `BLeNet.layers`, or on a CPU `forward`."""
 
-    def layers(variables: Any, x: Array) -> tuple[Array, Any]:
-        logits, updated = model.apply(variables, x, train, method="layers", mutable=["batch_stats"])
+    def layers(variables: Any, x: Array, mask: Array | None) -> tuple[Array, Any]:
+        logits, updated = model.apply(variables, x, train, mask, method="layers", mutable=["batch_stats"])
         return logits, updated["batch_stats"]
 
-    def cpu(variables: Any, x: Array) -> tuple[Array, Any]:
-        options = Options(model.momentum, model.epsilon, axis_name=model.axis_name, long_sum=LONG_SUM)
+    def cpu(variables: Any, x: Array, mask: Array | None) -> tuple[Array, Any]:
+        # One for each of x's columns there, which are the examples.
+        options = Options(model.momentum, model.epsilon, mask=mask, axis_name=model.axis_name, long_sum=LONG_SUM)
         return forward(variables["params"], variables["batch_stats"], x, options, train=train)
 
     if model.platform == "cpu":
-        return cpu(variables, x)
-    return lax.platform_dependent(variables, x, cpu=cpu, default=layers)
+        return cpu(variables, x, mask)
+    return lax.platform_dependent(variables, x, mask, cpu=cpu, default=layers)
 
 
 def forward(

@@ -18,12 +18,14 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jax import Array, lax
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
 from image_data import ImageDataset, epoch_batches, padded_batches, pixel_mean_and_std, steps_per_epoch
 from jax_bn.blenet import BLeNet
+from jax_bn.mesh import SAME, SHARE, axis_of, everywhere, make_mesh, mean_over_devices, of_first, on_mesh, shares
 from jax_bn.settings import compiler_options
 
 EVAL_BATCH_SIZE = 1000
@@ -134,6 +136,8 @@ def train_step(
     labels: Array,
     *,
     label_smoothing: float = 0.0,
+    mask: Array | None = None,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step on the mean cross-entropy of a batch. Pure.
 
@@ -144,6 +148,10 @@ def train_step(
       x: images [B, H, W, C].
       labels: int32 [B].
       label_smoothing: a; the target is (1 - a) * one_hot(labels) + a / num_class.
+      mask: bool [B], which images count (None: all); see `BLeNet`.
+      axis_name: a mapped axis over whose devices the batch is spread: x, labels and mask are this device's share.
+        The gradients and metrics are those of the whole batch. So are the statistics, if `model.axis_name` is the same;
+        if it is None, each device normalises with its own, and those of the first one move batch_stats.
 
     Returns:
       (the new state, the metrics before the step; their loss is against the labels as they are).
@@ -151,41 +159,53 @@ def train_step(
 
     def loss_fn(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        logits, updated = model.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing)
-        return optax.softmax_cross_entropy(logits, targets).mean(), (updated["batch_stats"], logits)
+        losses = optax.softmax_cross_entropy(logits, targets)
+        return mean_over_devices(losses, mask, axis_name), (updated["batch_stats"], logits)
 
     gradients, (batch_stats, logits) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, batch_stats, opt_state), _metrics(logits, labels, jnp.ones(len(labels), logits.dtype))
+    if axis_name is not None and model.axis_name is None:
+        batch_stats = of_first(batch_stats, axis_name)
+    weights = jnp.ones(len(labels), logits.dtype) if mask is None else mask.astype(logits.dtype)
+    return TrainState(params, batch_stats, opt_state), _metrics(logits, labels, weights, axis_name)
 
 
-def eval_step(model: BLeNet, variables: Variables, x: Array, labels: Array, weights: Array) -> Metrics:
-    """Metrics of a batch in prediction; weights float [B] are 1 for an example that counts and 0 for padding."""
+def eval_step(
+    model: BLeNet, variables: Variables, x: Array, labels: Array, weights: Array, *, axis_name: str | None = None
+) -> Metrics:
+    """Metrics of a batch in prediction; weights float [B] are 1 for an example that counts and 0 for padding.
+
+    axis_name: as in `train_step`.
+    """
     logits: Any = model.apply(variables, x, train=False)
-    return _metrics(logits, labels, weights)
+    return _metrics(logits, labels, weights, axis_name)
 
 
-def _metrics(logits: Array, labels: Array, weights: Array) -> Metrics:
+def _metrics(logits: Array, labels: Array, weights: Array, axis_name: str | None) -> Metrics:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (logits.argmax(-1).astype(labels.dtype) == labels).astype(weights.dtype)
-    return Metrics((losses * weights).sum(), (correct * weights).sum(), weights.sum())
+    found = Metrics((losses * weights).sum(), (correct * weights).sum(), weights.sum())
+    return found if axis_name is None else lax.psum(found, axis_name)
 
 
-def to_device(dataset: ImageDataset) -> tuple[DeviceData, DeviceData]:
-    """The training and the test set on the default device, both standardised by the training set."""
-    mean, std = map(jnp.float32, pixel_mean_and_std(dataset.train_images))
+def to_device(dataset: ImageDataset, mesh: Mesh | None = None) -> tuple[DeviceData, DeviceData]:
+    """The training and the test set on every device (None: the default one), standardised by the training set."""
+    mean, std = map(np.float32, pixel_mean_and_std(dataset.train_images))
 
     def put(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> DeviceData:
-        return DeviceData(jnp.asarray(images), jnp.asarray(labels.astype(np.int32)), mean, std)
+        return DeviceData(*everywhere((images, labels.astype(np.int32), mean, std), mesh))
 
     return put(dataset.train_images, dataset.train_labels), put(dataset.test_images, dataset.test_labels)
 
 
-def evaluate(eval_batch: Callable[..., Metrics], variables: Variables, data: DeviceData) -> Totals:
-    """Metrics over a whole data set, in batches of one size, the last one padded."""
-    batches = padded_batches(len(data.labels), EVAL_BATCH_SIZE)
+def evaluate(
+    eval_batch: Callable[..., Metrics], variables: Variables, data: DeviceData, *, num_devices: int = 1
+) -> Totals:
+    """Metrics over a whole data set, in batches of one size, which the devices can share; the last one is padded."""
+    batches = padded_batches(len(data.labels), EVAL_BATCH_SIZE, multiple=num_devices)
     return totals([eval_batch(variables, data, *batch) for batch in batches])
 
 
@@ -200,41 +220,49 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     Raises:
       FloatingPointError: a loss or a weight is no longer finite; the run folder holds the epochs before.
     """
-    train_data, test_data = to_device(dataset)
+    mesh = make_mesh(config)
+    axis_name = axis_of(mesh)
+    train_data, test_data = to_device(dataset, mesh)
     num_train, steps = len(dataset.train_labels), steps_per_epoch(len(dataset.train_labels), config.batch_size)
     model = BLeNet(
         fig_size=dataset.train_images.shape[1],
         num_class=NUM_CLASS,
         momentum=config.bn_momentum,
         epsilon=config.bn_eps,
-        platform=next(iter(train_data.images.devices())).platform,
+        axis_name=axis_name if config.sync_bn == "global" else None,
+        platform=mesh.devices[0].platform,
     )
     optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
-    initial_state = jax.jit(partial(init_state, model, optimizer, config.seed)).trace()
-    run.say(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, data: {dataset.name}")
+    initial_state = on_mesh(partial(init_state, model, optimizer, config.seed), mesh, ()).trace()
+    run.say(f"{mesh.size} x {mesh.devices[0].device_kind}, jax {jax.__version__}, data: {dataset.name}")
 
-    def train_batch(state: TrainState, data: DeviceData, indices: Array) -> tuple[TrainState, Metrics]:
+    def train_batch(
+        state: TrainState, data: DeviceData, indices: Array, mask: Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         x, labels = data.batch(indices)
-        return train_step(model, optimizer, state, x, labels, label_smoothing=config.label_smoothing)
+        smoothing = config.label_smoothing
+        return train_step(model, optimizer, state, x, labels, label_smoothing=smoothing, mask=mask, axis_name=axis_name)
 
     def eval_batch(variables: Variables, data: DeviceData, indices: Array, weights: Array) -> Metrics:
-        return eval_step(model, variables, *data.batch(indices), weights)
+        return eval_step(model, variables, *data.batch(indices), weights, axis_name=axis_name)
 
     # Compiled before the clock starts, so that the first epoch's images/s mean the same as the others'.
-    indices = next(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=0))
-    jitted_step = jax.jit(train_batch, donate_argnums=0, compiler_options=compiler_options(train=True))
-    lowered_step = jitted_step.lower(initial_state.out_info, train_data, indices)
+    indices, mask = shares(next(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=0)), mesh)
+    masks = () if mask is None else (mask,)
+    shared = SAME, SAME, SHARE, *(SHARE for _ in masks)
+    jitted_step = on_mesh(train_batch, mesh, shared, donate_argnums=0, compiler_options=compiler_options(train=True))
+    lowered_step = jitted_step.lower(initial_state.out_info, train_data, indices, *masks)
     with ThreadPoolExecutor(1) as beside:  # beside the initial weights, a program that takes nearly as long to compile
         compiling = beside.submit(lowered_step.compile)
         state = initial_state.lower().compile()()
         compiled_step = compiling.result()
-    jitted_eval = jax.jit(eval_batch, compiler_options=compiler_options())
+    jitted_eval = on_mesh(eval_batch, mesh, (SAME, SAME, SHARE, SHARE), compiler_options=compiler_options())
 
     for epoch in range(config.epochs):
         start_time, started, found = time.time(), time.perf_counter(), []
         with run.progress(epoch + 1, steps) as advance:
             for indices in epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch):
-                state, metrics = compiled_step(state, train_data, indices)
+                state, metrics = compiled_step(state, train_data, shares(indices, mesh)[0], *masks)
                 found.append(metrics)
                 if len(found) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(found[-STEPS_IN_FLIGHT - 1])
@@ -246,7 +274,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
             epoch=epoch,
             step=step,
             train=train_totals,
-            test=evaluate(jitted_eval, state.variables, test_data),
+            test=evaluate(jitted_eval, state.variables, test_data, num_devices=mesh.size),
             start_time=start_time,
             seconds=seconds,
             learning_rate=float(schedule(step - 1)),

@@ -36,7 +36,7 @@ def trained(loop, folder, **options):
     sample = image_data.load_sample()
     cut = sample._replace(train_images=sample.train_images[:64, 8:20, 8:20], train_labels=sample.train_labels[:64])
     cut = cut._replace(test_images=sample.test_images[:100, 8:20, 8:20], test_labels=sample.test_labels[:100])
-    defaults = {"epochs": 2, "batch_size": 8, "optimizer": "adamw", "lr": 0.001, "out": folder}
+    defaults = {"epochs": 2, "batch_size": 8, "optimizer": "adamw", "lr": 0.001, "devices": 1, "out": folder}
     config = Config(**defaults | options).resolved()
     run = RunFolder(config, loop, {"data": "cut"}, Console(file=io.StringIO()))
     with contextlib.ExitStack() as stack:

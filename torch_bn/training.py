@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from bn_common.checks import require
 from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
 from image_data import ImageDataset, epoch_batches, pixel_mean_and_std, steps_per_epoch
@@ -199,7 +200,13 @@ def named_weights(model: nn.Module) -> dict[str, NDArray]:
     return {name: v.cpu().numpy() for name, v in model.state_dict().items()}
 
 
+def _load_train(config: Config) -> Callable:
+    """`train`, unless the config is one for other devices. PyTorch only: in JAX it is in train_jax.py."""
+    require(config.devices in (None, 1), "--devices", config.devices, "1: PyTorch's twin trains on one device")
+    return train
+
+
 if __name__ == "__main__":
     from bn_common.command_line import main
 
-    main(lambda: train, framework="torch", prog="python -m torch_bn.training", description=__doc__ or "")
+    main(_load_train, framework="torch", prog="python -m torch_bn.training", description=__doc__ or "")

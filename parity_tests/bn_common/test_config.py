@@ -21,6 +21,8 @@ BAD = {
     "seed": (-1, 2**32, 0.5),
     "bn_momentum": (-0.1, 1.01, math.nan),
     "bn_eps": (0.0, -1e-5, math.nan, math.inf),
+    "sync_bn": ("none", "Global"),
+    "devices": (0, -1, 1.5, True),
     "data": ("mnist",),
 }
 
@@ -95,7 +97,7 @@ def test_every_option_reaches_the_config():
     args = "--epochs 3 --batch-size 7 --optimizer adam --lr 0.125 --weight-decay 0.5 --schedule constant"
     args += (
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
-        " --until-accuracy 0.75"
+        " --until-accuracy 0.75 --sync-bn local --devices 3"
     )
     config = parse(Config, args.split(), prog="", description="")
     given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -112,6 +114,8 @@ def test_every_option_reaches_the_config():
         "seed": "9",
         "bn_momentum": "0.75",
         "bn_eps": "0.001",
+        "sync_bn": "local",
+        "devices": "3",
         "data": "fashion-mnist",
         "data_dir": "a",
         "out": "b",

@@ -48,3 +48,7 @@ def test_padded_batches(num_examples):
     assert len({batch[0].shape for batch in batches}) == 1
     counted = np.concatenate([indices[weights == 1] for indices, weights in batches])
     np.testing.assert_array_equal(counted, np.arange(num_examples))
+    shared = list(padded_batches(num_examples, 10, multiple=4))
+    assert {len(indices) for indices, _ in shared} == {min(12, -(-num_examples // 4) * 4)}
+    counted = np.concatenate([indices[weights == 1] for indices, weights in shared])
+    np.testing.assert_array_equal(counted, np.arange(num_examples))

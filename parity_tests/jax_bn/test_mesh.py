@@ -1,0 +1,173 @@
+"""Training over several devices is training on one: the same numbers, few collectives; and on one, the same program."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bn_common import run_folder
+from bn_common.config import Config
+from jax_bn import mesh, training
+from parity.comparison import bounds
+from parity_tests.jax_bn.over_devices import FORMS, batches, distances, program, trained
+from parity_tests.test_options import trained as train_loop
+
+ROOT = Path(__file__).parents[2]
+# Even shares, and shares that differ; on each device enough images for the form for CPUs.
+BATCHES = {"even": 36, "uneven": 37}
+QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+# Statistics forward and their gradient's sums backward, of each of BLeNet's four batch norms; all gradients with the
+# metrics.
+COLLECTIVES = 4 + 4 + 1
+
+
+def check_float64(found):
+    """The bounds between the wings, which round differently as well."""
+    assert found["gradients"] <= bounds.FLOAT64
+    assert found["losses"] <= bounds.FLOAT64_LOSSES_200_STEPS
+    assert max(found["parameters"], found["statistics"]) <= bounds.FLOAT64_PARAMETERS_200_STEPS
+    assert found["logits"] <= bounds.FLOAT64_LOGITS_200_STEPS
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("two_devices", "x64", "quickly_compiled")
+def test_two_devices_in_float64(form, batch):
+    check_float64(distances(*(trained(n, form, "float64", BATCHES[batch]) for n in (1, 2))))
+
+
+@pytest.mark.parametrize("form", [pytest.param("layers", marks=pytest.mark.thorough), "cpu"])
+@pytest.mark.usefixtures("two_devices")
+def test_two_devices_in_float32(form):
+    found = distances(*(trained(n, form, "float32", BATCHES["uneven"]) for n in (1, 2)))
+    assert found["gradients"] <= bounds.FLOAT32_GRADIENTS
+    assert found["parameters"] <= bounds.FLOAT32_PARAMETERS_200_SGD_STEPS
+    # A loss is a mean of what the logits are made into, a moving statistic one of a layer's output: see test_lockstep.
+    assert max(found["losses"], found["statistics"], found["logits"]) <= bounds.FLOAT32_LOGITS_200_SGD_STEPS
+
+
+def test_eight_devices():
+    """Shares of 16 and 17; of 1 and 2; and of none: from 5 images, few steps, as they blow up rounding."""
+    flags = f"{QUICKLY_COMPILED['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | QUICKLY_COMPILED | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    cases = ["cpu:133:50", "layers:11:50", "layers:5:3"]
+    command = [sys.executable, "-m", "parity_tests.jax_bn.over_devices", "8", "float64", *cases]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(cases)
+    for case in found:
+        check_float64(case)
+
+
+def collectives(text):
+    """How many there are in a compiled program's text, of any kind."""
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+    return len(re.findall(rf" (?:{kinds})(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("two_devices", "quickly_compiled")
+def test_a_step_has_few_collectives(form, batch):
+    devices, _, step, state = program(2, form, "float32", BATCHES[batch])
+    x, labels, order = batches(BATCHES[batch], "float32", steps=1)
+    indices, mask = mesh.shares(order[0], devices)
+    masks = () if mask is None else (mask,)
+    text = step.lower(state, x[indices], labels[indices], *masks).compile().as_text()
+    assert collectives(text) == COLLECTIVES
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_on_one_device_it_is_the_plain_step(form):
+    """To the letter: the program that there would be if nobody had ever thought of several devices."""
+    devices, model, step, state = program(1, form, "float32", 36)
+    x, labels, order = batches(36, "float32", steps=1)
+
+    def plain(state, x, labels):
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, 10, dtype=logits.dtype), 0.05)
+            return optax.softmax_cross_entropy(logits, targets).mean(), (updated["batch_stats"], logits)
+
+        gradients, (batch_stats, logits) = jax.grad(loss_fn, has_aux=True)(state.params)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda g: -0.1 * g, gradients))
+        weights = jnp.ones(len(labels), logits.dtype)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        correct = (logits.argmax(-1).astype(labels.dtype) == labels).astype(weights.dtype)
+        metrics = training.Metrics((losses * weights).sum(), (correct * weights).sum(), weights.sum())
+        return training.TrainState(params, batch_stats, gradients), metrics
+
+    batch, mask = mesh.shares(order[0], devices)
+    assert mask is None
+    texts = [f.lower(state, x[batch], labels[batch]).as_text() for f in (step, jax.jit(plain))]
+    assert texts[0].replace("jit_step", "jit_plain") == texts[1]
+
+
+@pytest.mark.usefixtures("two_devices", "x64", "quickly_compiled")
+def test_local_statistics():
+    """Each half of the batch for itself, as PyTorch's DDP: gradients are averaged, the first half's statistics kept."""
+    _, model, step, state = program(2, "layers", "float64", 20, sync_bn="local")
+    assert model.axis_name is None
+    x, labels, (batch,) = batches(20, "float64", steps=1)
+    new, _ = step(state, x[batch], labels[batch])
+    alone = program(1, "layers", "float64", 10)[2]
+    halves = [alone(state, x[half], labels[half])[0] for half in np.split(batch, 2)]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(half.opt_state for half in halves))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=bounds.FLOAT64)  # noqa: E731
+    jax.tree.map(close, new.opt_state, mean)
+    jax.tree.map(close, new.batch_stats, halves[0].batch_stats)
+    together = program(2, "layers", "float64", 20)[2](state, x[batch], labels[batch])[0]
+    assert any((abs(a - b) > 1e-6).any() for a, b in zip(*map(jax.tree.leaves, (new, together)), strict=True))
+
+
+@pytest.mark.usefixtures("two_devices", "quickly_compiled")
+def test_the_loop(tmp_path, monkeypatch):
+    """Shares that differ, in training and in evaluation: the same lines of metrics, but for how fast it was."""
+    monkeypatch.setattr(training, "EVAL_BATCH_SIZE", 33)
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *_: b"")
+    # Adam would make steps out of the rounding noise of biases before a batch norm.
+    options = {"epochs": 1, "batch_size": 9, "optimizer": "sgd", "lr": 0.1}
+    one, two, local = (
+        train_loop("jax", tmp_path / str(i), **options, **each).metrics[0]
+        for i, each in enumerate(({"devices": 1}, {"devices": 2}, {"devices": 2, "sync_bn": "local"}))
+    )
+    for key in ("step", "train_accuracy", "test_accuracy", "learning_rate"):
+        assert one[key] == two[key]
+    # 7 steps of float32; see `test_two_devices_in_float32`.
+    assert two["loss"] == pytest.approx(one["loss"], abs=bounds.FLOAT32_LOGITS_200_SGD_STEPS)
+    assert two["test_loss"] == pytest.approx(one["test_loss"], abs=bounds.FLOAT32_LOGITS_200_SGD_STEPS)
+    assert abs(local["loss"] - one["loss"]) > 1e-3
+
+
+def test_shares():
+    """In order, of sizes that differ by one at most; what fills them up does not count."""
+    devices = type("Mesh", (), {"size": 4})
+    indices, mask = mesh.shares(np.arange(100, 108), devices)
+    assert (indices.tolist(), mask) == (list(range(100, 108)), None)
+    for count in (1, 2, 3, 5, 11):
+        batch = np.arange(100, 100 + count)
+        indices, mask = mesh.shares(np.stack([batch, batch[::-1]]), devices)
+        assert (indices[:, mask] == [batch, batch[::-1]]).all()
+        sizes = mask.reshape(4, -1).sum(1)
+        assert sizes.max() - sizes.min() <= 1
+        assert np.isin(indices, batch).all()
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_refused():
+    with pytest.raises(ValueError, match=r"--devices is \d+; allowed: 1 to \d+, the cpu devices there are"):
+        mesh.make_mesh(Config(devices=jax.device_count() + 1))
+    with pytest.raises(ValueError, match="--batch-size is 3; allowed: 4 or more with --sync-bn local on 2 devices"):
+        mesh.make_mesh(Config(devices=2, batch_size=3, sync_bn="local"))
+    assert mesh.make_mesh(Config(devices=2, batch_size=3)).size == 2
+    assert mesh.make_mesh(Config(batch_size=2)).size == jax.device_count()
