@@ -52,20 +52,23 @@ def axis_of(mesh: Mesh) -> str | None:
     return AXIS if mesh.size > 1 else None
 
 
-def on_mesh(function: Callable[..., Any], mesh: Mesh, arguments: tuple[PartitionSpec, ...], **jit: Any) -> Any:
-    """`jax.jit` of a function that each device runs on its shares, and whose results are the same on all.
+def on_mesh(
+    function: Callable[..., Any], mesh: Mesh, arguments: tuple[Any, ...], results: Any = SAME, **jit: Any
+) -> Any:
+    """`jax.jit` of a function that each device runs on its shares.
 
     Args:
       function: names `axis_of(mesh)` where the devices have to agree.
       mesh: the devices.
-      arguments: SAME or SHARE, for each of the function's arguments.
+      arguments: SAME or SHARE for each of the function's arguments, or a tree of these.
+      results: the same of what it returns.
       jit: options of `jax.jit`.
     """
     if mesh.size == 1:
         return jax.jit(function, **jit)
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=SAME)
-    shardings = tuple(NamedSharding(mesh, spec) for spec in arguments)
-    return jax.jit(mapped, in_shardings=shardings, out_shardings=NamedSharding(mesh, SAME), **jit)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results)
+    given, found = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (arguments, results))
+    return jax.jit(mapped, in_shardings=given, out_shardings=found, **jit)
 
 
 def everywhere(values: Any, mesh: Mesh | None) -> Any:
@@ -96,6 +99,12 @@ def shares(batch: NDArray[np.int32], mesh: Mesh) -> tuple[NDArray[np.int32], NDA
     filler = batch[..., :1]
     filled = [part if part.shape[-1] == size else np.concatenate([part, filler], -1) for part in parts]
     return np.concatenate(filled, -1), counts
+
+
+def in_turn(batches: NDArray[np.int32], mesh: Mesh) -> NDArray[np.int32]:
+    """Batches [steps, B] as `shares` of [steps * size]: all that the first device takes, step by step, and so on."""
+    shared, _ = shares(batches, mesh)
+    return shared.reshape(len(shared), mesh.size, -1).swapaxes(0, 1).reshape(-1)
 
 
 def of_first(values: Any, axis_name: str) -> Any:

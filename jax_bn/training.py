@@ -7,7 +7,7 @@ state is donated.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,10 +25,25 @@ from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
 from image_data import ImageDataset, epoch_batches, padded_batches, pixel_mean_and_std, steps_per_epoch
 from jax_bn.blenet import BLeNet
-from jax_bn.mesh import SAME, SHARE, axis_of, everywhere, make_mesh, mean_over_devices, of_first, on_mesh, shares
+from jax_bn.mesh import (
+    SAME,
+    SHARE,
+    axis_of,
+    everywhere,
+    in_turn,
+    make_mesh,
+    mean_over_devices,
+    of_first,
+    on_mesh,
+    shares,
+)
 from jax_bn.settings import compiler_options
 
 EVAL_BATCH_SIZE = 1000
+# Where a step fetches its images from all over the data set. Elsewhere that is put in order once an epoch, and a step
+# has a slice: a TPU would pull all of it into its fast memory for each batch. On a CPU the copy would be read and
+# written whole, 94 MB an epoch, to spare what it does anyway: fetch every image once.
+GATHERING = frozenset({"cpu"})
 # JAX only: steps that may be under way at once: the device always has the next one, and the progress bar stays honest.
 STEPS_IN_FLIGHT = 4
 
@@ -84,6 +99,16 @@ class DeviceData(NamedTuple):
         images = lax.optimization_barrier(self.images.at[indices].get(mode="clip"))
         x = (images.astype(jnp.float32) - self.mean) / self.std
         return x[..., None], self.labels[indices]
+
+    def permuted(self, order: Array) -> DeviceData:
+        """The same data in another order, int32 [N]."""
+        return self._replace(images=self.images.at[order].get(mode="clip"), labels=self.labels[order])
+
+    def slice(self, step: Array, size: int) -> tuple[Array, Array]:
+        """The batch that `batch` gives of the indices from step * size on, `size` of them."""
+        images, labels = (lax.dynamic_slice_in_dim(v, step * size, size) for v in (self.images, self.labels))
+        x = (images.astype(jnp.float32) - self.mean) / self.std
+        return x[..., None], labels
 
 
 def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
@@ -237,21 +262,33 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     run.say(f"{mesh.size} x {mesh.devices[0].device_kind}, jax {jax.__version__}, data: {dataset.name}")
 
     def train_batch(
-        state: TrainState, data: DeviceData, indices: Array, mask: Array | None = None
+        state: TrainState, data: DeviceData, where: Array, mask: Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        x, labels = data.batch(indices)
+        x, labels = data.batch(where) if gathers else data.slice(where, share)
         smoothing = config.label_smoothing
         return train_step(model, optimizer, state, x, labels, label_smoothing=smoothing, mask=mask, axis_name=axis_name)
 
     def eval_batch(variables: Variables, data: DeviceData, indices: Array, weights: Array) -> Metrics:
         return eval_step(model, variables, *data.batch(indices), weights, axis_name=axis_name)
 
+    def feed(epoch: int) -> tuple[DeviceData, Iterable[NDArray]]:
+        """An epoch's data, and where in them each batch is: its indices, or which slice it is."""
+        batches = epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch)
+        if gathers:
+            return train_data, (shares(indices, mesh)[0] for indices in batches)
+        return permuted(train_data, in_turn(np.stack(list(batches)), mesh)), np.arange(steps, dtype=np.int32)
+
+    gathers = mesh.devices[0].platform in GATHERING
+    first, mask = shares(np.arange(config.batch_size, dtype=np.int32), mesh)
+    share, masks = len(first) // mesh.size, () if mask is None else (mask,)
+    in_order: Any = (SHARE, SHARE, SAME, SAME)
+    in_order = DeviceData(*in_order)
+    permuted = on_mesh(DeviceData.permuted, mesh, (SAME, SHARE), in_order)
     # Compiled before the clock starts, so that the first epoch's images/s mean the same as the others'.
-    indices, mask = shares(next(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=0)), mesh)
-    masks = () if mask is None else (mask,)
-    shared = SAME, SAME, SHARE, *(SHARE for _ in masks)
-    jitted_step = on_mesh(train_batch, mesh, shared, donate_argnums=0, compiler_options=compiler_options(train=True))
-    lowered_step = jitted_step.lower(initial_state.out_info, train_data, indices, *masks)
+    arguments = (SAME, *((SAME, SHARE) if gathers else (in_order, SAME)), *(SHARE for _ in masks))
+    jitted_step = on_mesh(train_batch, mesh, arguments, donate_argnums=0, compiler_options=compiler_options(train=True))
+    epoch_data, batches = feed(0)
+    lowered_step = jitted_step.lower(initial_state.out_info, epoch_data, next(iter(batches)), *masks)
     with ThreadPoolExecutor(1) as beside:  # beside the initial weights, a program that takes nearly as long to compile
         compiling = beside.submit(lowered_step.compile)
         state = initial_state.lower().compile()()
@@ -260,9 +297,10 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
 
     for epoch in range(config.epochs):
         start_time, started, found = time.time(), time.perf_counter(), []
+        epoch_data, batches = feed(epoch)
         with run.progress(epoch + 1, steps) as advance:
-            for indices in epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch):
-                state, metrics = compiled_step(state, train_data, shares(indices, mesh)[0], *masks)
+            for where in batches:
+                state, metrics = compiled_step(state, epoch_data, where, *masks)
                 found.append(metrics)
                 if len(found) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(found[-STEPS_IN_FLIGHT - 1])

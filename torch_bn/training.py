@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,10 @@ from image_data import ImageDataset, epoch_batches, pixel_mean_and_std, steps_pe
 from torch_bn.blenet import BLeNet
 
 EVAL_BATCH_SIZE = 1000
+# Where a step fetches its images from all over the data set. Elsewhere that is put in order once an epoch, and a step
+# has a slice: nothing is sent to the device but once an epoch. On a CPU the copy would be read and written whole, to
+# spare what it does anyway: fetch every image once.
+GATHERING = frozenset({"cpu"})
 
 
 class Metrics(NamedTuple):
@@ -54,6 +58,16 @@ class DeviceData(NamedTuple):
         """Standardised images float32 [B, 1, H, W] and labels int64 [B]."""
         x = (self.images[indices].to(torch.float32) - self.mean) / self.std
         return x[:, None], self.labels[indices]
+
+    def permuted(self, order: Tensor) -> DeviceData:
+        """The same data in another order, int [N]."""
+        return self._replace(images=self.images[order], labels=self.labels[order])
+
+    def slice(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """The batch that `batch` gives of the indices from step * size on, `size` of them."""
+        images, labels = (v[step * size : (step + 1) * size] for v in (self.images, self.labels))
+        x = (images.to(torch.float32) - self.mean) / self.std
+        return x[:, None], labels
 
 
 def learning_rate_schedule(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
@@ -168,12 +182,19 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     run.say(f"1 x {name}, torch {torch.__version__}, data: {dataset.name}")
 
+    def feed(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's batches."""
+        order = epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch)
+        if device.type in GATHERING:
+            return (train_data.batch(torch.from_numpy(indices)) for indices in order)
+        in_order = train_data.permuted(torch.from_numpy(np.concatenate(list(order))).to(device))
+        return (in_order.slice(step, config.batch_size) for step in range(steps))
+
     for epoch in range(config.epochs):
         start_time, started, found = time.time(), time.perf_counter(), []
         with run.progress(epoch + 1, steps) as advance:
-            for indices in epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch):
+            for x, labels in feed(epoch):
                 learning_rate = optimizer.param_groups[0]["lr"]
-                x, labels = train_data.batch(torch.from_numpy(indices).to(device))
                 found.append(train_step(model, optimizer, x, labels, label_smoothing=config.label_smoothing))
                 scheduler.step()
                 advance()

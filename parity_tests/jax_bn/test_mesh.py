@@ -13,12 +13,16 @@ import numpy as np
 import optax
 import pytest
 
+import image_data
+import jax_bn.training
+import torch_bn.training
 from bn_common import run_folder
 from bn_common.config import Config
 from jax_bn import mesh, training
 from parity.comparison import bounds
 from parity_tests.jax_bn.over_devices import FORMS, batches, distances, program, trained
 from parity_tests.test_options import trained as train_loop
+from parity_tests.test_same_bytes import assert_same_bytes
 
 ROOT = Path(__file__).parents[2]
 # Even shares, and shares that differ; on each device enough images for the form for CPUs.
@@ -147,6 +151,45 @@ def test_the_loop(tmp_path, monkeypatch):
     assert two["loss"] == pytest.approx(one["loss"], abs=bounds.FLOAT32_LOGITS_200_SGD_STEPS)
     assert two["test_loss"] == pytest.approx(one["test_loss"], abs=bounds.FLOAT32_LOGITS_200_SGD_STEPS)
     assert abs(local["loss"] - one["loss"]) > 1e-3
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_slices_are_the_batches(num_devices):
+    """Of an epoch put in order once, to the bit what is fetched step by step."""
+    sample, batch_size = image_data.load_sample(), 37
+    cut = sample._replace(train_images=sample.train_images[:300], train_labels=sample.train_labels[:300])
+    devices = mesh.make_mesh(Config(devices=num_devices))
+    data, _ = training.to_device(cut, devices)
+    batches = np.stack(list(image_data.epoch_batches(300, batch_size, seed=2, epoch=1)))
+    size = len(mesh.shares(batches[0], devices)[0]) // num_devices
+    in_order = training.DeviceData(mesh.SHARE, mesh.SHARE, mesh.SAME, mesh.SAME)
+    permuted = mesh.on_mesh(training.DeviceData.permuted, devices, (mesh.SAME, mesh.SHARE), in_order)
+    epoch = permuted(data, mesh.in_turn(batches, devices))
+    both = mesh.SHARE, mesh.SHARE
+    sliced = mesh.on_mesh(lambda data, k: data.slice(k, size), devices, (in_order, mesh.SAME), both)
+    fetched = mesh.on_mesh(training.DeviceData.batch, devices, (mesh.SAME, mesh.SHARE), both)
+    for step, batch in enumerate(batches):
+        indices, _ = mesh.shares(batch, devices)
+        assert_same_bytes(sliced(epoch, np.int32(step)), fetched(data, indices))
+    assert len(batches) == 8
+
+
+@pytest.mark.parametrize("loop", ["jax", "torch"])
+@pytest.mark.usefixtures("two_devices", "quickly_compiled")
+def test_the_loop_with_slices(loop, tmp_path, monkeypatch):
+    """As on an accelerator: two epochs end as they do where each batch is fetched."""
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *_: b"")
+    options = {"batch_size": 9, "optimizer": "sgd", "lr": 0.1, "devices": 2 if loop == "jax" else 1}
+    fetched = train_loop(loop, tmp_path / "fetched", **options).metrics
+    monkeypatch.setattr(jax_bn.training if loop == "jax" else torch_bn.training, "GATHERING", frozenset())
+    sliced = train_loop(loop, tmp_path / "sliced", **options).metrics
+    assert len(sliced) == 2
+    for one, other in zip(fetched, sliced, strict=True):
+        # The batches are the same to the bit; XLA may fuse what reads them otherwise.
+        rounding = bounds.FLOAT32_LOGITS_200_SGD_STEPS if loop == "jax" else 0
+        assert other["loss"] == pytest.approx(one["loss"], abs=rounding, rel=0)
+        assert other["test_loss"] == pytest.approx(one["test_loss"], abs=rounding, rel=0)
 
 
 def test_shares():
