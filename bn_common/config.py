@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import tyro
 
 from bn_common.checks import check_epsilon, check_int, check_momentum, check_real, require
 
@@ -51,8 +53,13 @@ class Config:
     """Batch norm on several devices. global: normalise with the statistics of the whole batch, as one device would.
     local: each device with those of its own share, as PyTorch's DistributedDataParallel does unless told otherwise;
     the moving statistics are the first device's."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What convolutions and linear layers are computed in, and what lies between them. Parameters, their gradients, the
+    statistics of batch norm and the loss are float32 in either case, as with PyTorch's autocast."""
     devices: int | None = None
     """Devices that share each batch, >= 1. None: all there are."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Leave a trace of some steps in the run folder, for TensorBoard's profiler: tensorboard --logdir RUN/profile."""
     data: Literal["fashion-mnist", "sample"] = "fashion-mnist"
     """fashion-mnist: from the cache folder, Debian's package dataset-fashion-mnist, the download, or else the sample.
     sample: the 6,000 + 1,000 images that ship with the project."""

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_common.checks import check_blenet, check_blenet_input, check_epsilon, check_momentum, require
+from bn_common.checks import FLOAT_DTYPES, check_blenet, check_blenet_input, check_epsilon, check_momentum, require
 from jax_bn import blenet_cpu
-from jax_bn.arrays import check_array
+from jax_bn.arrays import check_array, wide_dtype
+from jax_bn.devices import promote_dtype
 from jax_bn.layers import BatchNorm
 
 
@@ -34,6 +35,9 @@ class BLeNet(nn.Module):
       epsilon: of every batch norm.
       axis_name: of every batch norm, see `jax_bn.batch_norm`.
       param_dtype: dtype of the parameters.
+      dtype: to compute in (None: that of x and the parameters). jnp.bfloat16 is what PyTorch's autocast makes of the
+        twin: convolutions, linear layers and what lies between are computed in it; parameters, their gradients, the
+        statistics and arithmetic of batch norm, and the logits are float32.
       platform: what this will run on, as `jax.Device.platform` names it, where that is known: then only the form for
         it is traced, in half the time. None: both are, and the compiler takes the one for its platform.
 
@@ -49,6 +53,7 @@ class BLeNet(nn.Module):
     epsilon: float = 1e-5
     axis_name: str | None = None
     param_dtype: Any = jnp.float32
+    dtype: Any = None
     platform: str | None = None
 
     @nn.compact
@@ -57,7 +62,13 @@ class BLeNet(nn.Module):
 
         def affine(layer: type[nn.Module], fan_in: int, *args, **kwargs) -> nn.Module:
             return layer(
-                *args, kernel_init=kernel_init, bias_init=bias_init(fan_in), param_dtype=self.param_dtype, **kwargs
+                *args,
+                kernel_init=kernel_init,
+                bias_init=bias_init(fan_in),
+                param_dtype=self.param_dtype,
+                dtype=self.dtype,
+                promote_dtype=promote_dtype,
+                **kwargs,
             )
 
         def norm(x: Array) -> Array:
@@ -67,6 +78,7 @@ class BLeNet(nn.Module):
                 epsilon=self.epsilon,
                 initial_moving_var=0.0,
                 param_dtype=self.param_dtype,
+                dtype=self.dtype,
                 axis_name=self.axis_name,
             )
             return layer(x, mask=None if mask is None else mask.reshape(-1, *(1,) * (x.ndim - 1)))
@@ -78,7 +90,8 @@ class BLeNet(nn.Module):
         x = x.reshape(x.shape[0], -1)
         x = nn.sigmoid(norm(affine(nn.Dense, x.shape[-1], 120)(x)))
         x = nn.sigmoid(norm(affine(nn.Dense, 120, 84)(x)))
-        return affine(nn.Dense, 84, self.num_class)(x)
+        logits = affine(nn.Dense, 84, self.num_class)(x)
+        return logits if self.dtype is None else logits.astype(wide_dtype(self.dtype))
 
     def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
         """Logits [N, num_class] of images x [N, fig_size, fig_size, channels].
@@ -117,6 +130,8 @@ class BLeNet(nn.Module):
         check_blenet(channels=self.channels, fig_size=self.fig_size, num_class=self.num_class)
         check_momentum(self.momentum)
         check_epsilon("epsilon", self.epsilon)
+        name = self.dtype if self.dtype is None else jnp.dtype(self.dtype).name
+        require(name in (None, *FLOAT_DTYPES), "dtype", name, f"None, {', '.join(FLOAT_DTYPES)}")
         # Any name: JAX's platforms are plugins.
         require(isinstance(self.platform, str | None), "platform", repr(self.platform), "None, or a name such as 'cpu'")
         super().__post_init__()

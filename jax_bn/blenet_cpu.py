@@ -58,7 +58,7 @@ def takes(model: Any, x: Array, train: bool) -> bool:
 
     model is the module within its call, bound to its variables.
     """
-    if model.platform not in (None, "cpu"):
+    if model.platform not in (None, "cpu") or model.dtype not in (None, x.dtype):
         return False
     # Flax has no public name for the interceptors; a test sees that they see the layers.
     watched = model.is_mutable_collection("intermediates") or bool(nn.module._global_interceptor_stack)

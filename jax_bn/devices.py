@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import dtypes
 from jax import Array, lax
 
 from jax_bn.arrays import product
@@ -49,6 +51,18 @@ def merge(
     rest = (weights.astype(shift.dtype) * offsets).sum(0)
     apart = offsets - rest[None]
     return total, shift, rest, (weights * (variances + product(apart, apart))).sum(0)
+
+
+def promote_dtype(x: Array, *params: Array | None, dtype: Any, inexact: bool = True) -> list[Any]:
+    """Flax's, for layers whose x is spread over devices and whose parameters are not: these are sent to them first.
+
+    There JAX sums their gradient over the devices: so it adds what dtype's rounding has left in float32, not in dtype.
+    """
+    sent = [
+        None if v is None else lax.pcast(v, tuple(varying(x) - varying(v)), to="varying") if varying(x) else v
+        for v in params
+    ]
+    return dtypes.promote_dtype(x, *sent, dtype=dtype, inexact=inexact)
 
 
 def varying(x: Array) -> frozenset[str]:

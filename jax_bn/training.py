@@ -37,6 +37,7 @@ from jax_bn.mesh import (
     on_mesh,
     shares,
 )
+from jax_bn.profiling import Profile
 from jax_bn.settings import compiler_options
 
 EVAL_BATCH_SIZE = 1000
@@ -255,6 +256,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
         momentum=config.bn_momentum,
         epsilon=config.bn_eps,
         axis_name=axis_name if config.sync_bn == "global" else None,
+        dtype=None if config.precision == "float32" else jnp.dtype(config.precision),
         platform=mesh.devices[0].platform,
     )
     optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
@@ -295,12 +297,15 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
         compiled_step = compiling.result()
     jitted_eval = on_mesh(eval_batch, mesh, (SAME, SAME, SHARE, SHARE), compiler_options=compiler_options())
 
+    profile = Profile(run.path if config.profile else None, config.epochs * steps)
     for epoch in range(config.epochs):
         start_time, started, found = time.time(), time.perf_counter(), []
         epoch_data, batches = feed(epoch)
         with run.progress(epoch + 1, steps) as advance:
             for where in batches:
-                state, metrics = compiled_step(state, epoch_data, where, *masks)
+                with profile.step() as wanted:
+                    state, metrics = compiled_step(state, epoch_data, where, *masks)
+                    wanted.append(metrics)
                 found.append(metrics)
                 if len(found) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(found[-STEPS_IN_FLIGHT - 1])
@@ -320,6 +325,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
         )
         if run.reached:
             break
+    profile.stop()
     run.finish()
     return state
 

@@ -32,7 +32,7 @@ ALONE = {
     "torch_bn": {
         "arrays": "dtype_name",
         "batch_norm": "_near_the_mean _mean_and_var _kernel_adds_well _NormalizeBatch _NormalizeBatchForward",
-        "blenet": "LONG_SUM",
+        "blenet": "LONG_SUM AUTOCAST",
         "channels": "sum_in_float64 largest_of",
         "layers": "NATIVE",
         "sums": "PIECE _three_sums",

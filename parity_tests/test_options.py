@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ OTHER = {
     "seed": 1,
     "bn_momentum": 0.5,
     "bn_eps": 0.1,
+    "precision": "bfloat16",
 }
 
 
@@ -82,3 +84,27 @@ def test_until_accuracy(loop, accuracy, epochs, said, tmp_path):
     assert len(run.metrics) == epochs
     assert (tmp_path / "run" / "curves.png").stat().st_size > 0
     assert said in run.console.file.getvalue()
+
+
+def test_profile(tmp_path, monkeypatch):
+    """The trace can be read, and holds the steps by number: 2 epochs of 8, all of which are of a short run."""
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *_: b"")
+    trained("jax", tmp_path / "jax", profile=True)
+    (trace,) = (tmp_path / "jax" / "profile").rglob("*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(trace))
+    events = [event for plane in data.planes for line in plane.lines for event in line.events if event.name == "train"]
+    assert sorted(dict(event.stats)["step_num"] for event in events) == list(range(16))
+    trained("torch", tmp_path / "torch", profile=True)
+    (trace,) = (tmp_path / "torch" / "profile").glob("*.pt.trace.json")
+    names = {
+        event["name"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("cat") == "user_annotation"
+    }
+    assert {f"train {step}" for step in range(16)} <= names
+    for loop, kind in (
+        ("jax", "*.xplane.pb"),
+        ("torch", "*.pt.trace.json"),
+    ):  # runs that end before the last of the steps
+        trained(loop, tmp_path / f"{loop} ended", profile=True, until_accuracy=1e-9, epochs=3)
+        assert list((tmp_path / f"{loop} ended" / "profile").rglob(kind))
+    trained("torch", tmp_path / "without")
+    assert not (tmp_path / "without" / "profile").exists()

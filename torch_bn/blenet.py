@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from bn_common.checks import check_blenet, check_blenet_input
-from torch_bn.arrays import check_array, dtype_name
+from bn_common.checks import check_blenet, check_blenet_input, require
+from torch_bn.arrays import check_array, dtype_name, wide_dtype
 from torch_bn.layers import BatchNorm
 
 
@@ -27,6 +28,9 @@ class BLeNet(nn.Module):
       num_class: number of classes, >= 1.
       momentum: of every batch norm, the weight of the OLD value.
       eps: of every batch norm.
+      dtype: to compute in (None: that of x and the parameters), under `torch.autocast`: convolutions, linear layers and
+        what lies between are computed in it; parameters, their gradients, the statistics and arithmetic of batch norm,
+        and the logits are float32.
 
     Raises:
       ValueError: channels, fig_size or num_class is no integer or too small; a momentum or eps that
@@ -41,9 +45,13 @@ class BLeNet(nn.Module):
         num_class: int = 10,
         momentum: float = 0.9,
         eps: float = 1e-5,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_blenet(channels=channels, fig_size=fig_size, num_class=num_class)
+        name = dtype if dtype is None else dtype_name(dtype)
+        require(name in (None, *AUTOCAST), "dtype", name, f"None, {', '.join(AUTOCAST)}")
+        self.dtype = dtype
         self.channels, self.fig_size, self.num_class = channels, fig_size, num_class
         f = (fig_size // 2 - 4) // 2
 
@@ -88,7 +96,10 @@ class BLeNet(nn.Module):
         check_blenet_input(
             shape=x.shape, dtype=dtype_name(x.dtype), layout="NCHW", image=self.image_shape, train=self.training
         )
-        return self.fc(self.conv(x).flatten(1))
+        if self.dtype is None:
+            return self.fc(self.conv(x).flatten(1))
+        with torch.autocast(x.device.type, self.dtype):
+            return self.fc(self.conv(x).flatten(1)).to(wide_dtype(self.dtype))
 
     if TYPE_CHECKING:  # `nn.Module` declares that a call gives anything
 
@@ -99,3 +110,5 @@ class BLeNet(nn.Module):
 # make the step a twentieth longer, where the convolutions before and behind them round no less than float32 sums.
 # PyTorch only: JAX has it in blenet_cpu.py.
 LONG_SUM = {"cpu": 2**18, "cuda": 2**18}
+# What `torch.autocast` computes in. PyTorch only: Flax's layers take any dtype.
+AUTOCAST = ("float16", "bfloat16")

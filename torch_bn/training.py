@@ -24,6 +24,7 @@ from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
 from image_data import ImageDataset, epoch_batches, pixel_mean_and_std, steps_per_epoch
 from torch_bn.blenet import BLeNet
+from torch_bn.profiling import Profile
 
 EVAL_BATCH_SIZE = 1000
 # Where a step fetches its images from all over the data set. Elsewhere that is put in order once an epoch, and a step
@@ -177,6 +178,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
         num_class=NUM_CLASS,
         momentum=config.bn_momentum,
         eps=config.bn_eps,
+        dtype=None if config.precision == "float32" else getattr(torch, config.precision),
     ).to(device)
     optimizer, scheduler = make_optimizer(config, steps, model)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -190,12 +192,14 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
         in_order = train_data.permuted(torch.from_numpy(np.concatenate(list(order))).to(device))
         return (in_order.slice(step, config.batch_size) for step in range(steps))
 
+    profile = Profile(run.path if config.profile else None, config.epochs * steps)
     for epoch in range(config.epochs):
         start_time, started, found = time.time(), time.perf_counter(), []
         with run.progress(epoch + 1, steps) as advance:
             for x, labels in feed(epoch):
                 learning_rate = optimizer.param_groups[0]["lr"]
-                found.append(train_step(model, optimizer, x, labels, label_smoothing=config.label_smoothing))
+                with profile.step():
+                    found.append(train_step(model, optimizer, x, labels, label_smoothing=config.label_smoothing))
                 scheduler.step()
                 advance()
             train_totals = totals(found)
@@ -212,6 +216,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
         )
         if run.reached:
             break
+    profile.stop()
     run.finish()
     return model
 

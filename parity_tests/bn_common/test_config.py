@@ -22,6 +22,7 @@ BAD = {
     "bn_momentum": (-0.1, 1.01, math.nan),
     "bn_eps": (0.0, -1e-5, math.nan, math.inf),
     "sync_bn": ("none", "Global"),
+    "precision": ("float16", "bf16"),
     "devices": (0, -1, 1.5, True),
     "data": ("mnist",),
 }
@@ -97,7 +98,7 @@ def test_every_option_reaches_the_config():
     args = "--epochs 3 --batch-size 7 --optimizer adam --lr 0.125 --weight-decay 0.5 --schedule constant"
     args += (
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
-        " --until-accuracy 0.75 --sync-bn local --devices 3"
+        " --until-accuracy 0.75 --sync-bn local --devices 3 --precision bfloat16 --profile"
     )
     config = parse(Config, args.split(), prog="", description="")
     given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -115,7 +116,9 @@ def test_every_option_reaches_the_config():
         "bn_momentum": "0.75",
         "bn_eps": "0.001",
         "sync_bn": "local",
+        "precision": "bfloat16",
         "devices": "3",
+        "profile": "True",
         "data": "fashion-mnist",
         "data_dir": "a",
         "out": "b",
