@@ -12,26 +12,26 @@ at the end, curves.png. Same options, same order of the data as `python -m torch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from bn_common.command_line import main
+from bn_common.command_line import Program, main
 from bn_common.config import Config
 
 
-def _load_train(config: Config) -> Callable:
+def _load(config: Config) -> Program:
     # Only now: a mistake on the command line is answered before JAX is imported.
     from bn_common.memory import keep_memory
     from jax_bn.mesh import make_mesh
+    from jax_bn.processes import join, leave
     from jax_bn.settings import compute_in_the_caller, keep_compiled
     from jax_bn.training import train
 
     keep_memory()
     compute_in_the_caller()
     keep_compiled()
+    process, _, watch = join(config, "train_jax.py")
     make_mesh(config)  # which refuses what the devices cannot do
 
-    return train
+    return Program(train, process, watch, leave)
 
 
 if __name__ == "__main__":
-    main(_load_train, framework="jax", prog="train_jax.py", description=__doc__ or "")
+    main(_load, framework="jax", prog="train_jax.py", description=__doc__ or "")

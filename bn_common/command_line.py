@@ -7,9 +7,10 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
@@ -19,6 +20,7 @@ from bn_common.checks import check_blenet, require
 from bn_common.config import NUM_CLASS, Config
 from bn_common.memory import imports
 from bn_common.run_folder import RunFolder, refuse_used
+from bn_common.watch import Watch
 from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample
 
 Options = TypeVar("Options")
@@ -61,16 +63,33 @@ def read_config(args: Sequence[str] | None, *, prog: str, description: str) -> C
     """The configuration that the command line asks for; a bad one, or a run folder in use, ends the program."""
     config = parse(Config, args, prog=prog, description=description).resolved()
     try:
-        if config.out is not None:
+        first = config.coordinator is None or config.process_id == 0
+        if config.out is not None and first:
             refuse_used(config.out)  # before a download
     except ValueError as error:
         refuse(prog, str(error))
     return config
 
 
+class Program(NamedTuple):
+    """A wing that is ready to train.
+
+    Attributes:
+      train: train(config, dataset, run).
+      process: the number of this process.
+      watch: over the other processes, if there are any.
+      leave: what the framework does when all are done.
+    """
+
+    train: Callable[..., Any]
+    process: int = 0
+    watch: Watch | None = None
+    leave: Callable[[], None] = lambda: None
+
+
 def start(
-    config: Config, loading: Future[Callable], *, framework: str, prog: str
-) -> tuple[Callable, ImageDataset, RunFolder]:
+    config: Config, loading: Future[Program], *, framework: str, prog: str
+) -> tuple[Program, ImageDataset, RunFolder]:
     """Load the data, wait for the training loop, open the run folder.
 
     What can be refused is refused here or in `read_config`, before any work starts: exit status 2 and one line that
@@ -84,14 +103,14 @@ def start(
         require(
             config.batch_size <= num_train, "--batch-size", config.batch_size, f"2 to {num_train}, the training set"
         )
-        train = loading.result()
+        program = loading.result()
         about = {"data": dataset.name} | ({"notice": dataset.notice} if dataset.notice else {})
-        run = RunFolder(config, framework, about, console)
+        run = RunFolder(config, framework, about, console, writes=program.process == 0)
     except ValueError as error:
         refuse(prog, str(error))
     if dataset.notice:
         run.say(f"Notice: {dataset.notice}", style="yellow")
-    return train, dataset, run
+    return program, dataset, run
 
 
 def load(config: Config, console: Console) -> ImageDataset:
@@ -112,23 +131,28 @@ def load(config: Config, console: Console) -> ImageDataset:
         return load_fashion_mnist(progress=progress)
 
 
-def main(load_train: Callable[[Config], Callable], *, framework: str, prog: str, description: str) -> None:
+def main(load: Callable[[Config], Program], *, framework: str, prog: str, description: str) -> None:
     """A training program: the command line, then the training loop of one wing.
 
     Args:
-      load_train: gives `train(config, dataset, run)`, and imports the framework for it: while the data are loaded, in
-        another thread, once the command line is known to be good. ValueError for a config that the devices refuse.
+      load: imports the framework and finds the other processes: while the data are loaded, in another thread, once the
+        command line is known to be good. ValueError for a config that the devices refuse.
       framework: "jax" or "torch".
       prog: the program's name in messages.
       description: of the program, for --help.
     """
-    run = None
+    run = config = None
     try:
         config = read_config(None, prog=prog, description=description)
         with imports(), ThreadPoolExecutor(1) as meanwhile:
-            loading = meanwhile.submit(load_train, config)
-            train, dataset, run = start(config, loading, framework=framework, prog=prog)
-        train(config, dataset, run)
+            loading = meanwhile.submit(load, config)
+            program, dataset, run = start(config, loading, framework=framework, prog=prog)
+        _train(program, config, dataset, run)
+    except SystemExit as stop:
+        if config is not None and config.coordinator is not None:  # Python's own end would wait for the others
+            sys.stdout.flush()
+            os._exit(stop.code if isinstance(stop.code, int) else 1)
+        raise
     except FloatingPointError as error:
         sys.stderr.write(f"{prog}: stopped: {error}; {run.path if run else ''} holds the epochs before\n")
         raise SystemExit(1) from None
@@ -140,3 +164,26 @@ def main(load_train: Callable[[Config], Callable], *, framework: str, prog: str,
         sys.stderr.flush()
         # Not by way of Python's own end: XLA's threads may still be in the midst of a step, and would crash there.
         os._exit(130)
+
+
+def _train(program: Program, config: Config, dataset: ImageDataset, run: RunFolder) -> None:
+    """Train; with other processes, end with them, or by way of the watch where one is lost."""
+    watch = program.watch
+    if watch is None:
+        program.train(config, dataset, run)
+        return
+    run.say(f"a process that ends early, or does not answer for {watch.silence:g} seconds, is named, and all end")
+    try:
+        program.train(config, dataset, run)
+        program.leave()
+    except FloatingPointError:  # in all of them at once
+        watch.leave()
+        raise
+    except Exception:
+        watch.failed()
+        # A fault of this process's own, which the others find out by its end: not by way of Python's, which waits for
+        # them.
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+    watch.leave()

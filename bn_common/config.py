@@ -58,6 +58,13 @@ class Config:
     statistics of batch norm and the loss are float32 in either case, as with PyTorch's autocast."""
     devices: int | None = None
     """Devices that share each batch, >= 1. None: all there are."""
+    coordinator: str | None = None
+    """Train with other processes, each with its own devices: HOST:PORT where process 0 listens, or auto for what JAX
+    finds of SLURM, Cloud TPU or Kubernetes. None: alone. (PyTorch's twin is started by torchrun.)"""
+    num_processes: int | None = None
+    """How many processes there are, >= 2; with --coordinator HOST:PORT."""
+    process_id: int | None = None
+    """Which one this is, from 0 on; with --coordinator HOST:PORT. Process 0 writes the run folder."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave a trace of some steps in the run folder, for TensorBoard's profiler: tensorboard --logdir RUN/profile."""
     data: Literal["fashion-mnist", "sample"] = "fashion-mnist"
@@ -87,12 +94,31 @@ class Config:
             check_real("--until-accuracy", self.until_accuracy, math.nextafter(0, 1), 1, "a number > 0, at most 1")
         if self.devices is not None:
             check_int("--devices", self.devices, 1)
+        self._check_processes()
         check_int("--seed", self.seed, 0)
         require(self.seed < 2**32, "--seed", self.seed, "at most 2^32 - 1")
         check_momentum(self.bn_momentum, "--bn-momentum")
         check_epsilon("--bn-eps", self.bn_eps, "float32")
         both = self.data == "sample" and self.data_dir is not None
         require(not both, "--data-dir", f"{self.data_dir} with --data sample", "one of the two")
+
+    def _check_processes(self) -> None:
+        both = {"--num-processes": self.num_processes, "--process-id": self.process_id}
+        if self.coordinator in (None, "auto"):
+            for name, value in both.items():
+                require(value is None, name, value, "with --coordinator HOST:PORT only")
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        good = bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
+        require(good, "--coordinator", self.coordinator, "HOST:PORT, with a port from 1 to 65535, or auto")
+        for name, value in both.items():
+            require(value is not None, name, None, "an integer, with --coordinator HOST:PORT")
+        check_int("--num-processes", self.num_processes, 2)
+        check_int("--process-id", self.process_id, 0)
+        assert self.num_processes is not None, "see above"
+        assert self.process_id is not None, "see above"
+        allowed = f"0 to {self.num_processes - 1}, below --num-processes"
+        require(self.process_id < self.num_processes, "--process-id", self.process_id, allowed)
 
     def check_shares(self, num_devices: int) -> None:
         """Raise ValueError where a device that normalises with its own share's statistics would have one image."""

@@ -52,15 +52,22 @@ class RunFolder:
       framework: "jax" or "torch", whose names the weights have.
       about: added to every line of the metrics: {"data": ..., "notice": ...}.
       console: where to print.
+      writes: whether this process does; of several that train together the first one alone.
 
     Raises:
       ValueError: the folder holds a run already (nothing is overwritten), is a file, or can't be written.
     """
 
-    def __init__(self, config: Config, framework: str, about: Mapping[str, str], console: Console) -> None:
-        self.path = _new_folder(config.out, framework)
-        self.config, self.about, self.console = config, dict(about), console
+    def __init__(
+        self, config: Config, framework: str, about: Mapping[str, str], console: Console, *, writes: bool = True
+    ) -> None:
+        self.config, self.about, self.console, self.writes = config, dict(about), console, writes
         self.metrics: list[dict[str, Any]] = []
+        self.path = config.out or Path("runs")
+        if not writes:
+            console.quiet = True
+            return
+        self.path = _new_folder(config.out, framework)
         fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
         write_whole(
             self.path / CONFIG,
@@ -106,8 +113,9 @@ class RunFolder:
         if broken or not (math.isfinite(train.loss) and math.isfinite(test.loss)):
             what = f"{broken[0]} is no longer finite" if broken else "the loss is no longer finite"
             raise FloatingPointError(f"{what} in epoch {epoch + 1}; a smaller --lr may help")
-        content = safetensors.numpy.save({name: np.ascontiguousarray(v) for name, v in weights.items()})
-        write_whole(self.path / WEIGHTS, content)
+        if self.writes:
+            content = safetensors.numpy.save({name: np.ascontiguousarray(v) for name, v in weights.items()})
+            write_whole(self.path / WEIGHTS, content)
         line = {
             "epoch": epoch + 1,
             "step": step,
@@ -121,9 +129,9 @@ class RunFolder:
             "learning_rate": learning_rate,
         }
         self.metrics.append({**line, **self.about})
-        write_whole(
-            self.path / METRICS, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.metrics).encode()
-        )
+        if self.writes:
+            lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.metrics)
+            write_whole(self.path / METRICS, lines.encode())
         epochs = str(self.config.epochs)
         self.say(
             f"epoch {line['epoch']:{len(epochs)}d}/{epochs}  loss {line['loss']:.4f}"
@@ -139,6 +147,8 @@ class RunFolder:
 
     def finish(self) -> None:
         """Draw the curves and say where everything is."""
+        if not self.writes:
+            return
         write_whole(self.path / CURVES, draw_curves(self.metrics, self.about["data"]))
         if self.config.until_accuracy is not None:
             found = f"test accuracy {self.config.until_accuracy:g} {'' if self.reached else 'not '}reached"

@@ -43,6 +43,8 @@ def make_mesh(config: Config) -> Mesh:
     require(
         count <= len(devices), "--devices", count, f"1 to {len(devices)}, the {devices[0].platform} devices there are"
     )
+    together = jax.process_count() == 1 or count == len(devices)
+    require(together, "--devices", count, f"{len(devices)}, all that the processes have")
     config.check_shares(count)
     return Mesh(np.asarray(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
 
@@ -75,7 +77,24 @@ def everywhere(values: Any, mesh: Mesh | None) -> Any:
     """A tree of arrays, whole on every device (None: on the default one)."""
     if mesh is None or mesh.size == 1:
         return jax.tree.map(jnp.asarray, values)
-    return jax.device_put(values, NamedSharding(mesh, SAME))
+    sharding = NamedSharding(mesh, SAME)
+    if jax.process_count() == 1:
+        return jax.device_put(values, sharding)
+    return jax.tree.map(lambda v: jax.make_array_from_process_local_data(sharding, np.asarray(v), np.shape(v)), values)
+
+
+def spread(values: Any, mesh: Mesh) -> Any:
+    """A tree of numpy arrays, the whole of which each process has, with their first axes over the devices."""
+    if jax.process_count() == 1:
+        return values
+    sharding = NamedSharding(mesh, SHARE)
+
+    def own(v: NDArray) -> Array:
+        places = sharding.addressable_devices_indices_map(v.shape).values()
+        rows = sorted({place[0].indices(len(v))[:2] for place in places if place is not None})
+        return jax.make_array_from_process_local_data(sharding, np.concatenate([v[a:b] for a, b in rows]), v.shape)
+
+    return jax.tree.map(own, values)
 
 
 def shares(batch: NDArray[np.int32], mesh: Mesh) -> tuple[NDArray[np.int32], NDArray[np.bool_] | None]:

@@ -36,6 +36,7 @@ from jax_bn.mesh import (
     of_first,
     on_mesh,
     shares,
+    spread,
 )
 from jax_bn.profiling import Profile
 from jax_bn.settings import compiler_options
@@ -261,7 +262,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     )
     optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
     initial_state = on_mesh(partial(init_state, model, optimizer, config.seed), mesh, ()).trace()
-    run.say(f"{mesh.size} x {mesh.devices[0].device_kind}, jax {jax.__version__}, data: {dataset.name}")
+    processes = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
+    run.say(f"{mesh.size} x {mesh.devices[0].device_kind}{processes}, jax {jax.__version__}, data: {dataset.name}")
 
     def train_batch(
         state: TrainState, data: DeviceData, where: Array, mask: Array | None = None
@@ -277,12 +279,14 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
         """An epoch's data, and where in them each batch is: its indices, or which slice it is."""
         batches = epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch)
         if gathers:
-            return train_data, (shares(indices, mesh)[0] for indices in batches)
-        return permuted(train_data, in_turn(np.stack(list(batches)), mesh)), np.arange(steps, dtype=np.int32)
+            return train_data, (spread(shares(indices, mesh)[0], mesh) for indices in batches)
+        return permuted(train_data, spread(in_turn(np.stack(list(batches)), mesh), mesh)), np.arange(
+            steps, dtype=np.int32
+        )
 
     gathers = mesh.devices[0].platform in GATHERING
     first, mask = shares(np.arange(config.batch_size, dtype=np.int32), mesh)
-    share, masks = len(first) // mesh.size, () if mask is None else (mask,)
+    share, masks = len(first) // mesh.size, () if mask is None else (spread(mask, mesh),)
     in_order: Any = (SHARE, SHARE, SAME, SAME)
     in_order = DeviceData(*in_order)
     permuted = on_mesh(DeviceData.permuted, mesh, (SAME, SHARE), in_order)
@@ -296,6 +300,9 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
         state = initial_state.lower().compile()()
         compiled_step = compiling.result()
     jitted_eval = on_mesh(eval_batch, mesh, (SAME, SAME, SHARE, SHARE), compiler_options=compiler_options())
+
+    def eval_shared(variables: Variables, data: DeviceData, *batch: NDArray) -> Metrics:
+        return jitted_eval(variables, data, *spread(batch, mesh))
 
     profile = Profile(run.path if config.profile else None, config.epochs * steps)
     for epoch in range(config.epochs):
@@ -317,7 +324,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
             epoch=epoch,
             step=step,
             train=train_totals,
-            test=evaluate(jitted_eval, state.variables, test_data, num_devices=mesh.size),
+            test=evaluate(eval_shared, state.variables, test_data, num_devices=mesh.size),
             start_time=start_time,
             seconds=seconds,
             learning_rate=float(schedule(step - 1)),

@@ -226,13 +226,12 @@ def named_weights(model: nn.Module) -> dict[str, NDArray]:
     return {name: v.cpu().numpy() for name, v in model.state_dict().items()}
 
 
-def _load_train(config: Config) -> Callable:
-    """`train`, unless the config is one for other devices. PyTorch only: in JAX it is in train_jax.py."""
-    require(config.devices in (None, 1), "--devices", config.devices, "1: PyTorch's twin trains on one device")
-    return train
-
-
 if __name__ == "__main__":
-    from bn_common.command_line import main
+    from bn_common.command_line import Program, main
 
-    main(_load_train, framework="torch", prog="python -m torch_bn.training", description=__doc__ or "")
+    def load(config: Config) -> Program:
+        """What there is to train with, unless the config is one for other devices."""
+        require(config.devices in (None, 1), "--devices", config.devices, "1: PyTorch's twin trains on one device")
+        return Program(train)
+
+    main(load, framework="torch", prog="python -m torch_bn.training", description=__doc__ or "")

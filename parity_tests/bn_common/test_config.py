@@ -75,6 +75,23 @@ COMMANDS = {
     "no value": (["--seed"], "--seed"),
     "left over": (["sample"], "sample"),
     "sample in a folder": (["--data", "sample", "--data-dir", "/tmp"], "--data-dir is /tmp with --data sample"),
+    "no port": (
+        ["--coordinator", "host", "--num-processes", "2", "--process-id", "0"],
+        "--coordinator is host; allowed: H",
+    ),
+    "no number of processes": (
+        ["--coordinator", "a:1", "--process-id", "0"],
+        "--num-processes is None; allowed: an integer",
+    ),
+    "auto": (
+        ["--coordinator", "auto", "--process-id", "0"],
+        "--process-id is 0; allowed: with --coordinator HOST:PORT",
+    ),
+    "one process": (["--coordinator", "a:1", "--num-processes", "1", "--process-id", "0"], "--num-processes is 1"),
+    "third of two": (
+        ["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"],
+        "--process-id is 2; allowed: 0 to 1",
+    ),
     "percent": (["--until-accuracy", "90"], "--until-accuracy is 90.0; allowed: a number > 0, at most 1"),
     "warm-up": (["--epochs", "2", "--warmup-epochs", "3"], "--warmup-epochs is 3.0; allowed: 0 to --epochs, 2"),
 }
@@ -99,6 +116,7 @@ def test_every_option_reaches_the_config():
     args += (
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
         " --until-accuracy 0.75 --sync-bn local --devices 3 --precision bfloat16 --profile"
+        " --coordinator host:1234 --num-processes 4 --process-id 2"
     )
     config = parse(Config, args.split(), prog="", description="")
     given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -118,6 +136,9 @@ def test_every_option_reaches_the_config():
         "sync_bn": "local",
         "precision": "bfloat16",
         "devices": "3",
+        "coordinator": "host:1234",
+        "num_processes": "4",
+        "process_id": "2",
         "profile": "True",
         "data": "fashion-mnist",
         "data_dir": "a",

@@ -1,0 +1,118 @@
+"""Two real processes that train together: the same as one; and what becomes of one when the other is lost."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bn_common import watch
+from parity_tests.test_programs import PROGRAMS, QUICKLY_COMPILED, ROOT, small_folder
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(program, folder, args, *, slurm=False, **environment):
+    """Two processes; their standard output and error go to files in the folder. slurm: JAX finds them itself."""
+    address = ("127.0.0.1", str(free_port()))
+    processes = []
+    for rank in range(2):
+        if slurm:
+            more = ["--coordinator", "auto"]
+            # The number of the job gives the port.
+            names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+            own = dict(zip(names, (address[1], "localhost", "2", str(rank), str(rank)), strict=True))
+            own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        elif program == "jax":
+            more = ["--coordinator", ":".join(address), "--num-processes", "2", "--process-id", str(rank)]
+            own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        else:
+            more, names = [], ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "OMP_NUM_THREADS")
+            own = dict(zip(names, (*address, "2", str(rank), str(rank), "1"), strict=True))
+        command = [sys.executable, *PROGRAMS[program], *map(str, args), *more]
+        with open(folder / f"out{rank}", "w") as out, open(folder / f"err{rank}", "w") as err:
+            processes.append(
+                subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, env=os.environ | environment | own)
+            )
+    return processes
+
+
+def end(processes):
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("slurm", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["given", "slurm"])
+def test_two_jax_processes_are_two_devices(slurm, tmp_path):
+    """To the bit: the weights, and the metrics but for the times. Process 0 alone writes."""
+    data = small_folder(tmp_path / "data")
+    args = ["--data-dir", data, "--epochs", 2, "--batch-size", 25]  # shares of 13 and 12
+    processes = start("jax", tmp_path, [*args, "--out", tmp_path / "two"], slurm=slurm, **QUICKLY_COMPILED)
+    try:
+        assert [process.wait(300) for process in processes] == [0, 0], (tmp_path / "err0").read_text()
+    finally:
+        end(processes)
+    command = [sys.executable, *PROGRAMS["jax"], *map(str, args), "--out", str(tmp_path / "one")]
+    one = os.environ | QUICKLY_COMPILED | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    subprocess.run(command, cwd=ROOT, env=one, check=True, capture_output=True, timeout=300)
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    timed = {"images_per_second", "start_time", "seconds"}
+    for one_line, two_line in zip(*lines, strict=True):
+        first, second = ({k: v for k, v in json.loads(line).items() if k not in timed} for line in (one_line, two_line))
+        assert first == second
+    assert "2 x cpu in 2 processes" in (tmp_path / "out0").read_text()
+    assert "epoch" not in (tmp_path / "out1").read_text()
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
+    }  # fmt: skip
+
+
+def test_none_to_be_found(tmp_path):
+    command = [sys.executable, *PROGRAMS["jax"], "--data", "sample", "--coordinator", "auto", "--out", tmp_path / "run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--coordinator is auto" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+thorough = pytest.mark.thorough
+LOSSES = [(0, "KILL"), (1, "STOP"), pytest.param(1, "KILL", marks=thorough), pytest.param(0, "STOP", marks=thorough)]
+
+
+@pytest.mark.parametrize(("victim", "how"), LOSSES, ids=lambda v: str(v))
+@pytest.mark.parametrize("program", ["jax"])
+def test_a_process_is_lost(program, victim, how, tmp_path):
+    """The other ends within the bound that was printed, with one line that names it, and not with success."""
+    data = small_folder(tmp_path / "data")
+    args = ["--data-dir", data, "--batch-size", 50, "--epochs", 100000, "--out", tmp_path / "run"]
+    processes = start(program, tmp_path, args, **QUICKLY_COMPILED)
+    try:
+        started = time.monotonic()
+        while "epoch      2/100000" not in (tmp_path / "out0").read_text():
+            assert time.monotonic() - started < 300
+            assert [process.poll() for process in processes] == [None, None], (tmp_path / "err0").read_text()
+            time.sleep(0.1)
+        assert f"does not answer for {watch.SILENCE:g} seconds" in (tmp_path / "out0").read_text()
+        processes[victim].send_signal(getattr(signal, f"SIG{how}"))
+        sent = time.monotonic()
+        status = processes[1 - victim].wait(120)
+        # A second or two until it is seen; the rest is this machine's.
+        assert time.monotonic() - sent < (0 if how == "KILL" else watch.SILENCE) + 10
+        assert status > 0
+        what = "has ended" if how == "KILL" else f"has not answered for {watch.SILENCE:g} seconds"
+        errors = (tmp_path / f"err{1 - victim}").read_text()
+        assert f"stopped: process {victim} {what}; process {1 - victim} ends\n" in errors
+        assert "Traceback" not in errors
+    finally:
+        end(processes)
