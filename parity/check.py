@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from parity.comparison.differences import check_inputs
 from parity.judge import Judge, stopped
+from parity.records.inputs import Calls, Inputs, calls
 from parity.report import Report
-from parity.sides.module import framework_of, is_tensor
+from parity.sides.module import framework_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +21,11 @@ if TYPE_CHECKING:
 def check(
     torch_module: torch.nn.Module,
     flax_module: linen.Module | nnx.Module,
-    *inputs: NDArray[Any],
+    *inputs: Any,
+    keywords: Mapping[str, Any] | None = None,
     train: bool = True,
     variables: Any = None,
-    flax_inputs: Sequence[NDArray[Any]] | None = None,
+    flax_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
     loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
@@ -42,17 +42,19 @@ def check(
 
     Args:
       torch_module: any module.
-      flax_module: a linen module or an `nnx.Module`.
-      *inputs: numpy arrays in PyTorch's layout, as the PyTorch module takes them. Floating arrays of rank 3 and more go
-        to Flax channels last, but for those that go straight into a layer that has its channels last in PyTorch too
-        (linear, layer norm, attention).
+      flax_module: a linen module or an `nnx.Module`; of a FlaxPreTrainedModel of Hugging Face's, its module.
+      *inputs: numpy arrays in PyTorch's layout, as the PyTorch module takes them; also None, numbers, and tuples,
+        lists, dicts and dataclasses of arrays. Floating arrays of rank 3 and more go to Flax channels last, but for
+        those that go straight into a layer that has its channels last in PyTorch too (linear, layer norm, attention).
+      keywords: {name: array} of what `forward` takes by name, {"input_ids": ids, "attention_mask": mask}; Flax's
+        `__call__` is given the same names. Where it calls them otherwise, or takes them in order, flax_inputs says so.
       train: train or eval mode. In training, dropout is switched off on both sides.
       variables: Flax's own variables (an `nnx.State` for NNX), which are then examined too: "is my own conversion
         right?". None: PyTorch's weights are carried over: "are these two the same network?".
-      flax_inputs: what Flax is given instead, in its layout. What is the same but for float32's rounding is given as
-        float64 has it.
-      flax_call: flax_call(module, variables, *inputs, train) returns what `module.apply` gives, where the way to tell
-        train from eval is not found in the module's signature.
+      flax_inputs: what Flax is called with instead of inputs and keywords, in its layout: a sequence of arguments, or
+        a dict of keywords. What is the same but for float32's rounding is given as float64 has it.
+      flax_call: flax_call(module, variables, *inputs, train, **keywords) returns what `module.apply` gives, where the
+        way to tell train from eval is not found in the module's signature.
       layer_map: {PyTorch's dotted name: Flax's path "a/b"} of layers that are not paired rightly by order and kind.
       loss: (torch_loss, jax_loss), each a function of the output. None: the same fixed function of the
         output, which no layout changes.
@@ -65,10 +67,11 @@ def check(
     Raises:
       TypeError: an argument of another kind.
       ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, another number of
-        flax_inputs.
+        flax_inputs in a sequence.
       Exception: what either module raises on these inputs whatever their dtype.
     """
-    question = Question(inputs, train, flax_inputs, flax_call, layer_map, loss, variables, steps, optimizers)
+    called = calls(inputs, keywords, flax_inputs, flax_call)
+    question = Question(called, train, layer_map, loss, variables, steps, optimizers)
     _check_arguments(torch_module, flax_module, question)
     return _answer(torch_module, flax_module, question)
 
@@ -76,10 +79,8 @@ def check(
 class Question(NamedTuple):
     """What both modules are asked: the arguments of `check`, which documents them."""
 
-    inputs: Sequence[NDArray[Any]]
+    called: Calls
     train: bool = True
-    flax_inputs: Sequence[NDArray[Any]] | None = None
-    flax_call: Callable[..., Any] | None = None
     layer_map: Mapping[str, str] | None = None
     loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None
     variables: Any = None
@@ -96,13 +97,14 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's modules: an eager run in float64 meets more of them
         # PyTorch on its own, in float64.
-        torch_runs = TorchRuns(torch_module, question.inputs, train=train, loss=torch_loss)
+        called = question.called
+        torch_runs = TorchRuns(torch_module, called.torch or Inputs(), train=train, loss=torch_loss)
         torch = torch_runs.evidence()
         if not torch.free.has_ended:
             return stopped(torch)
         # Which layer, tensor and axis is which; the weights go across; Flax on its own.
-        inputs = torch_runs.inputs_for_flax(torch.free, question.flax_inputs)
-        flax_runs = FlaxRuns(flax_module, inputs, train=train, loss=flax_loss, flax_call=question.flax_call)
+        inputs = torch_runs.inputs_for_flax(torch.free, called.flax)
+        flax_runs = FlaxRuns(flax_module, inputs, train=train, loss=flax_loss, flax_call=called.flax_call)
         translation = flax_runs.carry(torch.free, question.layer_map, question.variables)
         flax = flax_runs.evidence()
         # What the judge asks for besides: the modules' own dtype, Flax layer by layer, how much is rounding.
@@ -127,7 +129,7 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by
 def _check_arguments(torch_module: Any, flax_module: Any, question: Question) -> None:
     from parity.sides.jax import side_of
 
-    inputs, train, flax_inputs, flax_call, layer_map, loss, _, steps, optimizers = question
+    _, train, layer_map, loss, _, steps, optimizers = question
 
     def require(fine: bool, name: str, given: Any, allowed: str, kind: type[Exception] = TypeError) -> None:
         if not fine:
@@ -135,18 +137,7 @@ def _check_arguments(torch_module: Any, flax_module: Any, question: Question) ->
 
     require(framework_of(torch_module) == "torch", "torch_module", type(torch_module).__name__, "a torch.nn.Module")
     side_of(flax_module)
-    require(len(inputs) > 0, "inputs", "none", "one numpy array or more", ValueError)
-    check_inputs(inputs)
-    for name, arrays in (("inputs", inputs), ("flax_inputs", () if flax_inputs is None else flax_inputs)):
-        require(not isinstance(arrays, np.ndarray), name, "one array", "a sequence of arrays")
-        for a in arrays:
-            fine = hasattr(a, "__array__") and not is_tensor(a)
-            require(fine, f"one of {name}", type(a).__name__, "numpy arrays")
-            require(np.asarray(a).dtype.kind in "fiub", f"one of {name}", np.asarray(a).dtype, "numbers")
-    fine = flax_inputs is None or len(flax_inputs) == len(inputs)
-    require(fine, "flax_inputs", f"{len(flax_inputs or ())} arrays", f"{len(inputs)}, as many as inputs", ValueError)
     require(isinstance(train, bool | np.bool_), "train", repr(train), "True or False")
-    require(flax_call is None or callable(flax_call), "flax_call", repr(flax_call), "a function, or None")
     fine = layer_map is None or (
         isinstance(layer_map, Mapping) and all(isinstance(x, str) for pair in layer_map.items() for x in pair)
     )
@@ -170,9 +161,10 @@ def _check_arguments(torch_module: Any, flax_module: Any, question: Question) ->
 def trace(
     torch_module: Any,
     flax_module: Any,
-    *inputs: NDArray[Any],
+    *inputs: Any,
+    keywords: Mapping[str, Any] | None = None,
     train: bool = True,
-    flax_inputs: Sequence[NDArray[Any]] | None = None,
+    flax_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
     loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
@@ -185,16 +177,17 @@ def trace(
     Args:
       torch_module: any module.
       flax_module: a linen module or an `nnx.Module`.
-      *inputs: in PyTorch's layout.
+      *inputs: in PyTorch's layout; see `parity.check`, as for the other arguments.
+      keywords: further ones by name.
       train: train or eval mode.
-      flax_inputs: what Flax is given instead, in its layout.
-      flax_call: see `parity.check`.
+      flax_inputs: what Flax is called with instead, in its layout.
+      flax_call: flax_call(module, variables, *inputs, train, **keywords).
       layer_map: {PyTorch's dotted name: Flax's path} of layers that are not paired rightly by order and kind.
       loss: (torch_loss, jax_loss), each a function of the output; None: as for `dump`.
 
     Returns:
       The report.
     """
-    check_inputs(inputs)
-    question = Question(inputs, train, flax_inputs, flax_call, layer_map, loss)
+    question = Question(calls(inputs, keywords, flax_inputs, flax_call), train, layer_map, loss)
+    _check_arguments(torch_module, flax_module, question)
     return _answer(torch_module, flax_module, question, layer_by_layer=True)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from parity.evidence.guessed import settle
-from parity.pairing.layers import LayerPair
+from parity.pairing.layers import LayerPair, Pairing
+from parity.records.inputs import calls
+from parity.records.structure import Structure
 from parity.sides.torch import layers as torch_layers
 
 if TYPE_CHECKING:
@@ -21,15 +23,14 @@ def notes(torch_module: torch.nn.Module, flax_module: nn.Module | nnx.Module, **
     Args:
       torch_module: PyTorch's.
       flax_module: Flax's.
-      **options: `inputs`, `flax_inputs`, `layer_map`, see `to_flax`.
+      **options: `inputs`, `keywords`, `flax_inputs`, `flax_call`, `layer_map`, see `to_flax`.
 
     Returns:
       A sentence each: momentum, the moving variance's bias, epsilon.
     """
     module, _ = torch_layers.unwrapped(torch_module)
     structure = torch_layers.of_module(module)
-    given = (options.get("inputs"), options.get("flax_inputs"), options.get("layer_map"))
-    found, _flax = settle(module, structure, flax_module, *given)
+    found, _flax = _settled(module, structure, flax_module, **options)
     return [note for pair in found.layers for note in _notes_of(pair, module)]
 
 
@@ -39,8 +40,7 @@ def conventions(
     """What the batch norms say of themselves: {"torch": {path: {momentum, unbiased_moving_var, ...}}, "flax": ...}."""
     module, _ = torch_layers.unwrapped(torch_module)
     structure = torch_layers.of_module(module)
-    given = (options.get("inputs"), options.get("flax_inputs"), options.get("layer_map"))
-    _found, flax = settle(module, structure, flax_module, *given)
+    _found, flax = _settled(module, structure, flax_module, **options)
     return {
         "torch": {
             layer.path: torch_layers.convention(module.get_submodule(layer.path))
@@ -49,6 +49,17 @@ def conventions(
         },
         "flax": {layer.path: flax_convention(layer.config) for layer in flax.layers if layer.kind == "batch_norm"},
     }
+
+
+def _settled(
+    module: torch.nn.Module,
+    structure: Structure,
+    flax_module: Any,
+    *,
+    layer_map: Mapping[str, str] | None = None,
+    **called: Any,
+) -> tuple[Pairing, Structure]:
+    return settle(module, structure, flax_module, calls(**called), layer_map)
 
 
 def _notes_of(pair: LayerPair, module: torch.nn.Module) -> list[str]:

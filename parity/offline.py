@@ -10,26 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from parity.comparison.differences import check_inputs
 from parity.evidence.about import about
 from parity.judge import of_dumps
 from parity.pairing.translation import flat_layout_inputs
 from parity.records import dump_file
 from parity.records.evidence import Evidence
+from parity.records.inputs import Inputs, calls
 from parity.report import Report
 from parity.sides.module import framework_of
 
 
 def dump(
     module: Any,
-    inputs: Sequence[NDArray[Any]],
+    inputs: Sequence[Any] | Mapping[str, Any],
     path: str | Path,
     *,
+    keywords: Mapping[str, Any] | None = None,
     train: bool = True,
     weights: str | Path | None = None,
+    flax_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     flax_layout: bool = False,
     loss: Callable[[Any], Any] | None = None,
     flax_call: Callable[..., Any] | None = None,
@@ -41,12 +40,15 @@ def dump(
 
     Args:
       module: a torch.nn.Module, a linen module or an `nnx.Module`; it stays as it is.
-      inputs: in PyTorch's layout; floating ones of rank 3 and more go to Flax channels last.
+      inputs: in PyTorch's layout, see `parity.check`; floating ones of rank 3 and more go to Flax channels last. A
+        sequence of arguments, or a dict of keywords.
       path: NAME of NAME.safetensors and NAME.json.
+      keywords: further arguments by name.
       train: train or eval mode.
       weights: None: the module's own (a linen module is initialised with key 0). The name of a dump: its weights, which
         are carried over if it is the other side's; for Flax, the layers are then also run one by one on PyTorch's
         inputs. Else a file of this side's own weights (see `parity/sides/weight_files.py`).
+      flax_inputs: what a Flax module is called with instead, in its layout.
       flax_layout: the inputs are in Flax's layout already.
       loss: of the output, in this framework; None: a fixed function of the output that no layout changes. Both sides
         must be given the same.
@@ -69,8 +71,8 @@ def dump(
     mode = "train" if train else "eval"
     if other is not None and other.details["mode"] != mode:
         raise ValueError(f"mode is {mode}; allowed: {other.details['mode']}, in which {weights} was dumped")
-    given = [np.asarray(a) for a in inputs]
-    check_inputs(given)
+    called = calls(inputs, keywords, flax_inputs, flax_call)
+    given = called.torch or Inputs()
     if not isinstance(steps, int) or steps < 0 or (steps and optimizer is None):
         raise ValueError(f"steps is {steps!r}, optimizer {optimizer!r}; allowed: 0, or more with an optimizer")
     framework = framework_of(module)
@@ -81,13 +83,15 @@ def dump(
     if framework == "torch":
         made = _dump_torch(module, given, train, weights, other, loss, layer_map, optimizer, steps)
     elif framework == "flax":
-        arrays = given if flax_layout else flat_layout_inputs(given)
-        made = _dump_flax(module, arrays, train, weights, other, loss, flax_call, layer_map, optimizer, steps)
+        usual = given if flax_layout else flat_layout_inputs(given)
+        made = _dump_flax(
+            module, called.flax or usual, train, weights, other, loss, flax_call, layer_map, optimizer, steps
+        )
     else:
         allowed = "a torch.nn.Module, flax.linen.Module or flax.nnx.Module"
         raise TypeError(f"module is {type(module).__name__}; allowed: {allowed}")
     made.name = str(path)
-    made.details["inputs"] = None if flax_layout else [about(a) for a in given]
+    made.details["inputs"] = None if flax_layout else [about(a) for a in given.arrays()]
     dump_file.save(made, path)
     return made
 

@@ -12,15 +12,15 @@ if TYPE_CHECKING:  # `parity.testing` is imported before it is known that a test
 
     import torch
     from flax import linen, nnx
-    from numpy.typing import NDArray
 
 
 class CheckOptions(TypedDict, total=False):
     """The named arguments of `parity.check`, which documents them; all may be left out."""
 
+    keywords: Mapping[str, Any] | None
     train: bool
     variables: Any
-    flax_inputs: Sequence[NDArray[Any]] | None
+    flax_inputs: Sequence[Any] | Mapping[str, Any] | None
     flax_call: Callable[..., Any] | None
     layer_map: Mapping[str, str] | None
     loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None
@@ -31,8 +31,8 @@ class CheckOptions(TypedDict, total=False):
 def assert_parity(
     torch_module: torch.nn.Module,
     flax_module: linen.Module | nnx.Module,
-    inputs: NDArray[Any] | Sequence[NDArray[Any]],
-    *more_inputs: NDArray[Any],
+    inputs: Any = (),
+    *more_inputs: Any,
     **options: Unpack[CheckOptions],
 ) -> Report:
     """Fail the test that calls this, unless the two modules are the same network.
@@ -40,9 +40,10 @@ def assert_parity(
     Args:
       torch_module: any module.
       flax_module: a linen module or an `nnx.Module`.
-      inputs: a numpy array in PyTorch's layout, or a sequence of them.
-      *more_inputs: further arrays, where the module takes several.
-      **options: of `parity.check`: train, variables, flax_inputs, flax_call, layer_map, loss, steps, optimizers.
+      inputs: a numpy array in PyTorch's layout, or a sequence of inputs, see `parity.check`.
+      *more_inputs: further ones, where the module takes several.
+      **options: of `parity.check`: keywords, train, variables, flax_inputs, flax_call, layer_map, loss, steps,
+        optimizers.
 
     Returns:
       The report, whose notes may be of interest.

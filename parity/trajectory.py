@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from parity.evidence.guessed import settle
 from parity.pairing.layers import Pairing
 from parity.pairing.translation import flat_layout_inputs
+from parity.records.inputs import Calls, Inputs, calls
 from parity.records.side import Snapshot
 from parity.records.structure import UNSEEN
 from parity.sides import jax as flax_side
@@ -40,7 +41,7 @@ __all__ = ["OPTIMIZERS", "PairedOptimizer", "Trajectory", "lockstep"]
 
 
 Batch = tuple[Any, NDArray]
-"""(input or tuple of inputs, target), numpy, in PyTorch's layout."""
+"""(input, tuple of inputs or dict of keywords; target), numpy, in PyTorch's layout."""
 
 
 def lockstep(
@@ -53,6 +54,8 @@ def lockstep(
     steps: int = 50,
     dtype: str = "float32",
     loss: tuple[Callable, Callable] | None = None,
+    flax_inputs: Sequence[Sequence[Any] | Mapping[str, Any]] | None = None,
+    flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Trajectory:
@@ -61,13 +64,16 @@ def lockstep(
     Args:
       torch_module: a PyTorch module; it is copied.
       flax_module: a linen or NNX module that should be the same network.
-      batches: (input, target) in PyTorch's layout, over and over if there are fewer than `steps`. Floating inputs of
-        rank 3 and more go to Flax channels last.
+      batches: (input, target) in PyTorch's layout, over and over if there are fewer than `steps`; for input also a
+        tuple of inputs, or a dict of keywords, see `parity.check`. Floating ones of rank 3 and more go to Flax
+        channels last.
       optimizer: a name of `OPTIMIZERS`, or a `PairedOptimizer`.
       lr: learning rate, > 0.
       steps: >= 1.
       dtype: "float32" or "float64", of the two sides; a referee is always float64.
       loss: (torch_loss, jax_loss), each of (output, target); None is the mean cross-entropy with integer targets.
+      flax_inputs: for each batch, what Flax is called with instead, in its layout.
+      flax_call: see `parity.check`.
       layer_map: see `weights.to_flax`.
       progress: called with the number of steps done.
 
@@ -78,15 +84,13 @@ def lockstep(
       ValueError: an argument out of range, or a parameter that only one side has.
     """
     _check(steps, lr, dtype)
-    rule, given = paired(optimizer), [_split(batch) for batch in batches]
-    if not given:
-        raise ValueError("batches is empty; allowed: at least one (input, target)")
+    rule, given = paired(optimizer), _split(batches, flax_inputs, flax_call)
     losses = loss or (torch_cross_entropy, flax_cross_entropy)
     with flax_side.environment(float64=True):
-        pairing, notes = _pair(torch_module, flax_module, given[0][0], layer_map)
-        runs = _Runs(torch_module, flax_module, pairing, rule, lr, losses, dtype)
-        batch = _cast(given[0], "float64")
-        fixed = find(partial(runs.torch, "float64"), *batch)
+        called, target = given[0]
+        pairing, notes = _pair(torch_module, flax_module, called, layer_map)
+        runs = _Runs(torch_module, flax_module, flax_call, pairing, rule, lr, losses, dtype)
+        fixed = find(partial(runs.torch, "float64"), _cast(_inputs(called), "float64"), _cast_array(target, "float64"))
         trajectory = Trajectory(
             optimizer if isinstance(optimizer, str) else "custom", lr, dtype, gauges=sorted(fixed.masks), notes=notes
         )
@@ -95,13 +99,14 @@ def lockstep(
         verdict = Verdict(trajectory)
         initial = {n: p.detach().cpu().numpy() for n, p in torch_module.named_parameters()}
         parameters = dict.fromkeys(every, initial)
-        for number, raw in enumerate(itertools.islice(itertools.cycle(given), steps), 1):
-            # Float64 is given what the side's own dtype holds, so that both see the same images.
-            cast = _cast(raw, dtype)
+        for number, (called, target) in enumerate(itertools.islice(itertools.cycle(given), steps), 1):
             seen, values = {}, {}
             for name, run in every.items():
                 views[name].before_step(parameters[name])
-                values[name] = run.step(*_cast(cast, "float64" if "64" in name else dtype))
+                inputs = _inputs(called, is_flax=isinstance(run, FlaxRun))
+                # Float64 is given what the side's own dtype holds, so that both see the same images.
+                held, own = (_cast(inputs, dtype), _cast_array(target, dtype)), "float64" if "64" in name else dtype
+                values[name] = run.step(_cast(held[0], own), _cast_array(held[1], own))
                 snapshot = runs.snapshot(run)
                 parameters[name] = snapshot["parameters"]
                 seen[name] = views[name](snapshot)
@@ -120,25 +125,43 @@ def _check(steps: int, lr: float, dtype: str) -> None:
         raise ValueError(f"dtype is {dtype!r}; allowed: 'float32', 'float64'")
 
 
-def _split(batch: Batch) -> tuple[list[NDArray], NDArray]:
-    inputs, target = batch
-    return [np.asarray(a) for a in (inputs if isinstance(inputs, tuple | list) else [inputs])], np.asarray(target)
+def _split(
+    batches: Iterable[Batch], flax_inputs: Sequence[Any] | None, flax_call: Callable | None
+) -> list[tuple[Calls, NDArray]]:
+    found, others = [*batches], None if flax_inputs is None else [*flax_inputs]
+    if not found:
+        raise ValueError("batches is empty; allowed: at least one (input, target)")
+    if others is not None and len(others) != len(found):
+        raise ValueError(f"flax_inputs is {len(others)} batches; allowed: {len(found)}, as many as batches")
+
+    def every(inputs: Any) -> Any:
+        return inputs if isinstance(inputs, tuple | list | Mapping) else [inputs]
+
+    return [
+        (calls(every(inputs), None, None if others is None else every(others[i]), flax_call), np.asarray(target))
+        for i, (inputs, target) in enumerate(found)
+    ]
 
 
-def _cast(batch: tuple[Sequence[NDArray], NDArray], dtype: str) -> tuple[list[NDArray], NDArray]:
+def _inputs(called: Calls, *, is_flax: bool = False) -> Inputs:
+    torch = called.torch or Inputs()
+    return torch if not is_flax else called.flax or flat_layout_inputs(torch)
+
+
+def _cast(inputs: Inputs, dtype: str) -> Inputs:
+    return inputs.mapped(partial(_cast_array, dtype=dtype))
+
+
+def _cast_array(a: NDArray, dtype: str) -> NDArray:
     """Floating inputs and targets in that dtype, whole-number targets as PyTorch wants them."""
-
-    def cast(a: NDArray) -> NDArray:
-        return a.astype(dtype) if a.dtype.kind == "f" else a.astype(np.int64) if a.dtype.kind in "iu" else a
-
-    return [cast(a) for a in batch[0]], cast(batch[1])
+    return a.astype(dtype) if a.dtype.kind == "f" else a.astype(np.int64) if a.dtype.kind in "iu" else a
 
 
-def _pair(torch_module: torch.nn.Module, flax_module: Any, inputs, layer_map) -> tuple[Pairing, list[str]]:
+def _pair(torch_module: torch.nn.Module, flax_module: Any, called: Calls, layer_map) -> tuple[Pairing, list[str]]:
     """The pairing, and what could not be seen."""
     module = torch_layers.unwrapped(torch_module)[0]
     torch_ = torch_layers.of_module(module)
-    found, flax = settle(module, torch_, flax_module, list(inputs), None, layer_map)
+    found, flax = settle(module, torch_, flax_module, called, layer_map)
     left = [name for side in found.left() for name in side]
     if left:
         raise ValueError(f"{', '.join(left)} has no counterpart; allowed: modules with the same parameters")
@@ -148,10 +171,12 @@ def _pair(torch_module: torch.nn.Module, flax_module: Any, inputs, layer_map) ->
 class _Runs:
     """Makes the runs of both sides, all from the same weights."""
 
-    def __init__(self, torch_module, flax_module, pairing: Pairing, rule: PairedOptimizer, lr, losses, dtype) -> None:
+    def __init__(
+        self, torch_module, flax_module, flax_call, pairing: Pairing, rule: PairedOptimizer, lr, losses, dtype
+    ) -> None:
         self.module, self.pairing, self.rule, self.lr = torch_layers.unwrapped(torch_module)[0], pairing, rule, lr
         self.losses, self.dtype, self.names = losses, dtype, {name for name, _, _ in pairing.tensors()}
-        self.side, self.transform = flax_side.side_of(flax_module), rule.optax(lr)
+        self.side, self.transform = flax_side.side_of(flax_module, flax_call), rule.optax(lr)
         self.flax_take_step = flax_step(self.side, self.transform, losses[1])
         # Both precisions begin with the weights as `dtype` holds them.
         self.module = torch_side.lifted(self.module, float64=False).cpu()
@@ -172,7 +197,6 @@ class _Runs:
             self.flax_take_step,
             dtype=dtype,
             fields=self.rule.state,
-            arrange=flat_layout_inputs,
             nudge=nudge,
         )
 

@@ -7,7 +7,7 @@ Which layer is which is found by `pairing/alignment.py`, which tensor of it is w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from parity.pairing import problems as misfits
 from parity.pairing.layers import Pairing
 from parity.pairing.layouts import OIHW, OUT_IN, SAME, Layout, behind_flatten
 from parity.pairing.rules import register
+from parity.records.inputs import calls
 from parity.records.structure import UNSEEN, Structure
 from parity.sides.jax import layers as flax_layers
 from parity.sides.jax import variables as flax_variables
@@ -61,8 +62,10 @@ def to_flax(
     torch_module_or_state_dict: torch.nn.Module | Mapping[str, Any],
     flax_module: nn.Module | nnx.Module,
     *,
-    inputs: Sequence[NDArray[Any]] | None = None,
-    flax_inputs: Sequence[NDArray[Any]] | None = None,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    keywords: Mapping[str, Any] | None = None,
+    flax_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
     torch_module: torch.nn.Module | None = None,
 ) -> Any:
@@ -76,9 +79,11 @@ def to_flax(
       torch_module_or_state_dict: what to carry. Prefixes of `torch.compile` and `DistributedDataParallel` are taken
         off. `num_batches_tracked` is carried where Flax has a place for it (momentum None).
       flax_module: a linen module, or an NNX module; neither is changed.
-      inputs: numpy arrays that the modules take, in PyTorch's layout; floating ones of rank 3 and more are given to
-        Flax channels last. Only their shapes and dtypes count.
-      flax_inputs: the same in Flax's layout, where that is another.
+      inputs: what the modules take, in PyTorch's layout, see `parity.check`: a sequence of arguments, or a dict of
+        keywords. Of arrays only shapes and dtypes count.
+      keywords: further arguments by name.
+      flax_inputs: what Flax is called with instead, in its layout; likewise.
+      flax_call: see `parity.check`.
       layer_map: {PyTorch's dotted name: Flax's path "a/b"} of layers that are paired otherwise than by themselves.
       torch_module: whose state_dict it is. A state_dict alone tells layers and their order by its names only.
 
@@ -96,13 +101,14 @@ def to_flax(
       ParityWarning: a tensor holds NaN or infinity, or it could not be seen what stands behind a flatten.
     """
     source = torch_module_or_state_dict
-    flax_variables.check_module(flax_module)
+    called = calls(inputs, keywords, flax_inputs, flax_call)
+    flax_module = flax_variables.checked_module(flax_module)
     state, prefix = torch_state.state_of(source)
     arrays = {name: torch_state.to_numpy(v) for name, v in state.items()}
     whose = source if is_torch_module(source) else torch_module
     given = torch_state.structure_of(whose, {name: a.shape for name, a in arrays.items()})
     module = torch_layers.unwrapped(whose)[0] if is_torch_module(whose) else None
-    found, flax = settle(module, given, flax_module, inputs, flax_inputs, layer_map)
+    found, flax = settle(module, given, flax_module, called, layer_map)
     if module is not None:
         _check_single_layers(found, given, flax, module, flax_module)
     problems = [
@@ -130,8 +136,10 @@ def to_torch(
     torch_module: torch.nn.Module,
     *,
     flax_module: nn.Module | nnx.Module | None = None,
-    inputs: Sequence[NDArray[Any]] | None = None,
-    flax_inputs: Sequence[NDArray[Any]] | None = None,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    keywords: Mapping[str, Any] | None = None,
+    flax_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Flax's variables as a state_dict for a PyTorch module, ready for `load_state_dict`.
@@ -143,7 +151,9 @@ def to_torch(
         variables, and where JAX has sorted these, that of the numbers in their names; what is flattened is taken to
         be channels last, and `transpose_kernel` to be False.
       inputs: see `to_flax`.
+      keywords: see `to_flax`.
       flax_inputs: see `to_flax`.
+      flax_call: see `parity.check`.
       layer_map: see `to_flax`.
 
     Returns:
@@ -158,20 +168,21 @@ def to_torch(
     Warns:
       ParityWarning: an array holds NaN or infinity, or it could not be seen what stands behind a flatten.
     """
+    called = calls(inputs, keywords, flax_inputs, flax_call)
     variables, holder = flax_variables.opened(variables)
     flax_module = holder if flax_module is None else flax_module
     if not is_torch_module(torch_module):
         raise TypeError(f"torch_module is {type(torch_module).__name__}; allowed: a torch.nn.Module")
     if flax_module is not None:
-        flax_variables.check_module(flax_module)
+        flax_module = flax_variables.checked_module(flax_module)
     arrays = flax_variables.carried(variables)
     module, prefix = torch_layers.unwrapped(torch_module)
     target = torch_layers.of_module(module)
     given = flax_layers.of_variables({name: a.shape for name, a in arrays.items()})
     if flax_module is None:
-        found = settle_torch(module, target, given, inputs, flax_inputs, layer_map)
+        found = settle_torch(module, target, given, called, layer_map)
     else:
-        found, given = settle(module, target, flax_module, inputs, flax_inputs, layer_map)
+        found, given = settle(module, target, flax_module, called, layer_map)
     problems = misfits.wrong(found, target, given, arrays, to="torch")
     expected = {full for layer in given.layers for full in layer.tensors.values()} | set(given.counters.values())
     left = [*found.left()[1], *(name for name in arrays if name not in expected)]

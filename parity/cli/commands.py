@@ -13,7 +13,7 @@ import tyro
 from numpy.typing import NDArray
 
 from bn_common.checks import require
-from parity.cli.named_objects import check_name, module_of, object_of, pair_of, taken
+from parity.cli.named_objects import check_name, module_of, object_of, pair_of, read_arrays, taken
 
 if TYPE_CHECKING:
     from parity.report import Report
@@ -30,6 +30,12 @@ class _Inputs:
     """A .npz or .npy file of arrays in PyTorch's layout, in the order in which the network takes them."""
     shape: tuple[str, ...] = ()
     """Instead of --inputs: the shape of each input in PyTorch's layout, such as 8,3,32,32; filled with N(0, 1)."""
+    keywords: Path | None = None
+    """A .npz file of what the network takes by name: its names are those of the arguments."""
+    flax_inputs: Path | None = None
+    """What Flax is called with instead, in its layout: a .npy file, or a .npz file in the order of the arguments."""
+    flax_call: str | None = None
+    """package.module:name or file.py:name of flax_call(module, variables, *inputs, train, **keywords)."""
     seed: int = 0
     """Of the numbers that --shape is filled with, >= 0."""
     eval: Annotated[bool, Flag] = False
@@ -39,9 +45,13 @@ class _Inputs:
         require(self.seed >= 0, "--seed", self.seed, "an integer >= 0")
         both = self.inputs is not None and bool(self.shape)
         require(not both, "--inputs", f"{self.inputs} with --shape {' '.join(self.shape)}", "one of the two")
-        if self.inputs is not None:
-            fine = self.inputs.suffix in (".npz", ".npy") and self.inputs.is_file()
-            require(fine, "--inputs", self.inputs, "a .npz or .npy file")
+        for name, path in (("--inputs", self.inputs), ("--flax-inputs", self.flax_inputs)):
+            fine = path is None or (path.suffix in (".npz", ".npy") and path.is_file())
+            require(fine, name, path, "a .npz or .npy file")
+        fine = self.keywords is None or (self.keywords.suffix == ".npz" and self.keywords.is_file())
+        require(fine, "--keywords", self.keywords, "a .npz file")
+        if self.flax_call is not None:
+            check_name("--flax-call", self.flax_call)
         for shape in self.shape:
             fine = all(part.isdigit() and int(part) > 0 for part in shape.split(","))
             require(fine, "--shape", shape, "positive integers with commas between, such as 8,3,32,32")
@@ -52,11 +62,20 @@ class _Inputs:
             rng = np.random.default_rng(self.seed)
             shapes = [tuple(map(int, shape.split(","))) for shape in self.shape]
             return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
-        try:
-            loaded = np.load(self.inputs)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--inputs is {self.inputs}, which can't be read ({error}); allowed: numbers") from None
-        return [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in loaded.files]
+        return list(read_arrays("--inputs", self.inputs).values())
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there is something to call the network with."""
+        return bool(self.inputs or self.shape or self.keywords)
+
+    def options(self) -> dict[str, Any]:
+        """How else both sides are called, where that is said: what `parity.check` takes beside the inputs."""
+        named = None if self.keywords is None else read_arrays("--keywords", self.keywords)
+        flax = None if self.flax_inputs is None else [*read_arrays("--flax-inputs", self.flax_inputs).values()]
+        call = None if self.flax_call is None else object_of("--flax-call", self.flax_call)
+        every = {"keywords": named, "flax_inputs": flax, "flax_call": call}
+        return {name: value for name, value in every.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +124,7 @@ class _Pair:
             check_name("--loss", self.loss)
         for name, value in (("torch", self.torch), ("flax", self.flax)):
             check_name(name, value)
-        require(bool(self.given.inputs or self.given.shape), "--inputs", "not given", "--inputs FILE or --shape SIZES")
+        require(self.given.are_given, "--inputs", "not given", "--inputs FILE or --shape SIZES")
         layer_map(self.map)
 
     def modules(self) -> tuple[Any, Any]:
@@ -149,6 +168,7 @@ class Check(_Pair):
                 torch_module,
                 flax_module,
                 *given,
+                **self.given.options(),
                 train=not self.given.eval,
                 variables=variables,
                 layer_map=layer_map(self.map) or None,
@@ -171,7 +191,7 @@ class Trace(_Pair):
         loss = pair_of("--loss", self.loss)
         with taken("both modules", given):
             options: dict[str, Any] = {"train": not self.given.eval, "layer_map": layer_map(self.map), "loss": loss}
-            report = trace(torch_module, flax_module, *given, **options)
+            report = trace(torch_module, flax_module, *given, **self.given.options(), **options)
         return self.output.finish(report)
 
 
@@ -207,7 +227,7 @@ class Dump:
         require(not self.steps or self.optimizer is not None, "--optimizer", None, "a name, where --steps > 0")
         if self.loss is not None:
             check_name("--loss", self.loss)
-        require(bool(self.given.inputs or self.given.shape), "--inputs", "not given", "--inputs FILE or --shape SIZES")
+        require(self.given.are_given, "--inputs", "not given", "--inputs FILE or --shape SIZES")
         require(self.out.absolute().parent.is_dir(), "--out", self.out, "a name in a folder that is there")
         if self.weights is not None:
             from parity.records.dump_file import is_dump
@@ -227,6 +247,7 @@ class Dump:
                 module,
                 given,
                 self.out,
+                **self.given.options(),
                 train=not self.given.eval,
                 weights=self.weights,
                 flax_layout=self.flax,
@@ -261,6 +282,9 @@ class Compare:
         return self.output.finish(compare(self.first, self.second, layer_map=layer_map(self.map)))
 
 
+CALLED = "keywords", "flax_inputs", "flax_call"
+
+
 @dataclasses.dataclass(frozen=True)
 class Convert:
     """Carry weights in a file from PyTorch to Flax, or back: the names in it say which."""
@@ -275,6 +299,12 @@ class Convert:
     """Flax's module, in the same way."""
     inputs: tuple[Path, ...] = ()
     """.npy files of inputs in PyTorch's layout, for networks whose inputs can't be guessed; only their shapes count."""
+    keywords: Path | None = None
+    """A .npz file of what the networks take by name: its names are those of the arguments."""
+    flax_inputs: tuple[Path, ...] = ()
+    """.npy files of what Flax is called with instead, in its layout."""
+    flax_call: str | None = None
+    """package.module:name or file.py:name of flax_call(module, variables, *inputs, train, **keywords)."""
     map: tuple[str, ...] = ()
     """Layers that are not paired rightly by order and kind, such as conv.0=Conv_0."""
 
@@ -294,6 +324,7 @@ class Convert:
             flax_module=self.flax_module,
             inputs=self.inputs,
             layer_map=self.map,
+            **{name: value for name in CALLED if (value := getattr(self, name))},
         )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from parity.cli.named_objects import module_of, object_of, read_arrays
 from parity.sides import weight_files
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ def convert(
     torch_module: str,
     flax_module: str,
     inputs: tuple[Path, ...] = (),
+    keywords: Path | None = None,
+    flax_inputs: tuple[Path, ...] = (),
+    flax_call: str | None = None,
     layer_map: tuple[str, ...] = (),
 ) -> int:
     """Carry weights from PyTorch to Flax, or from Flax to PyTorch: the names in the source say which.
@@ -36,6 +39,9 @@ def convert(
       torch_module: "package.module:factory", called without arguments, or a module object; imported from here.
       flax_module: the same for the Flax module, linen or NNX.
       inputs: .npy files of inputs, in PyTorch's layout, for networks whose inputs can't be guessed; only shapes count.
+      keywords: a .npz file of what the networks take by name: its names are those of the arguments.
+      flax_inputs: .npy files of what Flax is called with instead, in its layout.
+      flax_call: "package.module:name" of a function, see `parity.check`.
       layer_map: "torch.layer=Flax/path" of layers that are paired otherwise than by themselves.
 
     Returns:
@@ -45,7 +51,8 @@ def convert(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            lines = _convert(source, target, torch_module, flax_module, inputs, layer_map)
+            options = {"layer_map": _layer_map(layer_map)} | _called(inputs, keywords, flax_inputs, flax_call)
+            lines = _convert(source, target, torch_module, flax_module, options)
     except (ValueError, TypeError) as error:
         sys.stderr.write(f"python -m parity convert: error: {error}\n")
         return 2
@@ -62,16 +69,10 @@ def _convert(
     target: Path,
     torch_module: str,
     flax_module: str,
-    inputs: Sequence[Path],
-    layer_map: Sequence[str],
+    options: dict[str, Any],
 ) -> list[str]:
     given = weight_files.load(source)
-    from parity.cli.named_objects import module_of
-
     torch_made, flax_made = module_of("--torch-module", torch_module), module_of("--flax-module", flax_module)
-    options: dict[str, Any] = {"layer_map": _layer_map(layer_map)}
-    if inputs:
-        options["inputs"] = [_input(path) for path in inputs]
     from parity import weights
 
     if given.framework == "torch":
@@ -95,11 +96,20 @@ def _torch_tensors(tensors: dict[str, NDArray]) -> dict[str, Any]:
     return {name: weights.as_tensor(a) for name, a in tensors.items()}
 
 
-def _input(path: Path) -> NDArray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--inputs is {path}, which can't be read ({error}); allowed: .npy files") from error
+def _called(
+    inputs: Sequence[Path], keywords: Path | None, flax_inputs: Sequence[Path], flax_call: str | None
+) -> dict[str, Any]:
+    """The options of `to_flax` and `to_torch` that say how both sides are called."""
+
+    def every(name: str, paths: Sequence[Path]) -> list[NDArray] | None:
+        return [a for path in paths for a in read_arrays(name, path).values()] or None
+
+    return {
+        "inputs": every("--inputs", inputs),
+        "keywords": None if keywords is None else read_arrays("--keywords", keywords),
+        "flax_inputs": every("--flax-inputs", flax_inputs),
+        "flax_call": None if flax_call is None else object_of("--flax-call", flax_call),
+    }
 
 
 def _layer_map(entries: Sequence[str]) -> dict[str, str]:

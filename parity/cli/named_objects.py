@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from bn_common.checks import require
@@ -103,6 +104,19 @@ def _made(option: str, name: str, factory: Any) -> Any:
         if isinstance(factory, type):  # an NNX class wants its rngs
             allowed += f"; {factory.__name__} by a function without arguments: lambda: {factory.__name__}(...)"
         raise ValueError(f"{option} is {name!r}, which fails: {told(error)}; allowed: {allowed}") from error
+
+
+def read_arrays(option: str, path: Path) -> dict[str, NDArray]:
+    """The arrays of a .npz file by name, in their order; of a .npy file the one.
+
+    Raises:
+      ValueError: it can't be read.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option} is {path}, which can't be read ({error}); allowed: .npy or .npz files") from error
 
 
 @contextlib.contextmanager

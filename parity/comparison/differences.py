@@ -193,16 +193,6 @@ def _parameters(translation, flax, pair: LayerPair, call: Call, dy: NDArray, lar
     return found
 
 
-def check_inputs(inputs: Sequence[NDArray], name: str = "inputs") -> None:
-    """ValueError where there is no number in any of the inputs."""
-    shapes = [np.shape(a) for a in inputs]
-    if shapes and not any(np.prod(shape) for shape in shapes):
-        raise ValueError(
-            f"{name} are empty, of shape {', '.join(map(str, shapes))}: nothing would be compared; allowed: an example "
-            "or more"
-        )
-
-
 Projections = Callable[[Sequence[Any]], list[NDArray]]
 Tensors = Mapping[str, NDArray]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
 
 from parity.pairing.flattening import reorder_behind_flattens
 from parity.pairing.guesses import given_guesses, guesses
 from parity.pairing.layers import Pairing, pair
+from parity.records.inputs import Calls
 from parity.records.recording import Layer
 from parity.records.structure import Flattened, Guess, Structure
 from parity.sides import jax as flax_side
@@ -43,17 +42,16 @@ def settle(
     module: torch.nn.Module | None,
     torch_: Structure,
     flax_module: linen.Module | nnx.Module,
-    inputs: Sequence[NDArray] | None,
-    flax_inputs: Sequence[NDArray] | None,
+    called: Calls,
     layer_map: Mapping[str, str] | None,
 ) -> tuple[Pairing, Structure]:
     """The pairing on the first inputs that both modules take and on which all shapes fit; else the closest."""
-    side = flax_side.side_of(flax_module)
+    side = flax_side.side_of(flax_module, called.flax_call)
     runner = None if module is None else torch_layers.Runner(module, torch_)
     best: tuple[int, Pairing, Structure, Guess] | None = None
     error: Exception | None = None
     original = list(torch_.layers)
-    for guess in itertools.islice(_candidates(runner, torch_, flax_module, inputs, flax_inputs), MOST_ATTEMPTS):
+    for guess in itertools.islice(_candidates(runner, torch_, flax_module, called), MOST_ATTEMPTS):
         try:
             flax = flax_layers.of_module(side, guess)
         except Exception as refused:  # whatever a stranger's module raises
@@ -73,9 +71,10 @@ def settle(
         if defined is not None:
             _suppose_flattened(torch_)
             return _paired(torch_, defined, layer_map), defined
+        suggested = "PyTorch's first layer suggests" if called.torch is None else "are given"
         raise ValueError(
-            "flax_module takes none of the inputs that PyTorch's first layer suggests; allowed: inputs=[...], numpy "
-            f"arrays in PyTorch's layout that it does take. It says: {type(error).__name__}: {error}"
+            f"flax_module takes none of the inputs that {suggested}; allowed: inputs=[...], numpy arrays in PyTorch's "
+            f"layout that it does take, or flax_inputs, or flax_call. It says: {type(error).__name__}: {error}"
         ) from error
     _, found, flax, guess = best
     run = None if runner is None else runner.run(guess)
@@ -95,13 +94,13 @@ def settle_torch(
     module: torch.nn.Module,
     torch_: Structure,
     flax: Structure,
-    inputs: Sequence[NDArray] | None,
-    flax_inputs: Sequence[NDArray] | None,
+    called: Calls,
     layer_map: Mapping[str, str] | None,
 ) -> Pairing:
     """The pairing with variables whose module is not known."""
     runner = torch_layers.Runner(module, torch_)
-    every = given_guesses(inputs, flax_inputs) if inputs is not None else guesses(torch_.layers, torch_.shapes)
+    torch_call = called.torch
+    every = guesses(torch_.layers, torch_.shapes) if torch_call is None else given_guesses(torch_call, called.flax)
     ran = next(((guess, run) for guess in every if (run := runner.run(guess)) is not None), None)
     if ran is None:
         _suppose_flattened(torch_)
@@ -116,11 +115,10 @@ def _candidates(
     runner: torch_layers.Runner | None,
     torch_: Structure,
     flax_module: Any,
-    inputs: Sequence[NDArray] | None,
-    flax_inputs: Sequence[NDArray] | None,
+    called: Calls,
 ) -> Iterable[Guess]:
-    if inputs is not None:
-        return given_guesses(inputs, flax_inputs)
+    if called.torch is not None:
+        return given_guesses(called.torch, called.flax)
     groups = getattr(flax_module, "feature_group_count", 1)
     every = list(guesses(torch_.layers, torch_.shapes, groups if isinstance(groups, int) else 1))
     if runner is None:

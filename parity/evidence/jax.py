@@ -18,6 +18,7 @@ from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.answers import ProbeError
 from parity.records.evidence import Evidence, Noise
+from parity.records.inputs import Inputs
 from parity.records.recording import NETWORK, Recording
 from parity.records.structure import of_layers, of_recording
 from parity.sides import jax as flax_side
@@ -29,7 +30,7 @@ class FlaxRuns:
 
     Args:
       module: a linen module or an `nnx.Module`; it stays as it is.
-      inputs: in Flax's layout.
+      inputs: in Flax's layout; a sequence is one of arguments.
       train: train or eval mode.
       loss: of the output; None: the default one.
       flax_call: see `parity.check`.
@@ -38,13 +39,13 @@ class FlaxRuns:
     def __init__(
         self,
         module: Any,
-        inputs: Sequence[NDArray],
+        inputs: Inputs | Sequence[Any],
         *,
         train: bool,
         loss: Callable | None,
         flax_call: Callable | None = None,
     ) -> None:
-        self.module, self.inputs, self.train, self.loss = module, list(inputs), train, loss
+        self.module, self.inputs, self.train, self.loss = module, Inputs.of(inputs), train, loss
         self.side = flax_side.side_of(module, flax_call)
         self.layers, self.shapes = flax_side.structure(self.side, self.inputs, train=train)
         self.variables: dict[str, Any] = {}
@@ -67,7 +68,7 @@ class FlaxRuns:
             self.side,
             self.layers,
             nudged_variables(self.variables, step) if step else variables or self.variables,
-            nudged(self.inputs, step) if step else self.inputs,
+            self.inputs.filled(nudged(self.inputs.arrays(), step)) if step else self.inputs,
             train=self.train,
             float64=float64,
             loss=self._loss(),
@@ -115,7 +116,7 @@ class FlaxRuns:
 
     def take(self, weights: str | Path | None, other: Evidence | None) -> None:
         """The module's own variables; with those of a file or a dump of Flax's, if given."""
-        self.variables = dict(self._initial)
+        self.variables = {**self._initial, **flax_side.own_variables(self.module)}
         if other is not None:
             self.variables |= _checked(other.free.tensors, self.shapes, str(weights))
         elif weights is not None:

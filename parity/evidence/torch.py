@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.rounding import STEP, noise_of, nudged
@@ -16,6 +15,7 @@ from parity.pairing.translation import flat_layout_inputs, translated
 from parity.records.answers import ProbeError
 from parity.records.distance import error_of
 from parity.records.evidence import Evidence, Noise
+from parity.records.inputs import Inputs
 from parity.records.recording import Recording
 from parity.sides import torch as torch_side
 from parity.sides.weight_files import read_weights
@@ -28,19 +28,19 @@ class TorchRuns:
 
     Args:
       module: any module; it stays as it is.
-      inputs: in PyTorch's layout.
+      inputs: in PyTorch's layout; a sequence is one of arguments.
       train: train or eval mode.
       loss: of the output; None: the default one.
     """
 
-    def __init__(self, module: Any, inputs: Sequence[NDArray], *, train: bool, loss: Callable | None) -> None:
+    def __init__(self, module: Any, inputs: Inputs | Sequence[Any], *, train: bool, loss: Callable | None) -> None:
         self.module, self.train, self.loss = module, train, loss
         self.own = module  # in its own dtype
-        self.inputs = [np.asarray(a) for a in inputs]
+        self.inputs = Inputs.of(inputs)
 
     def run(self, *, float64: bool = True, step: float = 0.0) -> Recording:
         """A run on its own; inputs and parameters nudged by `step`."""
-        inputs = nudged(self.inputs, step) if step else self.inputs
+        inputs = self.inputs.filled(nudged(self.inputs.arrays(), step)) if step else self.inputs
         module = self.module if float64 else self.own
         return torch_side.record(module, inputs, train=self.train, float64=float64, loss=self.loss, nudge=step)
 
@@ -57,13 +57,18 @@ class TorchRuns:
                 raise own.failure.cause
         return found
 
-    def inputs_for_flax(self, free: Recording, given: Sequence[NDArray] | None) -> list[NDArray]:
+    def inputs_for_flax(self, free: Recording, given: Inputs | None) -> Inputs:
         """The inputs in Flax's layout; or those given in it, but for float32's rounding, which float64 would show."""
         usual = flat_layout_inputs(self.inputs, free)
         if given is None:
             return usual
-        arrays = [np.asarray(a) for a in given]
-        return [b if _nearly(a, b) else a for a, b in zip(arrays, usual, strict=True)]
+        usual_arrays = usual.arrays()
+
+        def exact(i: int, a: NDArray) -> NDArray:
+            """By place first: what goes by keywords may stand elsewhere."""
+            return next((b for b in (*usual_arrays[i : i + 1], *usual_arrays) if _nearly(a, b)), a)
+
+        return given.filled([exact(i, a) for i, a in enumerate(given.arrays())])
 
     def add_optimizer(self, evidence: Evidence, factory: Callable) -> None:
         """What the optimiser answers by itself."""

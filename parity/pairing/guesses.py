@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.records import kinds
+from parity.records.inputs import Inputs
 from parity.records.kinds import Shape
 from parity.records.recording import Layer
 from parity.records.structure import Guess
@@ -23,13 +24,13 @@ BATCH = 2
 def image_guess(batch: Shape) -> Guess:
     """A floating input [N, C, *spatial] in PyTorch's layout."""
     x = np.full(batch, 0.5, np.float32)
-    return Guess((x,), (np.moveaxis(x, 1, -1),))
+    return Guess(Inputs((x,)), Inputs((np.moveaxis(x, 1, -1),)))
 
 
 def plain_guess(shape: Shape, copies: int = 1, dtype: type = np.float32) -> Guess:
     """An input whose axes have the same order on both sides."""
     x: NDArray = np.full(shape, 0.5 if dtype is np.float32 else 0, dtype)
-    return Guess((x,) * copies, (x,) * copies)
+    return Guess(Inputs((x,) * copies), Inputs((x,) * copies))
 
 
 def guesses(layers: Sequence[Layer], shapes: Mapping[str, Shape], groups: int = 1) -> Iterator[Guess]:
@@ -96,10 +97,9 @@ def _matrix_guesses(features: int, lengths: Sequence[int]) -> Iterator[Guess]:
     yield plain_guess((BATCH, 4, 4, features))
 
 
-def given_guesses(inputs: Sequence[NDArray], flax_inputs: Sequence[NDArray] | None) -> list[Guess]:
+def given_guesses(inputs: Inputs, flax_inputs: Inputs | None) -> list[Guess]:
     """Inputs that the caller gives; floating ones of rank 3 and more are channels last in Flax."""
-    torch = tuple(np.asarray(a) for a in inputs)
     if flax_inputs is not None:
-        return [Guess(torch, tuple(np.asarray(a) for a in flax_inputs))]
-    moved = tuple(np.moveaxis(a, 1, -1) if a.ndim >= 3 and a.dtype.kind == "f" else a for a in torch)
-    return [Guess(torch, moved), Guess(torch, torch)]
+        return [Guess(inputs, flax_inputs)]
+    moved = inputs.mapped(lambda a: np.moveaxis(a, 1, -1) if a.ndim >= 3 and a.dtype.kind == "f" else a)
+    return [Guess(inputs, moved), Guess(inputs, inputs)]

@@ -12,6 +12,7 @@ from parity.pairing.arrangements import SAME, SWAP, Arrangement, Slot, fitting, 
 from parity.pairing.layers import Pairing
 from parity.records import kinds
 from parity.records.distance import error_of
+from parity.records.inputs import Inputs
 from parity.records.recording import Call, Recording
 
 
@@ -143,7 +144,7 @@ def _correlation(a: NDArray, b: NDArray) -> float:
     return float(a @ b) / size if size else 0.0
 
 
-def flat_layout_inputs(inputs: Sequence[NDArray], torch: Recording | None = None) -> list[NDArray]:
+def flat_layout_inputs(inputs: Inputs, torch: Recording | None = None) -> Inputs:
     """The network's inputs in Flax's layout: floating arrays of rank 3 and more channels last.
 
     With PyTorch's recording, those that go straight into a layer that has its channels last in PyTorch too (linear,
@@ -154,7 +155,7 @@ def flat_layout_inputs(inputs: Sequence[NDArray], torch: Recording | None = None
     def stays(a: NDArray) -> bool:
         return any(x.shape == a.shape and error_of(x, a) <= 1e-6 for call in readers for x in call.inputs)
 
-    return [np.moveaxis(a, 1, -1) if a.dtype.kind == "f" and a.ndim >= 3 and not stays(a) else a for a in inputs]
+    return inputs.mapped(lambda a: np.moveaxis(a, 1, -1) if a.dtype.kind == "f" and a.ndim >= 3 and not stays(a) else a)
 
 
 def translated(torch: Recording, flax: Recording, pairing: Pairing) -> Translation:

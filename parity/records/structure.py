@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from parity.records.inputs import Inputs
 from parity.records.kinds import Shape
 from parity.records.recording import Layer, Recording
 
@@ -55,8 +55,8 @@ UNSEEN = "no run shows what stands behind a flatten; its weights are carried as 
 class Guess(NamedTuple):
     """Inputs that a module may take, in either layout."""
 
-    torch: tuple[NDArray, ...]
-    flax: tuple[NDArray, ...]
+    torch: Inputs
+    flax: Inputs
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:

@@ -17,9 +17,19 @@ def framework_of(module: Any) -> str | None:
     if flax is not None:
         from flax import linen, nnx
 
-        if isinstance(module, linen.Module | nnx.Module):
+        if isinstance(inner_module(module), linen.Module | nnx.Module):
             return "flax"
     return None
+
+
+def inner_module(module: Any) -> Any:
+    """The linen module within a FlaxPreTrainedModel of Hugging Face's, told by its attributes; else what was given."""
+    from flax import linen, nnx
+
+    is_own = isinstance(module, linen.Module | nnx.Module)
+    # By `dir`: params is a property, that raises where there are none yet.
+    is_wrapped = not is_own and {"module", "params", "config"} <= {*dir(module)}
+    return module.module if is_wrapped and isinstance(module.module, linen.Module) else module
 
 
 def is_torch_module(module: Any) -> TypeGuard[torch.nn.Module]:

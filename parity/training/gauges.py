@@ -5,12 +5,13 @@ Their true gradient is 0, their computed one rounding noise, out of which Adam m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.records.inputs import Inputs
 from parity.records.side import Snapshot
 
 # In float64 a sum that cancels leaves some 1e-16 of its terms; no gradient that trains anything is as small.
@@ -37,19 +38,19 @@ class Gauges(NamedTuple):
 class Run(Protocol):
     """A side in training, see `parity.sides.torch.train.TorchRun`."""
 
-    def step(self, inputs: Sequence[NDArray], *target: NDArray) -> float:
+    def step(self, inputs: Inputs, *target: NDArray) -> float:
         """One step; gives the loss before it."""
 
     def gradients(self) -> dict[str, NDArray]:
         """Of the last step."""
 
     def statistics_after(
-        self, inputs: Sequence[NDArray], name: str | None = None, shift: NDArray | float = 0.0
+        self, inputs: Inputs, name: str | None = None, shift: NDArray | float = 0.0
     ) -> dict[str, NDArray]:
         """The statistics that a run leaves, with one parameter shifted."""
 
 
-def find(make: Callable[..., Run], inputs: Sequence[NDArray], target: NDArray) -> Gauges:
+def find(make: Callable[..., Run], inputs: Inputs, target: NDArray) -> Gauges:
     """Finds the gauges of a network, on PyTorch's side and in float64.
 
     Args:
@@ -74,7 +75,7 @@ def find(make: Callable[..., Run], inputs: Sequence[NDArray], target: NDArray) -
     return Gauges(masks, _followers(make(), masks, inputs))
 
 
-def _followers(run: Run, masks: Mapping[str, NDArray], inputs: Sequence[NDArray]) -> list[Follower]:
+def _followers(run: Run, masks: Mapping[str, NDArray], inputs: Inputs) -> list[Follower]:
     """Moves each gauge, and looks which statistic moves along."""
     found = []
     before = run.statistics_after(inputs)

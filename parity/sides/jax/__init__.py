@@ -6,7 +6,7 @@ from parity.sides.jax.linen import LinenSide
 from parity.sides.jax.module import Side, default_loss, environment, flat, is_dropout, lifted, versions
 from parity.sides.jax.nnx import NnxSide, flat_variables, nnx_state
 from parity.sides.jax.record import record
-from parity.sides.jax.side import side_of
+from parity.sides.jax.side import own_variables, side_of
 from parity.sides.jax.train import flax_steps
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "layers_of",
     "lifted",
     "nnx_state",
+    "own_variables",
     "record",
     "side_of",
     "structure",

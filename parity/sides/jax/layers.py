@@ -17,6 +17,7 @@ from jax.extend.core import get_opaque_trace_state
 from numpy.typing import NDArray
 
 from parity.records import kinds
+from parity.records.inputs import Inputs
 from parity.records.kinds import Shape, class_names, kind_of
 from parity.records.marks import channel_counts, code, read_code
 from parity.records.recording import Failure, Layer
@@ -78,12 +79,13 @@ def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[s
     return layers
 
 
-def structure(side: Side, inputs: Sequence[NDArray], *, train: bool) -> tuple[dict[str, Layer], dict[str, Any]]:
+def structure(side: Side, inputs: Inputs | Sequence[Any], *, train: bool) -> tuple[dict[str, Layer], dict[str, Any]]:
     """The layers in the order of execution, and the variables' shapes and dtypes, without computing anything.
 
     Raises:
       Exception: whatever the module raises on these inputs.
     """
+    inputs = Inputs.of(inputs)
     found = _look(side, inputs, train=train)
     if found.hides:
         # Once more, as if there were no jit and no checkpoint: so their layers are seen. Not if it needs them.
@@ -109,7 +111,7 @@ class _Seen(NamedTuple):
     hides: bool
 
 
-def _look(side: Side, inputs: Sequence[NDArray], *, train: bool) -> _Seen:
+def _look(side: Side, inputs: Inputs, *, train: bool) -> _Seen:
     called: list[tuple[str, Any]] = []
     made: dict[int, tuple[str, Any]] = {}  # what each array came out of; kept, so that no other gets its id
     feeders: dict[str, str] = {}
@@ -124,24 +126,28 @@ def _look(side: Side, inputs: Sequence[NDArray], *, train: bool) -> _Seen:
         made.setdefault(id(output), (path, output))
         return output
 
-    def initial(*xs):
+    def initial(xs):
         traces.append(trace_state())
         with nn.intercept_methods(linen_interceptor(intercept)):
             return side.initial(xs, train=train)
 
-    def apply(*xs):
+    def apply(xs):
         traces.append(trace_state())
         return side.apply(variables, xs, train=train, intercept=intercept, seed=0)[0]
 
     with environment(float64=False):
-        shapes = [jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)) for a in inputs]
+        shapes = inputs.mapped(_shape)
         if isinstance(side, LinenSide):
-            variables = jax.eval_shape(initial, *shapes)
+            variables = jax.eval_shape(initial, shapes)
         else:
             variables = side.initial(inputs, train=train)
-            jax.eval_shape(apply, *shapes)
+            jax.eval_shape(apply, shapes)
     variables = {name: v for name, v in variables.items() if jnp.issubdtype(v.dtype, jnp.floating)}
     return _Seen(called, feeders, variables, any(trace != traces[0] for trace in traces))
+
+
+def _shape(a: NDArray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype))
 
 
 def trace_state() -> Any:
@@ -172,13 +178,13 @@ def of_module(side: Side, guess: Guess) -> Structure:
         return y
 
     with environment(float64=False):
-        shapes = [jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in guess.flax]
+        shapes = guess.flax.mapped(_shape)
         if isinstance(side, LinenSide):
             with nn.intercept_methods(linen_interceptor(intercept)):
-                variables = jax.eval_shape(lambda *xs: side.initial(xs, train=False), *shapes)
+                variables = jax.eval_shape(lambda xs: side.initial(xs, train=False), shapes)
         else:
             variables = side.initial(guess.flax, train=False)
-            jax.eval_shape(lambda *xs: side.apply(variables, xs, train=False, intercept=intercept, seed=0)[0], *shapes)
+            jax.eval_shape(lambda xs: side.apply(variables, xs, train=False, intercept=intercept, seed=0)[0], shapes)
     structure = _structure(side, variables, called)
     own = {layer.path for layer in structure.layers}
     structure.feeders = {path: before for path, before in feeders.items() if path in own and before in own}
@@ -189,7 +195,7 @@ def of_definition(side: Side, module: Any) -> Structure | None:
     """The layers of an NNX module in the order in which its attributes were set; None for linen."""
     if not isinstance(module, nnx.Module):
         return None
-    return _structure(side, side.initial((), train=False), list(_defined(module, "", set())))
+    return _structure(side, side.initial(Inputs(), train=False), list(_defined(module, "", set())))
 
 
 def _defined(node: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
@@ -314,16 +320,17 @@ def flattened(side: Side, structure: Structure, guess: Guess) -> dict[str, Flatt
         side.apply(variables, inputs, train=False, intercept=intercept, seed=0)
         return dict(seen)
 
-    inputs = [
+    marked = [
         np.broadcast_to(code(f"input {i}", a.shape[-1]), a.shape) if a.ndim >= 3 and a.dtype.kind == "f" else a
-        for i, a in enumerate(guess.flax)
+        for i, a in enumerate(guess.flax.arrays())
     ]
+    inputs = guess.flax.filled(marked)
     try:
         with environment(float64=False):
-            shapes = jax.eval_shape(lambda *xs: side.initial(xs, train=False), *inputs)
+            shapes = jax.eval_shape(lambda xs: side.initial(xs, train=False), inputs.mapped(_shape))
             ones = {name: jnp.ones(v.shape, v.dtype) for name, v in shapes.items()}
             # Compiled: what the marks replace is never computed.
-            inputs_by_path = jax.jit(run)(ones, [jnp.asarray(a) for a in inputs])
+            inputs_by_path = jax.jit(run)(ones, inputs.mapped(jnp.asarray))
     except Exception as error:  # whatever a stranger's module raises
         structure.unseen = f"Flax: {Failure.of(error).error}"
         return {}

@@ -46,7 +46,8 @@ class LinenSide:
                 out = call_flax_call(self.flax_call, self.module, nested, inputs, train)
             else:
                 module, flags = self._bound(train)
-                out = module.apply(nested, *inputs, **flags, rngs=_rngs(seed), mutable=mutable)
+                options = {**inputs.keywords, **flags}
+                out = module.apply(nested, *inputs.args, **options, rngs=_rngs(seed), mutable=mutable)
         updated: Mapping[str, Any] = {}
         if self.flax_call is None or _is_pair_with_state(out, nested):
             out, updated = out
@@ -61,7 +62,7 @@ class LinenSide:
                 call_flax_call(self.flax_call, proxy, {}, inputs, train)
                 return flat(proxy.variables)
             module, flags = self._bound(train)
-            return flat(module.init(_rngs(0), *inputs, **flags))
+            return flat(module.init(_rngs(0), *inputs.args, **{**inputs.keywords, **flags}))
 
 
 class _Initialising:

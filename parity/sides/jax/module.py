@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Protocol
 
 import flax
@@ -17,8 +17,9 @@ from flax import nnx
 from flax.linen import attention as linen_attention
 from flax.nnx.nn import attention as nnx_attention
 from flax.traverse_util import flatten_dict
-from jax import Array
 
+from parity.records import trees
+from parity.records.inputs import Inputs
 from parity.records.side import LARGE, loss_weights
 
 FLAGS = {
@@ -31,6 +32,22 @@ FLAGS = {
     "eval": True,
     "inference": True,
 }
+
+
+class _Form(str):
+    """The form of a call, by which JAX knows one that it has compiled."""
+
+    call: Inputs
+
+
+def _parts(call: Inputs) -> tuple[list[Any], _Form]:
+    form = _Form(call.form())
+    form.call = call.mapped(lambda _: Ellipsis)
+    return call.arrays(), form
+
+
+# To JAX a call is its arrays.
+jax.tree_util.register_pytree_node(Inputs, _parts, lambda form, arrays: form.call.filled(arrays))
 
 
 Variables = dict[str, Any]
@@ -47,11 +64,11 @@ class Side(Protocol):
     is_opened: bool
 
     def apply(
-        self, variables: Variables, inputs: Sequence[Array], *, train: bool, intercept: Intercept, seed: int
+        self, variables: Variables, inputs: Inputs, *, train: bool, intercept: Intercept, seed: int
     ) -> tuple[Any, Variables]:
         """(output, statistics after it); `intercept(path, call, args, kwargs)` makes every layer's call."""
 
-    def initial(self, inputs: Sequence[Any], *, train: bool) -> Variables:
+    def initial(self, inputs: Inputs, *, train: bool) -> Variables:
         """Variables as the module makes them, or as an NNX module holds them."""
 
 
@@ -70,13 +87,13 @@ def _plain(tree: Any) -> Any:
     return {name: _plain(v) for name, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
-def call_flax_call(flax_call: Callable, module: Any, variables: Any, inputs: Sequence[Any], train: bool) -> Any:
+def call_flax_call(flax_call: Callable, module: Any, variables: Any, inputs: Inputs, train: bool) -> Any:
     """The user's own call, told train by name where it has that name."""
     parameters = inspect.signature(flax_call).parameters.values()
     named = any(p.name == "train" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     if named:
-        return flax_call(module, variables, *inputs, train=train)
-    return flax_call(module, variables, *inputs, train)
+        return flax_call(module, variables, *inputs.args, train=train, **inputs.keywords)
+    return flax_call(module, variables, *inputs.args, train, **inputs.keywords)
 
 
 def named_call(call: Callable, module: Any) -> Callable:
@@ -177,10 +194,30 @@ def environment(*, float64: bool) -> Iterator[None]:
         yield
 
 
+def is_array(value: Any) -> bool:
+    """Whether it is an array, of JAX's or numpy's."""
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def is_floating(value: Any) -> bool:
+    """Whether it is a floating-point number or an array of them."""
+    return isinstance(value, float) or (is_array(value) and bool(jnp.issubdtype(value.dtype, jnp.floating)))
+
+
+def floating_of(output: Any) -> list[Any]:
+    """The floating arrays of an output, a dict's in the order of its keys; also in what only JAX knows to be a tree."""
+    return [v for _, leaf in trees.leaves(output) for v in jax.tree.leaves(leaf) if is_floating(v)]
+
+
+def with_floating(output: Any, function: Callable[[Any], Any]) -> Any:
+    """The output with function(array) in the place of every floating array, in the same order."""
+    return trees.mapped(lambda _, leaf: jax.tree.map(lambda v: function(v) if is_floating(v) else v, leaf), output)
+
+
 def default_loss(output: Any, swapped: Container[int] = ()) -> Any:
     """See `records.side.loss_weights`; PyTorch's first axis is the second of the floating outputs `swapped`."""
     total = jnp.zeros(())
-    for i, y in enumerate(v for v in jax.tree.leaves(output) if jnp.issubdtype(jnp.asarray(v).dtype, jnp.floating)):
+    for i, y in enumerate(floating_of(output)):
         y = y.swapaxes(0, 1) if i in swapped else y
         if not y.size:
             continue

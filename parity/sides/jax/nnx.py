@@ -43,7 +43,7 @@ class NnxSide:
                 nested = nnx.state(module)
                 out = call_flax_call(self.flax_call, module, nested, inputs, train)
             else:
-                out = module(*inputs, **flags)
+                out = module(*inputs.args, **{**inputs.keywords, **flags})
         after = dict(nnx.to_flat_state(nnx.state(module)))
         statistics = {
             name: _value(after[path])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,10 +13,22 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from parity.records import trees
+from parity.records.inputs import Inputs
 from parity.records.recording import Call, Failure, Layer, Recording
 from parity.records.side import Force
 from parity.sides.jax.layers import trace_state
-from parity.sides.jax.module import Side, default_loss, environment, is_dropout, lifted, without_attention_dropout
+from parity.sides.jax.module import (
+    Side,
+    default_loss,
+    environment,
+    floating_of,
+    is_array,
+    is_dropout,
+    lifted,
+    with_floating,
+    without_attention_dropout,
+)
 from parity.sides.jax.precision import rounds
 
 
@@ -33,7 +47,7 @@ def record(
     side: Side,
     layers: dict[str, Layer],
     variables: Mapping[str, Any],
-    inputs: Sequence[NDArray],
+    inputs: Inputs | Sequence[Any],
     *,
     train: bool,
     float64: bool = True,
@@ -68,9 +82,10 @@ def record(
             name: v for name, v in every.items() if name.startswith("params/") and jnp.issubdtype(v.dtype, jnp.floating)
         }
         others = {name: v for name, v in every.items() if name not in parameters}
-        given = [lifted(a, float64=float64) for a in inputs]
+        call = Inputs.of(inputs).mapped(partial(lifted, float64=float64))
+        given = call.arrays()
         floating = [i for i, v in enumerate(given) if jnp.issubdtype(v.dtype, jnp.floating)]
-        run = _Run(side, layers, others, given, floating, train, loss, force, seed)
+        run = _Run(side, layers, others, call, floating, train, loss, force, seed)
         recording = Recording("flax", layers, inputs=[np.asarray(v) for v in given])
         recording.tensors = {name: _numpy(v) for name, v in every.items()}
         xs = [given[i] for i in floating]
@@ -83,7 +98,7 @@ def record(
             else:
                 total, seen = _compiled(lambda p, x: run(p, x, None))(parameters, xs)
         except Exception as error:  # whatever a stranger's module raises
-            run = _Run(side, layers, others, given, floating, train, loss, force, seed)
+            run = _Run(side, layers, others, call, floating, train, loss, force, seed)
             try:
                 total, seen = run(parameters, xs, None)
                 # What only cannot be compiled is whole now, and there is nothing to tell.
@@ -99,7 +114,7 @@ def record(
 def _with_gradients(run: _Run, parameters: Any, xs: Any, programs: dict | None, key: tuple) -> tuple:
     """(loss, gradients by parameters, inputs and probes, what was seen, the run that saw it)."""
     # A run without another side's arrays differs from the next in its arguments only.
-    key = (*key, tuple((v.shape, v.dtype) for v in run.inputs))
+    key = (*key, tuple((v.shape, v.dtype) for v in run.inputs.arrays()))
     kept = {} if programs is None else programs
     if key not in kept:
         kept[key] = run, _program(run, parameters, xs)
@@ -168,7 +183,7 @@ class _Run:
         self.rounds_loss = False
 
     def __call__(self, parameters, xs, probes):
-        given = list(self.inputs)
+        given = self.inputs.arrays()
         for i, x in zip(self.floating, xs, strict=True):
             given[i] = x
         self.keys = []
@@ -234,26 +249,33 @@ class _Run:
                 raise
             finally:
                 active.pop()
-            y = output[0] if isinstance(output, tuple) else output
+            where, y = trees.first(output, is_array) or ((), None)
+            if y is None:
+                return output
             self.keys.append(key)
             # The same arrays, unless another side's are put in their place.
             seen["arrived"].append([] if self.force is None else arrived)
             seen["inputs"].append(used)
             seen["outputs"].append(y)
             y = probe(y, None if self.force is None else self.force.output(key, y))
-            return (y, *output[1:]) if isinstance(output, tuple) else y
+            return trees.replaced(output, where, y)
 
         with without_attention_dropout(train=self.train) as rates:
             output, seen["statistics"] = self.side.apply(
-                {**parameters, **self.others}, given, train=self.train, intercept=intercept, seed=self.seed
+                {**parameters, **self.others},
+                self.inputs.filled(given),
+                train=self.train,
+                intercept=intercept,
+                seed=self.seed,
             )
         self.has_dropout = self.has_dropout or any(rates)
-        leaves, tree = jax.tree.flatten(output)
-        places = [i for i, v in enumerate(leaves) if jnp.issubdtype(jnp.asarray(v).dtype, jnp.floating)]
-        seen["result"] = [leaves[i] for i in places]
-        for n, i in enumerate(places):
-            leaves[i] = probe(leaves[i], None if self.force is None else self.force.result(n, leaves[i]))
-        output = jax.tree.unflatten(tree, leaves)
+        seen["result"] = floating_of(output)
+        numbered = itertools.count()
+
+        def probed(v):
+            return probe(v, None if self.force is None else self.force.result(next(numbered), v))
+
+        output = with_floating(output, probed)
         self.rounds_loss = self._rounds_loss(output)
         return jnp.asarray(self.loss(output)), seen
 
@@ -266,8 +288,13 @@ class _Run:
         """Whether the user's loss computes in float32 what the run computes in float64."""
         if self.loss is default_loss or jnp.result_type(float) != np.float64:
             return False
+
+        def loss(arrays):
+            others = iter(arrays)
+            return self.loss(with_floating(output, lambda _: next(others)))
+
         try:
-            return rounds(self.loss, output)
+            return rounds(loss, floating_of(output))
         except jax.errors.JAXTypeError:
             return False  # it looks at the values of its arrays and has no program
 

@@ -9,16 +9,26 @@ import flax.linen as nn
 from flax import nnx
 
 from parity.sides.jax.linen import LinenSide
-from parity.sides.jax.module import Side
-from parity.sides.jax.nnx import NnxSide
+from parity.sides.jax.module import Side, Variables
+from parity.sides.jax.nnx import NnxSide, flat_variables
+from parity.sides.module import inner_module
+
+
+def own_variables(module: Any) -> Variables:
+    """What a FlaxPreTrainedModel holds beside its module; nothing of others."""
+    if inner_module(module) is module:
+        return {}
+    params = module.params
+    return flat_variables(params if "params" in params else {"params": params})
 
 
 def side_of(module: Any, flax_call: Callable | None = None) -> Side:
-    """The module as a function.
+    """The module as a function; of a FlaxPreTrainedModel that within it.
 
     Raises:
       TypeError: neither a linen nor an NNX module.
     """
+    module = inner_module(module)
     if isinstance(module, nnx.Module):
         return NnxSide(module, flax_call)
     if isinstance(module, nn.Module):

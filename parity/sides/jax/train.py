@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import NDArray
 
+from parity.records.inputs import Inputs
 from parity.records.side import Snapshot, nudged
 from parity.sides.jax.module import Side, environment, is_dropout, without_attention_dropout
 
@@ -30,7 +32,6 @@ class FlaxRun:
       step: from `flax_step`, which several runs share.
       dtype: "float32" or "float64", of variables and inputs.
       fields: of the optimiser's state, which are part of a snapshot: {its name there: optax's name}.
-      arrange: brings inputs into Flax's layout.
       nudge: before every step, parameters and inputs are moved by a unit in the last place.
     """
 
@@ -42,7 +43,6 @@ class FlaxRun:
         *,
         dtype: str,
         fields: Mapping[str, str] | None = None,
-        arrange: Callable[[Sequence[NDArray]], Sequence[NDArray]] = list,
         nudge: np.random.Generator | None = None,
     ) -> None:
         every = {n: _as(v, dtype) for n, v in variables.items()}
@@ -51,15 +51,15 @@ class FlaxRun:
         )
         self.statistics = {n: v for n, v in every.items() if not n.startswith("params/")}
         self.state, self.take_step = transform.init(self.tree), step
-        self.dtype, self.fields, self.arrange, self.nudge = dtype, dict(fields or {}), arrange, nudge
+        self.dtype, self.fields, self.nudge = dtype, dict(fields or {}), nudge
 
-    def step(self, inputs: Sequence[NDArray], *target: NDArray) -> float:
+    def step(self, inputs: Inputs | Sequence[Any], *target: NDArray) -> float:
         """One step; gives the loss before it."""
-        rng = self.nudge
+        rng, inputs = self.nudge, Inputs.of(inputs)
         if rng is not None:
             self.tree = jax.tree.map(lambda v: jnp.asarray(nudged(np.asarray(v), rng)), self.tree)
-            inputs = [nudged(a, rng) for a in inputs]
-        given = [_as(a, self.dtype) for a in self.arrange(inputs)]
+            inputs = inputs.mapped(partial(nudged, rng=rng))
+        given = inputs.mapped(partial(_as, dtype=self.dtype))
         wanted = [jnp.asarray(a.astype(np.int32) if a.dtype.kind in "iu" else a) for a in target]
         self.tree, self.statistics, self.state, loss = self.take_step(
             self.tree, self.statistics, self.state, given, *wanted
@@ -102,7 +102,7 @@ def flax_step(side: Side, transform: optax.GradientTransformation, loss: Callabl
 def flax_steps(
     side: Side,
     variables: Mapping[str, NDArray],
-    inputs: Sequence[NDArray],
+    inputs: Inputs,
     transform: Any,
     steps: int,
     *,

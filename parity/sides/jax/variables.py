@@ -15,22 +15,28 @@ from numpy.typing import NDArray
 
 from parity.sides.jax import layers
 from parity.sides.jax.nnx import NnxSide
+from parity.sides.jax.side import own_variables
+from parity.sides.module import inner_module
 
 
-def check_module(module: Any) -> None:
-    """TypeError for what is no Flax module."""
+def checked_module(module: Any) -> nn.Module | nnx.Module:
+    """The module; of a FlaxPreTrainedModel that within it. TypeError for what is no Flax module."""
+    module = inner_module(module)
     if not isinstance(module, nn.Module | nnx.Module):
         raise TypeError(f"flax_module is {type(module).__name__}; allowed: a flax.linen.Module or nnx.Module")
+    return module
 
 
-def opened(variables: Any) -> tuple[Any, nnx.Module | None]:
-    """The variables, and the NNX module that holds them, if one was given in their place.
+def opened(variables: Any) -> tuple[Any, nn.Module | nnx.Module | None]:
+    """The variables, and the module that holds them, if one was given in their place.
 
     Raises:
       TypeError: neither a dict of collections nor an `nnx.State` nor an NNX module.
     """
     if isinstance(variables, nnx.Module):
         return nnx.state(variables), variables
+    if (module := inner_module(variables)) is not variables:
+        return unflatten_dict(own_variables(variables), sep="/"), module
     if not isinstance(variables, Mapping | nnx.State):
         raise TypeError(f"the variables are {type(variables).__name__}; allowed: a dict of collections, an nnx.State")
     return variables, None

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bn_common.conventions import PYTORCH, complement
-from parity.records import kinds
+from parity.records import kinds, trees
 from parity.records.kinds import Shape
 from parity.records.marks import channel_counts, code, read_code
 from parity.records.recording import Failure, Layer
 from parity.records.structure import Flattened, Guess, Structure
-from parity.sides.torch.module import COUNTER
+from parity.sides.torch.module import COUNTER, is_tensor
 from parity.sides.torch.record import default_dtype, layers_of
 
 LOG = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Run(NamedTuple):
 
 
 def _tell_refused(guess: Guess, error: Exception) -> None:
-    shapes = ", ".join(str(a.shape) for a in guess.torch)
+    shapes = ", ".join(str(a.shape) for a in guess.torch.arrays())
     LOG.info("PyTorch's module does not take %s: %s: %s", shapes, type(error).__name__, error)
 
 
@@ -185,8 +185,8 @@ class Runner:
         def hook_of(layer: Layer) -> Callable:
             def hook(child: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
                 x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-                y = output[0] if isinstance(output, tuple) else output
-                if x is None or not isinstance(y, Tensor):
+                path, y = trees.first(output, is_tensor) or ((), None)
+                if x is None or y is None:
                     return None
                 if layer.path not in run.order:
                     run.order.append(layer.path)
@@ -200,7 +200,7 @@ class Runner:
                     outputs.append((layer.path, y))
                     return None
                 marked = _marked(layer, x, y)
-                return (marked, *output[1:]) if isinstance(output, tuple) else marked
+                return trees.replaced(output, path, marked)
 
             return hook
 
@@ -211,7 +211,9 @@ class Runner:
         ]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), default_dtype(torch.float32):
-                module(*(_tensor(a, device, coded=coded, index=i) for i, a in enumerate(guess.torch)))
+                arrays = enumerate(guess.torch.arrays())
+                given = guess.torch.filled([_tensor(a, device, coded=coded, index=i) for i, a in arrays])
+                module(*given.args, **given.keywords)
         finally:
             for handle in handles:
                 handle.remove()
@@ -240,7 +242,7 @@ def _tensor(a: NDArray, device: str, *, coded: bool, index: int) -> Tensor:
 
 def may_be_flattened(calls: Sequence[tuple[str, Shape, Shape]], kind: Mapping[str, str], guess: Guess) -> bool:
     """Whether a flat layer takes more numbers than the images before it have channels."""
-    shape = next((tuple(a.shape) for a in guess.torch if a.ndim >= 3), ())
+    shape = next((tuple(a.shape) for a in guess.torch.arrays() if a.ndim >= 3), ())
     channels = {shape[1], shape[-1]} if shape else set()
     for path, x, y in calls:
         if len(x) == 2 and channels and x[1] not in channels and kind[path] in kinds.FLAT:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils import _pytree
 
+from parity.records import trees
 from parity.records.side import LARGE, loss_weights
 
 COUNTER = "num_batches_tracked"
@@ -27,12 +26,13 @@ def lifted(module: nn.Module, *, float64: bool) -> nn.Module:
 
 
 def floating(output: Any) -> list[Tensor]:
-    """The floating tensors of an output, a dict's in the order of its keys, as JAX has them."""
-    if isinstance(output, dict) and not isinstance(output, OrderedDict):
-        return [v for _, value in sorted(output.items()) for v in floating(value)]
-    if isinstance(output, list | tuple):
-        return [v for value in output for v in floating(value)]
-    return [v for v in _pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+    """The floating tensors of an output; a dict's in the order of its keys, as JAX has them."""
+    return [v for _, v in trees.leaves(output) if is_tensor(v) and v.is_floating_point()]
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a tensor."""
+    return isinstance(value, Tensor)
 
 
 def loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:

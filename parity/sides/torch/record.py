@@ -12,11 +12,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils import _pytree
 
+from parity.records import trees
+from parity.records.inputs import Inputs
 from parity.records.kinds import IN_OUT, PRODUCTS, class_names, kind_of
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
-from parity.sides.torch.module import COUNTER, as_numpy, floating, has_dropout, lifted, loss_of, numpy, without_dropout
+from parity.sides.torch.module import (
+    COUNTER,
+    as_numpy,
+    floating,
+    has_dropout,
+    is_tensor,
+    lifted,
+    loss_of,
+    numpy,
+    without_dropout,
+)
 from parity.sides.torch.precision import Rounds
 
 LOG = logging.getLogger(__name__)
@@ -89,7 +100,8 @@ def _is_in_out(module: nn.Module, own: dict[str, Tensor]) -> bool:
             }
             matrix, shift = tensors.pop(matrices[0]), sum(tensors.values())
             x = torch.randn(3, len(matrix), generator=random)
-            return torch.allclose(module(x), x @ matrix + shift, rtol=1e-9, atol=1e-9)
+            _, y = trees.first(module(x), is_tensor) or ((), torch.zeros(()))
+            return torch.allclose(y, x @ matrix + shift, rtol=1e-9, atol=1e-9)
     except Exception as error:  # whatever a stranger's module raises: then it is no such layer
         LOG.info("%s takes no [3, %d]: %s", type(module).__name__, len(own[matrices[0]]), error)
         return False
@@ -107,7 +119,7 @@ def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
 
 def record(
     module: nn.Module,
-    inputs: Sequence[NDArray],
+    inputs: Inputs | Sequence[Any],
     *,
     train: bool,
     float64: bool = True,
@@ -138,11 +150,13 @@ def record(
                 # In the parameter's dtype: a float times integers is float32, whose rounding would be measured then.
                 parameter.data *= 1 + nudge * signs.to(parameter)
     device = next((v.device for v in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    given = [torch.tensor(a, device=device) for a in inputs]
+    called = Inputs.of(inputs)
+    given = [torch.tensor(a, device=device) for a in called.arrays()]
     own = torch.float64 if float64 else own_dtype(module)
     # Numpy makes float64 of what is not told otherwise, which a module of float32 would refuse.
     given = [v.to(own) if v.is_floating_point() and (float64 or v.dtype == torch.float64) else v for v in given]
     given = [v.requires_grad_(v.is_floating_point()) for v in given]
+    called = called.filled(given)
     recording = Recording("torch", layers_of(module), inputs=[numpy(v) for v in given])
     recording.tensors = _named(module, recording.layers)
     recording.dropout_off = train and has_dropout(module)
@@ -156,13 +170,13 @@ def record(
     ):
         torch.manual_seed(seed)
         try:
-            output = module(*given)
+            output = module(*called.args, **called.keywords)
         except Exception as error:  # whatever a stranger's module raises
             recording.failure = Failure.of(error, watch.active[-1] if watch.active else "")
             return recording
         recording.dropout_off = recording.dropout_off or any(rates)
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
-        output = _pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
+        output = trees.mapped(lambda _, v: v.clone() if isinstance(v, Tensor) else v, output)
         leaves = floating(output)
         recording.outputs = [numpy(v) for v in leaves]
         for leaf in leaves:
@@ -215,9 +229,8 @@ def products(module: nn.Module, own: Recording, *, train: bool) -> tuple[dict[tu
                 except Exception as error:  # whatever a stranger's module raises
                     notes.append(f"the precision of {call.path} was not looked at: {Failure.of(error).error}")
                     continue
-            y = y[0] if isinstance(y, tuple) else y
-            if isinstance(y, Tensor):
-                found[call.key] = numpy(y)
+            if (found_y := trees.first(y, is_tensor)) is not None:
+                found[call.key] = numpy(found_y[1])
     return found, notes
 
 
@@ -327,7 +340,7 @@ class _Watch(contextlib.ExitStack):
             self.active.pop()
             mine, values = self.pending.pop(), self.pending.pop()
             inputs = [numpy(v) for v in values]
-            y = output[0] if isinstance(output, tuple) else output
+            path_in, y = trees.first(output, is_tensor) or ((), None)
             index = self.counts.get(path, 0)
             if not self.is_over:
                 self.counts[path] = index + 1
@@ -343,7 +356,7 @@ class _Watch(contextlib.ExitStack):
                 self.recording.calls.append(call)
                 self.kept.append((call, mine, y))
             # A copy goes on: an activation in place must not reach back into y.
-            return (y.clone(), *output[1:]) if isinstance(output, tuple) else y.clone()
+            return trees.replaced(output, path_in, y.clone())
 
         return hook
 

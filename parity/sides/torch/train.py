@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from parity.records.inputs import Inputs
 from parity.records.side import Snapshot, nudged
 from parity.sides.torch.module import lifted, loss_of, numpy, without_dropout
 from parity.sides.torch.record import default_dtype
@@ -48,23 +51,26 @@ class TorchRun:
         self.optimizer, self.scheduler = made if isinstance(made, tuple) else (made, None)
         self.loss, self.train, self.buffers, self.nudge = loss, train, buffers, nudge
 
-    def step(self, inputs: Sequence[NDArray], *target: NDArray) -> float:
+    def step(self, inputs: Inputs | Sequence[Any], *target: NDArray) -> float:
         """One step; gives the loss before it."""
         if self.nudge is not None:
             with torch.no_grad():
                 for p in self.module.parameters():
                     p.copy_(torch.from_numpy(nudged(p.numpy(), self.nudge)))
-            inputs = [nudged(a, self.nudge) for a in inputs]
-        given = [torch.tensor(a) for a in inputs]
-        given = [v.to(self.dtype) if v.is_floating_point() else v for v in given]
+            inputs = Inputs.of(inputs).mapped(partial(nudged, rng=self.nudge))
+        given = Inputs.of(inputs).mapped(self._tensor)
         self.optimizer.zero_grad()
         with default_dtype(self.dtype), without_dropout(self.module, train=self.train):
-            loss = self.loss(self.module(*given), *(torch.tensor(a) for a in target))
+            loss = self.loss(self.module(*given.args, **given.keywords), *(torch.tensor(a) for a in target))
             loss.backward()
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
         return float(loss.detach())
+
+    def _tensor(self, a: NDArray) -> torch.Tensor:
+        v = torch.tensor(a)
+        return v.to(self.dtype) if v.is_floating_point() else v
 
     def gradients(self) -> dict[str, NDArray]:
         """Of the last step."""
@@ -81,20 +87,21 @@ class TorchRun:
         return {kind: {n: numpy(v) for n, v in named.items()} for kind, named in kinds.items()}
 
     def statistics_after(
-        self, inputs: Sequence[NDArray], name: str | None = None, shift: NDArray | float = 0.0
+        self, inputs: Inputs | Sequence[Any], name: str | None = None, shift: NDArray | float = 0.0
     ) -> dict[str, NDArray]:
         """The statistics that a run leaves, with one parameter shifted; this run's own stay as they are."""
         copy = lifted(self.module, float64=True).train()
         with torch.no_grad(), without_dropout(copy, train=True):
             if name is not None:
                 copy.get_parameter(name).add_(torch.as_tensor(shift))
-            copy(*(torch.tensor(a) for a in inputs))
+            given = Inputs.of(inputs).mapped(torch.tensor)
+            copy(*given.args, **given.keywords)
         return {n: numpy(b) for n, b in copy.named_buffers() if b.is_floating_point()}
 
 
 def torch_steps(
     module: torch.nn.Module,
-    inputs: Sequence[NDArray],
+    inputs: Inputs,
     factory: Callable,
     steps: int,
     *,
