@@ -86,8 +86,8 @@ class Judge:
         self.pairing: Pairing = translation.pairing
         self.train = torch.details["mode"] == "train"
         self.notes: list[str] = []
-        self.free = differences(translation, flax.free, train=self.train)
-        self.free += [*self._unfit(), *self._unseen(), *self._loss(), *input_gradients(torch.free, flax.free)]
+        self.free = [*self._unseen(), *differences(translation, flax.free, train=self.train)]
+        self.free += [*self._unfit(), *self._loss(), *input_gradients(torch.free, flax.free)]
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
         rounding_losses = [side for side, of in (("PyTorch", torch), ("Flax", flax)) if of.free.rounds_loss]
@@ -109,7 +109,7 @@ class Judge:
     def _unseen(self) -> Iterable[Difference]:
         """Outputs or gradients of which there are none that could be compared."""
         a, b = self.torch.free, self.flax.free
-        if a.has_ended and b.has_ended and not a.outputs and not b.outputs:
+        if a.has_ended and b.has_ended and not any(y.dtype.kind in "fc" for y in (*a.outputs, *b.outputs)):
             yield Difference("forward", NETWORK, "", "output", float("nan"))
         parameters = [g for name, g in a.gradients.items() if a.tensors[name].size]
         if parameters and not any(np.any(g) for g in parameters):

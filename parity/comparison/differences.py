@@ -142,7 +142,7 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Di
     activations = [g for c in torch.calls for g in (*c.input_gradients, c.output_gradient) if g is not None]
     floor = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in activations), default=0.0)
     largest = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in torch.gradients.values()), default=0.0)
-    for i, gradient in enumerate(flax.output_gradients[: len(torch.outputs)]):
+    for i, gradient in enumerate(flax.output_gradients[: len(torch.output_gradients)]):
         truth = translation.gradient(result(i), torch.output_gradients[i])
         if gradient is not None and truth is not None:
             found.append(Difference("loss", NETWORK, "", "gradient", error_of(gradient, truth)))

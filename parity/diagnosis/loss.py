@@ -275,18 +275,17 @@ def _description(torch_loss: float, flax_loss: float, gradients_agree: bool, fac
 def loss_findings(translation: Translation, forced: Recording, bound: float) -> list[Located]:
     """What is wrong with the losses, of the same output."""
     torch = translation.torch
-    if torch.loss is None or forced.loss is None or not torch.outputs:
+    place = next((i for i, g in enumerate(torch.output_gradients) if g is not None), None)
+    if torch.loss is None or forced.loss is None or place is None or place >= len(forced.output_gradients):
         return []
-    gradient = translation.gradient(result(0), torch.output_gradients[0])
-    if gradient is None or forced.output_gradients[0] is None:
+    gradient, given = translation.gradient(result(place), torch.output_gradients[place]), forced.output_gradients[place]
+    if gradient is None or given is None:
         return []
     scale = max(abs(torch.loss), 1e-30)
     if (
         abs(torch.loss - forced.loss) <= bound * scale
-        and np.abs(forced.output_gradients[0] - gradient).max() <= bound * np.abs(gradient).max()
+        and np.abs(given - gradient).max() <= bound * np.abs(gradient).max()
     ):
         return []
-    got = findings(
-        torch.loss, forced.loss, gradient, forced.output_gradients[0], translation.result(0), tolerance=max(bound, 1e-9)
-    )
+    got = findings(torch.loss, forced.loss, gradient, given, translation.result(place), tolerance=max(bound, 1e-9))
     return [Located("loss", len(torch.calls), "", "", f) for f in got]

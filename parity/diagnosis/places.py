@@ -25,9 +25,12 @@ from parity.pairing.arrangements import Slot
 from parity.pairing.layers import LayerPair
 from parity.pairing.translation import Translation
 from parity.records import kinds
+from parity.records.distance import error_of
 from parity.records.recording import NETWORK, Call, Recording
 
 MOST_SOURCES = 8
+MOST_COMPLEX = 1e-10
+"""What complex outputs may differ by, as in `parity.comparison.bounds`."""
 # What a finding charges between two layers: which of PyTorch's modules without tensors, by the names of their classes.
 CHARGED = {
     "activation": lambda names: not re.search("Pool|Drop|Flatten|Pad|Upsample", names),
@@ -138,6 +141,9 @@ class Diagnosis:
         found: list[Finding] = []
         for i, output in enumerate(self.forced.outputs[: len(self.torch.outputs)]):
             truth = self.translation.result(i, output)
+            if {output.dtype.kind, truth.dtype.kind} != {"f"}:
+                found += _other_numbers(truth, output, f"output {i + 1} of {len(self.torch.outputs)}")
+                continue
             tolerance = self._tolerance(NETWORK, "output")
             found += between.findings(
                 self._sources(len(self.torch.calls)),
@@ -257,6 +263,18 @@ class Diagnosis:
                 )
             )
         return sides[0], sides[1]
+
+
+def _other_numbers(torch: NDArray, flax: NDArray, output: str) -> list[Finding]:
+    """What differs in an output of whole or complex numbers or of truth values, which no known mistake explains."""
+    if not error_of(flax, torch) > MOST_COMPLEX:
+        return []
+    if torch.shape != flax.shape:
+        return [Finding("unexplained", f"{output} has shape {torch.shape} in PyTorch, {flax.shape} in Flax")]
+    is_complex = "c" in (torch.dtype.kind, flax.dtype.kind)
+    wrong = np.abs(flax - torch) > MOST_COMPLEX * np.abs(torch).max() if is_complex else flax != torch
+    what = "complex numbers" if is_complex else "whole numbers or truth values"
+    return [Finding("unexplained", f"{output}, of {what}, differs in {int(wrong.sum())} of {wrong.size} places")]
 
 
 def all_bias(left: Sequence[tuple[str, str, str]]) -> bool:

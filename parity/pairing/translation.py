@@ -138,7 +138,8 @@ def _closest(possible: list[Arrangement], a: NDArray, like: NDArray) -> Arrangem
 
 
 def _correlation(a: NDArray, b: NDArray) -> float:
-    a, b = (np.where(np.isfinite(v), v, 0).astype(np.float64).ravel() for v in (a, b))
+    a, b = (np.where(np.isfinite(v), v, 0).ravel() for v in (a, b))
+    a, b = (np.concatenate([v.real, v.imag]).astype(np.float64) for v in (a, b))
     a, b = a - a.mean(), b - b.mean()
     size = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / size if size else 0.0

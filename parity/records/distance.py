@@ -22,9 +22,13 @@ def _size(a: NDArray, b: NDArray) -> float:
 def error_of(given: NDArray, truth: NDArray, floor: float = 0.0) -> float:
     """max|given - truth| / max(max|truth|, floor); infinity where shapes, NaNs or infinities differ.
 
-    NaN where there was nothing to compare: both are empty, hold NaN in the same places, or nothing finite.
+    NaN where there was nothing to compare: both are empty, hold NaN in the same places, or nothing finite. Whole
+    numbers on both sides are the same or not: 1 at least, where they are not.
     """
-    a, b = np.asarray(given, np.float64), np.asarray(truth, np.float64)
+    if {given.dtype.kind, truth.dtype.kind} <= {*"iub"} and given.shape == truth.shape and np.any(given != truth):
+        return max(1.0, error_of(given.astype(np.float64), truth.astype(np.float64), floor))
+    exact = np.complex128 if "c" in (given.dtype.kind, truth.dtype.kind) else np.float64
+    a, b = np.asarray(given, exact), np.asarray(truth, exact)
     if a.shape != b.shape:
         return float("inf")
     finite = np.isfinite(a) & np.isfinite(b)

@@ -6,7 +6,8 @@ The JSON file:
      "framework": "torch" | "flax", "details": {"mode": "train" | "eval", "class", "versions", "inputs", ...},
      "layers": [{"path", "kind", "class_name", "tensors": {local name: full name}, "statistics", "config", "is_called",
                  "calls": how many}],
-     "runs": {"free": {"loss", "failure", "failed_in": [phase, path], "dropout_off", "calls": [{"path", "index"}],
+     "runs": {"free": {"loss", "failure", "failed_in": [phase, path], "dropout_off", "complex_outputs": [I],
+                       "calls": [{"path", "index"}],
                        "glue": [{"path", "class_name", "position"}]},
               "forced": the same, or absent, "own": the same, or absent},
      "noise": [[phase, path, index, value]], "notes": [text], "answers": {full name: buffer}}
@@ -14,10 +15,10 @@ The JSON file:
 Layers stand in the order of the module's definition, calls in the order of execution. The arrays, each in the
 framework's own layout, are called RUN/tensor/FULL NAME, RUN/new_statistic/FULL NAME, RUN/gradient/FULL NAME,
 RUN/input/I, RUN/input_gradient/I, RUN/output/I, RUN/output_gradient/I, and RUN/call/N/ input/I, arrived/I,
-input_gradient/I, output, output_gradient for the N-th call. exact/N is the output of the N-th call of "own" in float64,
-see `records/evidence.py`. state/N/FULL NAME is a parameter after N steps of training, answer/FULL NAME/FIELD what the
-optimiser answered for it (`records/answers.py`). What there is not (the gradient of an integer; what an older dump did
-not write) is absent.
+input_gradient/I, output, output_gradient for the N-th call; complex numbers as [..., 2]. exact/N is the output of the
+N-th call of "own" in float64, see `records/evidence.py`. state/N/FULL NAME is a parameter after N steps of training,
+answer/FULL NAME/FIELD what the optimiser answered for it (`records/answers.py`). What there is not (the gradient of an
+integer; what an older dump did not write) is absent.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def save(dump: Evidence, path: str | Path) -> None:
     for name, response in dump.answers.items():
         fields = {field: getattr(response, field) for field in ANSWER}
         named |= {f"answer/{name}/{field}": a for field, a in fields.items() if a is not None}
-    content = safetensors.numpy.save({name: np.array(a, order="C") for name, a in named.items()})
+    content = safetensors.numpy.save({name: _as_file_has_it(a) for name, a in named.items()})
     dump.sha256 = hashlib.sha256(content).hexdigest()
     about = {
         "format": FORMAT,
@@ -136,6 +137,11 @@ def load(path: str | Path) -> Evidence:
         name=str(path),
         sha256=about["sha256"],
     )
+
+
+def _as_file_has_it(a: NDArray) -> NDArray:
+    """Complex numbers as [..., 2], which the format has no complex128 for."""
+    return np.stack([a.real, a.imag], -1) if a.dtype.kind == "c" else np.array(a, order="C")
 
 
 def _answer(named: Mapping[str, NDArray], name: str, buffer: float | None) -> Response:
@@ -198,6 +204,7 @@ def _run(recording: Recording) -> dict[str, Any]:
         "failure": None if recording.failure is None else recording.failure.error,
         "failed_in": None if recording.failure is None else [recording.failure.phase, recording.failure.layer],
         "dropout_off": recording.dropout_off,
+        "complex_outputs": [i for i, a in enumerate(recording.outputs) if a.dtype.kind == "c"],
         "calls": [{"path": call.path, "index": call.index} for call in recording.calls],
         "glue": [dataclasses.asdict(glue) for glue in recording.glue],
     }
@@ -218,6 +225,9 @@ def _read_run(
         setattr(recording, attribute, of_key)
     for key, attribute in LISTS.items():
         setattr(recording, attribute, _list(own, key))
+    for i in entry.get("complex_outputs", []):
+        recording.outputs[i] = recording.outputs[i] @ np.array([1, 1j])
+    recording.output_gradients += [None] * (len(recording.outputs) - len(recording.output_gradients))
     for n, call in enumerate(entry["calls"]):
         lists: dict[str, Any] = {attribute: _list(own, f"call/{n}/{key}") for key, attribute in CALL_LISTS.items()}
         gradient = own.get(f"call/{n}/output_gradient")

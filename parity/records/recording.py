@@ -108,8 +108,8 @@ class Recording:
       gradients: by the parameters.
       inputs: as given.
       input_gradients: None where an input is no floating point.
-      outputs: the floating arrays of the output, flattened.
-      output_gradients: of the loss.
+      outputs: the numbers of the output, flattened: floating ones, whole and complex ones, truth values.
+      output_gradients: of the loss; None where an output is no floating point.
       loss: its value, None where there is nothing to differentiate.
       rounds_loss: the loss computes something in float32, whatever the output's dtype: of float32 targets, say.
       failure: what stopped the run before its end; in the backward pass, what the forward pass gave is there.
@@ -126,7 +126,7 @@ class Recording:
     inputs: list[NDArray] = field(default_factory=list)
     input_gradients: list[NDArray | None] = field(default_factory=list)
     outputs: list[NDArray] = field(default_factory=list)
-    output_gradients: list[NDArray] = field(default_factory=list)
+    output_gradients: list[NDArray | None] = field(default_factory=list)
     loss: float | None = None
     rounds_loss: bool = False
     failure: Failure | None = None

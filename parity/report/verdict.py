@@ -96,7 +96,7 @@ def report(
 def _why_not_compared(divergence: Divergence, torch: Recording) -> str:
     if divergence.phase == "backward" and divergence.quantity == "gradient":
         return "nothing was compared backward: the gradient of the loss by every parameter is 0"
-    if not torch.outputs:
+    if not any(y.dtype.kind in "fc" for y in torch.outputs):
         return "nothing was compared: the network gives no floating-point numbers"
     where = divergence.torch_layer or "the network"
     return f"not finite at {where}: its {divergence.quantity} is NaN or infinite, so nothing was compared there"

@@ -199,27 +199,39 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a number or an array of them."""
+    kinds = jnp.number, jnp.bool_
+    is_one = is_array(value) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    return is_one or isinstance(value, bool | int | float | complex)
+
+
 def is_floating(value: Any) -> bool:
-    """Whether it is a floating-point number or an array of them."""
-    return isinstance(value, float) or (is_array(value) and bool(jnp.issubdtype(value.dtype, jnp.floating)))
+    """Whether that is floating point."""
+    return bool(jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating))
 
 
-def floating_of(output: Any) -> list[Any]:
-    """The floating arrays of an output, a dict's in the order of its keys; also in what only JAX knows to be a tree."""
-    return [v for _, leaf in trees.leaves(output) for v in jax.tree.leaves(leaf) if is_floating(v)]
+def numbers(output: Any) -> list[Any]:
+    """The arrays and numbers of an output, a dict's in the order of its keys; also in what only JAX knows as a tree."""
+    return [jnp.asarray(v) for _, leaf in trees.leaves(output) for v in jax.tree.leaves(leaf) if is_number(v)]
 
 
-def with_floating(output: Any, function: Callable[[Any], Any]) -> Any:
-    """The output with function(array) in the place of every floating array, in the same order."""
-    return trees.mapped(lambda _, leaf: jax.tree.map(lambda v: function(v) if is_floating(v) else v, leaf), output)
+def with_numbers(output: Any, function: Callable[[Any], Any]) -> Any:
+    """The output with function(array) in the place of every array and number, in the same order."""
+
+    def each(_: Any, leaf: Any) -> Any:
+        return jax.tree.map(lambda v: function(jnp.asarray(v)) if is_number(v) else v, leaf)
+
+    return trees.mapped(each, output)
 
 
 def default_loss(output: Any, swapped: Container[int] = ()) -> Any:
-    """See `records.side.loss_weights`; PyTorch's first axis is the second of the floating outputs `swapped`."""
+    """See `records.side.loss_weights`; PyTorch's first axis is the second of the outputs `swapped`."""
     total = jnp.zeros(())
-    for i, y in enumerate(floating_of(output)):
+    for i, y in enumerate(numbers(output)):
         y = y.swapaxes(0, 1) if i in swapped else y
-        if not y.size:
+        y = jnp.stack([y.real, y.imag], -1) if jnp.iscomplexobj(y) else y
+        if not y.size or not is_floating(y):
             continue
         y = jnp.where(jnp.isfinite(y), y, 0)  # a mask's infinity
         scale = jax.lax.stop_gradient(jnp.maximum(jnp.abs(y).max() / LARGE, 1))

@@ -22,11 +22,12 @@ from parity.sides.jax.module import (
     Side,
     default_loss,
     environment,
-    floating_of,
     is_array,
     is_dropout,
+    is_floating,
     lifted,
-    with_floating,
+    numbers,
+    with_numbers,
     without_attention_dropout,
 )
 from parity.sides.jax.precision import rounds
@@ -269,13 +270,16 @@ class _Run:
                 seed=self.seed,
             )
         self.has_dropout = self.has_dropout or any(rates)
-        seen["result"] = floating_of(output)
-        numbered = itertools.count()
+        seen["result"] = numbers(output)
+        counted = itertools.count()
 
         def probed(v):
-            return probe(v, None if self.force is None else self.force.result(next(numbered), v))
+            i = next(counted)
+            if not is_floating(v):
+                return v
+            return probe(v, None if self.force is None else self.force.result(i, v))
 
-        output = with_floating(output, probed)
+        output = with_numbers(output, probed)
         self.rounds_loss = self._rounds_loss(output)
         return jnp.asarray(self.loss(output)), seen
 
@@ -291,10 +295,10 @@ class _Run:
 
         def loss(arrays):
             others = iter(arrays)
-            return self.loss(with_floating(output, lambda _: next(others)))
+            return self.loss(with_numbers(output, lambda _: next(others)))
 
         try:
-            return rounds(loss, floating_of(output))
+            return rounds(loss, numbers(output))
         except jax.errors.JAXTypeError:
             return False  # it looks at the values of its arrays and has no program
 

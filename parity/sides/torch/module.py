@@ -25,9 +25,10 @@ def lifted(module: nn.Module, *, float64: bool) -> nn.Module:
     return module.cpu().double() if float64 else module
 
 
-def floating(output: Any) -> list[Tensor]:
-    """The floating tensors of an output; a dict's in the order of its keys, as JAX has them."""
-    return [v for _, v in trees.leaves(output) if is_tensor(v) and v.is_floating_point()]
+def numbers(output: Any) -> list[Tensor]:
+    """The tensors and numbers of an output; a dict's in the order of its keys, as JAX has them."""
+    found = (v for _, v in trees.leaves(output))
+    return [torch.as_tensor(v) for v in found if is_tensor(v) or isinstance(v, bool | int | float | complex)]
 
 
 def is_tensor(value: Any) -> bool:
@@ -43,8 +44,9 @@ def loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
 def default_loss(output: Any) -> Tensor:
     """See `records.side.loss_weights`."""
     total: Tensor = torch.zeros(())
-    for y in floating(output):
-        if not y.numel():
+    for y in numbers(output):
+        y = torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
+        if not y.numel() or not y.is_floating_point():
             continue
         y = torch.where(y.isfinite(), y, 0)  # a mask's infinity
         rows = (y / (y.detach().abs().max() / LARGE).clamp(min=1)).reshape(len(y) if y.ndim else 1, -1)

@@ -20,11 +20,11 @@ from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
 from parity.sides.torch.module import (
     COUNTER,
     as_numpy,
-    floating,
     has_dropout,
     is_tensor,
     lifted,
     loss_of,
+    numbers,
     numpy,
     without_dropout,
 )
@@ -177,7 +177,7 @@ def record(
         recording.dropout_off = recording.dropout_off or any(rates)
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
         output = trees.mapped(lambda _, v: v.clone() if isinstance(v, Tensor) else v, output)
-        leaves = floating(output)
+        leaves = numbers(output)
         recording.outputs = [numpy(v) for v in leaves]
         for leaf in leaves:
             if leaf.requires_grad:
@@ -195,7 +195,7 @@ def record(
                 for call in recording.calls:
                     call.input_gradients = [None] * len(call.inputs)
     if recording.failure is None:
-        recording.output_gradients = [_grad(v) for v in leaves]
+        recording.output_gradients = [_grad(v) if v.is_floating_point() else None for v in leaves]
         recording.input_gradients = [_grad(v) if v.is_floating_point() else None for v in given]
         watch.gradients()
         parameters = dict(module.named_parameters(remove_duplicate=False))
