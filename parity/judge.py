@@ -90,6 +90,7 @@ class Judge:
         self.free += [*self._unfit(), *self._loss(), *input_gradients(torch.free, flax.free)]
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
+        self.notes += translation.moved_outputs(flax.free.named_outputs)
         rounding_losses = [side for side, of in (("PyTorch", torch), ("Flax", flax)) if of.free.rounds_loss]
         self.loss_rounds_by = float(np.finfo(np.float32).eps) if rounding_losses else 0.0
         if rounding_losses:

@@ -62,10 +62,11 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
             add("forward", call.key, flax_key[0], "input", error_of(arrived, translation.input(call, i, arrived)))
         add("forward", call.key, flax_key[0], "output", error_of(mine.output, translation.output(call, mine.output)))
     if flax.has_ended and torch.has_ended:
-        if len(torch.outputs) != len(flax.outputs):
+        pairs = translation.results(flax.named_outputs)
+        for _ in range(max(len(torch.outputs), len(flax.outputs)) - len(pairs)):
             add("forward", NETWORK, "", "output", float("inf"))
-        for i, output in enumerate(flax.outputs[: len(torch.outputs)]):
-            add("forward", NETWORK, "", "output", error_of(output, translation.result(i, output)))
+        for i, j in pairs:
+            add("forward", NETWORK, "", "output", _output_error(translation, i, flax.outputs[j], flax))
     if flax.gradients and torch.gradients:
         found += _backward(translation, flax, keys, calls)
     if train and flax.has_ended and torch.has_ended:
@@ -76,6 +77,14 @@ def differences(translation: Translation, flax: Recording, *, train: bool) -> li
                     given = flax.new_statistics[pair.flax.tensors[t.flax_name]]
                     add("statistics", (pair.torch.path, 0), pair.flax.path, t.torch_name, error_of(given, truth))
     return found
+
+
+def _output_error(translation: Translation, i: int, output: NDArray, flax: Recording) -> float:
+    """Of PyTorch's i-th output. An empty one beside others agrees by its shape."""
+    truth = translation.result(i, output)
+    if truth.shape == output.shape and not output.size and any(y.size for y in flax.outputs):
+        return 0.0
+    return error_of(output, truth)
 
 
 def input_gradients(torch: Recording, flax: Recording) -> Iterator[Difference]:
@@ -142,9 +151,11 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Di
     activations = [g for c in torch.calls for g in (*c.input_gradients, c.output_gradient) if g is not None]
     floor = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in activations), default=0.0)
     largest = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in torch.gradients.values()), default=0.0)
-    for i, gradient in enumerate(flax.output_gradients[: len(torch.output_gradients)]):
-        truth = translation.gradient(result(i), torch.output_gradients[i])
-        if gradient is not None and truth is not None:
+    for i, j in translation.results(flax.named_outputs):
+        gradient = flax.output_gradients[j] if j < len(flax.output_gradients) else None
+        truth = torch.output_gradients[i] if i < len(torch.output_gradients) else None
+        truth = translation.gradient(result(i), truth)
+        if gradient is not None and truth is not None and (gradient.size or truth.shape != gradient.shape):
             found.append(Difference("loss", NETWORK, "", "gradient", error_of(gradient, truth)))
     for call, flax_key in reversed(keys):
         mine, pair = calls.get(flax_key), translation.pair_of[call.path]

@@ -33,14 +33,15 @@ class Forcing:
         value = self.translation.output(call, output)
         return value, self.translation.gradient(Slot(call.key, "output"), call.output_gradient)
 
-    def result(self, i, output):
+    def result(self, i, outputs):
         """See `records.side.Force`."""
         torch = self.translation.torch
-        if i >= len(torch.outputs):
+        place = next((t for t, f in self.translation.results(outputs) if f == i), None)
+        if place is None:
             return None
-        value = self.translation.result(i, output)
-        gradient = torch.output_gradients[i] if i < len(torch.output_gradients) else None
-        return value, self.translation.gradient(result(i), gradient)
+        value = self.translation.result(place, outputs[i][1])
+        gradient = torch.output_gradients[place] if place < len(torch.output_gradients) else None
+        return value, self.translation.gradient(result(place), gradient)
 
 
 def forcing(torch: Recording, pairing: Pairing) -> Forcing:
@@ -62,5 +63,5 @@ class OwnInputs:
     def output(self, key, output):
         """Left alone."""
 
-    def result(self, i, output):
+    def result(self, i, outputs):
         """Left alone."""

@@ -1,14 +1,16 @@
-"""Layers that one side only has, in one finding; and norms of which one side only has the scale and the bias."""
+"""Layers and outputs that one side only has, in one finding each; norms of which one side only has scale and bias."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from parity.comparison.differences import alone
 from parity.diagnosis.between import family as between
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.finding import Finding, Located
 from parity.pairing.arrangements import usual
+from parity.pairing.outputs import told
 from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.recording import NETWORK, Call, Layer, Recording
@@ -28,6 +30,7 @@ def with_lone_layers(
       forced: Flax's run in single-layer mode.
       free: Flax's own run.
     """
+    found = [*found, *_lone_outputs(translation, forced)]
     norms = _norms(translation, forced)
     torch, flax = alone(translation.pairing, translation.torch, free)
     torch = [x for x in torch if (x.path, "") not in {(f.layer, f.flax_layer) for f in norms}]
@@ -40,7 +43,7 @@ def with_lone_layers(
     order = [call.path for call in translation.torch.calls]
     position = min((order.index(x.path) for x in torch if x.path in order), default=0)
     texts = [
-        f"{name}'s {', '.join(map(_described, layers))} {'has' if len(layers) == 1 else 'have'} no partner in {other}"
+        f"{name}'s {', '.join(map(_described, layers))} {_has(layers)} no partner in {other}"
         for name, other, layers in (("PyTorch", "Flax", torch), ("Flax", "PyTorch", flax))
         if layers
     ]
@@ -48,6 +51,28 @@ def with_lone_layers(
     if torch:
         return [*kept, *norms, Located("forward", position, torch[0].path, "", finding, (torch[0].path, 0))]
     return [*kept, *norms, Located("forward", position, "", flax[0].path, finding)]
+
+
+def _lone_outputs(translation: Translation, forced: Recording) -> list[Located]:
+    """Outputs of the network without a partner, in one finding."""
+    ours, theirs = translation.torch.named_outputs, forced.named_outputs
+    if not forced.has_ended or not translation.torch.has_ended:
+        return []
+    pairs = translation.results(theirs)
+    texts = [
+        f"{name}'s {', '.join(told(outputs, i) for i in left)} {_has(left)} no partner in {other}"
+        for name, other, outputs, taken in (
+            ("PyTorch", "Flax", ours, {i for i, _ in pairs}),
+            ("Flax", "PyTorch", theirs, {j for _, j in pairs}),
+        )
+        if (left := [i for i in range(len(outputs)) if i not in taken])
+    ]
+    place = len(translation.torch.calls)
+    return [Located("forward", place, "", "", Finding("no-partner", "; ".join(texts)), NETWORK)] if texts else []
+
+
+def _has(several: Sequence[Any]) -> str:
+    return "has" if len(several) == 1 else "have"
 
 
 def _described(layer: Layer) -> str:

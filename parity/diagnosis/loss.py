@@ -275,10 +275,13 @@ def _description(torch_loss: float, flax_loss: float, gradients_agree: bool, fac
 def loss_findings(translation: Translation, forced: Recording, bound: float) -> list[Located]:
     """What is wrong with the losses, of the same output."""
     torch = translation.torch
-    place = next((i for i, g in enumerate(torch.output_gradients) if g is not None), None)
-    if torch.loss is None or forced.loss is None or place is None or place >= len(forced.output_gradients):
+    if torch.loss is None or forced.loss is None or not torch.output_gradients or not forced.output_gradients:
         return []
-    gradient, given = translation.gradient(result(place), torch.output_gradients[place]), forced.output_gradients[place]
+    results = translation.results(forced.named_outputs)
+    both = (
+        (i, translation.gradient(result(i), torch.output_gradients[i]), forced.output_gradients[j]) for i, j in results
+    )
+    place, gradient, given = next((b for b in both if b[1] is not None and b[2] is not None), (0, None, None))
     if gradient is None or given is None:
         return []
     scale = max(abs(torch.loss), 1e-30)

@@ -23,6 +23,7 @@ from parity.diagnosis.product import family as products
 from parity.diagnosis.product.fits import ProductSide
 from parity.pairing.arrangements import Slot
 from parity.pairing.layers import LayerPair
+from parity.pairing.outputs import told
 from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.distance import error_of
@@ -139,10 +140,11 @@ class Diagnosis:
 
     def _last_glue(self) -> list[Located]:
         found: list[Finding] = []
-        for i, output in enumerate(self.forced.outputs[: len(self.torch.outputs)]):
+        for i, j in self.translation.results(self.forced.named_outputs):
+            output = self.forced.outputs[j]
             truth = self.translation.result(i, output)
-            if {output.dtype.kind, truth.dtype.kind} != {"f"}:
-                found += _other_numbers(truth, output, f"output {i + 1} of {len(self.torch.outputs)}")
+            if {output.dtype.kind, truth.dtype.kind} != {"f"} or not output.size or not truth.size:
+                found += _other_numbers(truth, output, told(self.torch.named_outputs, i))
                 continue
             tolerance = self._tolerance(NETWORK, "output")
             found += between.findings(
@@ -151,7 +153,7 @@ class Diagnosis:
                 output,
                 train=self.train,
                 tolerance=tolerance,
-                output=f"output {i + 1} of {len(self.torch.outputs)}",
+                output=told(self.torch.named_outputs, i),
             )
         last = self.torch.calls[-1] if self.torch.calls else Call("", 0, [], np.zeros(0))
         pair = self.translation.pair_of.get(last.path)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.pairing.arrangements import SAME, SWAP, Arrangement, Slot, fitting, result, usual
+from parity.pairing.arrangements import LAST, SAME, SWAP, Arrangement, Slot, fitting, result, usual
 from parity.pairing.layers import Pairing
+from parity.pairing.outputs import Outputs, partners, told
 from parity.records import kinds
 from parity.records.distance import error_of
 from parity.records.inputs import Inputs
@@ -26,6 +27,7 @@ class Translation:
         self.calls = {call.key: call for call in torch.calls}
         self.position = {call.key: i for i, call in enumerate(torch.calls)}
         self.chosen: dict[Slot, Arrangement] = {}
+        self.settled: list[tuple[int, int]] = []  # outputs of the network, as `results` has them
 
     def torch_call(self, flax_key: tuple[str, int]) -> Call | None:
         """PyTorch's call that belongs to this call of Flax."""
@@ -46,6 +48,19 @@ class Translation:
     def result(self, i: int, like: Any = None) -> NDArray:
         """The i-th output of PyTorch's network in Flax's layout."""
         return self._arranged(result(i), self.torch.outputs[i], kinds.OTHER, like, self._channels_before())
+
+    def results(self, flax: Outputs) -> list[tuple[int, int]]:
+        """(PyTorch's place, Flax's) of the network's outputs that belong together."""
+        return partners(self.torch.named_outputs, flax)
+
+    def moved_outputs(self, flax: Outputs) -> Iterator[str]:
+        """A sentence on each output of the network that has its axes in another order."""
+        ways, ours = {SWAP: "the first two axes exchanged", LAST: "axis 1 last"}, self.torch.named_outputs
+        for i, j in self.results(flax):
+            way = ways.get(self.chosen.get(result(i), SAME))
+            if way is not None:
+                shapes = f"{list(ours[i][1].shape)} in PyTorch, {list(flax[j][1].shape)} in Flax"
+                yield f"{told(ours, i)} is {shapes}: the same with {way}"
 
     def gradient(self, slot: Slot, gradient: NDArray | None) -> NDArray | None:
         """A gradient, arranged as what it belongs to."""
@@ -76,7 +91,9 @@ class Translation:
                 first = first or chosen
             possible = fitting(kind, call.output, mine.output.shape, () if kind == "linear" else flattened)
             self.chosen[Slot(call.key, "output")] = first if first in possible else possible[0]
-        for i, (a, output) in enumerate(zip(self.torch.outputs, forced.outputs, strict=False)):
+        self.settled = self.results(forced.named_outputs)
+        for i, j in self.settled:
+            a, output = self.torch.outputs[i], forced.outputs[j]
             possible = fitting(kinds.OTHER, a, output.shape, self._channels_before())
             self.chosen[result(i)] = _closest(possible, a, output)
 
@@ -122,8 +139,8 @@ class Translation:
         return any(a.name == "flatten" for a in outputs)
 
     def swapped(self) -> list[int]:
-        """The outputs of the network whose first two axes are exchanged in Flax."""
-        return [i for i in range(len(self.torch.outputs)) if self.chosen.get(result(i)) == SWAP]
+        """Flax's outputs whose first two axes are exchanged."""
+        return [j for i, j in self.settled if self.chosen.get(result(i)) == SWAP]
 
 
 def _closest(possible: list[Arrangement], a: NDArray, like: NDArray) -> Arrangement:

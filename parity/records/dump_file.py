@@ -6,7 +6,8 @@ The JSON file:
      "framework": "torch" | "flax", "details": {"mode": "train" | "eval", "class", "versions", "inputs", ...},
      "layers": [{"path", "kind", "class_name", "tensors": {local name: full name}, "statistics", "config", "is_called",
                  "calls": how many}],
-     "runs": {"free": {"loss", "failure", "failed_in": [phase, path], "dropout_off", "complex_outputs": [I],
+     "runs": {"free": {"loss", "failure", "failed_in": [phase, path], "dropout_off", "output_names": [name],
+                       "complex_outputs": [I],
                        "calls": [{"path", "index"}],
                        "glue": [{"path", "class_name", "position"}]},
               "forced": the same, or absent, "own": the same, or absent},
@@ -204,6 +205,7 @@ def _run(recording: Recording) -> dict[str, Any]:
         "failure": None if recording.failure is None else recording.failure.error,
         "failed_in": None if recording.failure is None else [recording.failure.phase, recording.failure.layer],
         "dropout_off": recording.dropout_off,
+        "output_names": recording.output_names,
         "complex_outputs": [i for i, a in enumerate(recording.outputs) if a.dtype.kind == "c"],
         "calls": [{"path": call.path, "index": call.index} for call in recording.calls],
         "glue": [dataclasses.asdict(glue) for glue in recording.glue],
@@ -225,6 +227,7 @@ def _read_run(
         setattr(recording, attribute, of_key)
     for key, attribute in LISTS.items():
         setattr(recording, attribute, _list(own, key))
+    recording.output_names = entry.get("output_names", [])
     for i in entry.get("complex_outputs", []):
         recording.outputs[i] = recording.outputs[i] @ np.array([1, 1j])
     recording.output_gradients += [None] * (len(recording.outputs) - len(recording.output_gradients))

@@ -109,6 +109,7 @@ class Recording:
       inputs: as given.
       input_gradients: None where an input is no floating point.
       outputs: the numbers of the output, flattened: floating ones, whole and complex ones, truth values.
+      output_names: the keys and fields under which each stands, hidden_states.0; "" where it has only a place.
       output_gradients: of the loss; None where an output is no floating point.
       loss: its value, None where there is nothing to differentiate.
       rounds_loss: the loss computes something in float32, whatever the output's dtype: of float32 targets, say.
@@ -126,6 +127,7 @@ class Recording:
     inputs: list[NDArray] = field(default_factory=list)
     input_gradients: list[NDArray | None] = field(default_factory=list)
     outputs: list[NDArray] = field(default_factory=list)
+    output_names: list[str] = field(default_factory=list)
     output_gradients: list[NDArray | None] = field(default_factory=list)
     loss: float | None = None
     rounds_loss: bool = False
@@ -136,6 +138,11 @@ class Recording:
     def has_ended(self) -> bool:
         """Whether the forward pass came to its end."""
         return self.failure is None or self.failure.phase == "backward"
+
+    @property
+    def named_outputs(self) -> list[tuple[str, NDArray]]:
+        """(name, array) of each output; an older dump has no names."""
+        return [*zip(self.output_names or [""] * len(self.outputs), self.outputs, strict=True)]
 
     def call(self, key: tuple[str, int]) -> Call | None:
         """The call of that layer and index."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,8 +40,8 @@ class Force(Protocol):
     def output(self, key: tuple[str, int], output: Any) -> tuple[NDArray, NDArray | None] | None:
         """In place of the output of that call."""
 
-    def result(self, i: int, output: Any) -> tuple[NDArray, NDArray | None] | None:
-        """In place of the i-th output of the network."""
+    def result(self, i: int, outputs: Sequence[tuple[str, Any]]) -> tuple[NDArray, NDArray | None] | None:
+        """In place of the i-th output of the network, of all these (name, output)."""
 
 
 Snapshot = dict[str, dict[str, NDArray]]

@@ -14,15 +14,12 @@ Path = tuple[str | int, ...]
 def mapped(function: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
     """The same nesting, of the same types, with function(path, leaf) in the place of every leaf.
 
-    A leaf is whatever is no tuple, list, mapping or dataclass, or has a shape. A plain dict's come in the order of its
-    keys, as JAX has them; those of other mappings in their own.
+    A leaf is whatever is no tuple, list, mapping or dataclass, or has a shape. A mapping's come in its own order.
     """
     if not is_nested(tree):
         return function(path, tree)
     if isinstance(tree, Mapping):
-        order = sorted(tree, key=str) if type(tree) is dict else [*tree]
-        made = {key: mapped(function, tree[key], (*path, str(key))) for key in order}
-        items = {key: made[key] for key in tree}
+        items = {key: mapped(function, v, (*path, str(key))) for key, v in tree.items()}
         if type(tree) is dict:
             return items
         # ModelOutput and its kind are both, and made by names.
@@ -52,8 +49,8 @@ def leaves(tree: Any) -> list[tuple[Path, Any]]:
 
 
 def name_of(path: Path) -> str:
-    """In words, such as hidden_states.0."""
-    return ".".join(map(str, path))
+    """In words, such as hidden_states.0; "" of a place alone, which is no name."""
+    return ".".join(map(str, path)) if any(isinstance(part, str) for part in path) else ""
 
 
 def first(tree: Any, is_array: Callable[[Any], bool]) -> tuple[Path, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import flax.linen as linen
@@ -99,3 +100,88 @@ def test_dumps_hold_them(name, tmp_path):
         parity.dump(module, [X], tmp_path / "flax", weights=tmp_path / "torch")
         report = parity.compare(tmp_path / "torch", tmp_path / "flax")
         assert report.ok == fine, report
+
+
+def outputs_of(report):
+    return [row for row in report.layers if row.quantity == "output" and not row.torch_layer]
+
+
+KEYS = {
+    "other-order": (lambda y: {"a": y, "b": y**2}, lambda y: {"b": y**2, "a": y}),
+    "ordered": (lambda y: OrderedDict(b=y**2, a=y), lambda y: OrderedDict(a=y, b=y**2)),
+    "ordered-and-plain": (lambda y: OrderedDict(b=y**2, a=y), lambda y: {"a": y, "b": y**2}),
+    "nested": (lambda y: {"h": [y, y**2], "a": (y**3,)}, lambda y: {"a": [y**3], "h": (y, y**2)}),
+    "tuple": (lambda y: OrderedDict(b=y**2, a=y), lambda y: (y**2, y)),
+    "dict-and-tuple": (lambda y: {"b": y**2, "a": y}, lambda y: (y**2, y)),
+    "nested-tuples": (lambda y: (y, (y**2, y**3)), lambda y: ((y, y**2), y**3)),
+    "one-other-name": (lambda y: {"b": y**2, "last": y}, lambda y: {"hidden": y, "b": y**2}),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_outputs_are_paired_by_their_keys(name):
+    torch_then, flax_then = KEYS[name]
+    report = checked(torch_then, flax_then)
+    assert report.ok, report
+    count = len(torch.utils._pytree.tree_leaves(torch_then(torch.zeros(1))))
+    assert len(outputs_of(report)) == count
+
+
+def test_exchanged_values_under_the_same_keys_differ():
+    assert not checked(lambda y: {"a": y, "b": y**2}, lambda y: {"a": y**2, "b": y}).ok
+
+
+@pytest.mark.parametrize("way", ["check", "dumps"])
+@pytest.mark.parametrize(
+    ("torch_then", "flax_then", "said"),
+    [
+        (lambda y: {"a": y, "b": y**2}, lambda y: {"b": y**2}, "PyTorch's output a has no partner in Flax"),
+        (lambda y: {"a": y}, lambda y: {"b": y.sum(), "a": y}, "Flax's output b has no partner in PyTorch"),
+        (lambda y: (y, y.sum(0), y.mean()), lambda y: (y, y.mean()), "PyTorch's output 2 of 3 has no partner in Flax"),
+        (lambda y: y, lambda y: (y, y[0], y[0]), "Flax's output 2 of 3, output 3 of 3 have no partner in PyTorch"),
+        (lambda y: (y, y.argmax(-1)), lambda y: y, "PyTorch's output 2 of 2 has no partner in Flax"),
+    ],
+)
+def test_an_output_without_a_partner_is_named(torch_then, flax_then, said, way, tmp_path):
+    if way == "check":
+        report = checked(torch_then, flax_then)
+    else:
+        parity.dump(Torch(torch_then), [X], tmp_path / "torch")
+        parity.dump(Flax(flax_then), [X], tmp_path / "flax", weights=tmp_path / "torch")
+        report = parity.compare(tmp_path / "flax", tmp_path / "torch")
+    assert [d.code for d in report.diagnoses] == ["no-partner"], report
+    assert said in report.diagnoses[0].evidence
+    # What has one is compared.
+    assert any(row.ok for row in outputs_of(report))
+    assert report.first_divergence.error == np.inf
+
+
+def test_an_empty_output_agrees_by_its_shape():
+    report = checked(lambda y: (y, y[:0]), lambda y: (y, y[:0]))
+    assert report.ok, report
+    assert not checked(lambda y: (y, y[:0]), lambda y: (y, y[:0, :2])).ok
+    # Where there is nothing else, nothing is compared.
+    assert [d.code for d in checked(lambda y: y[:0], lambda y: y[:0]).diagnoses] == ["not-compared"]
+
+
+SEQUENCE = np.random.default_rng(1).normal(size=(2, 5, 4)).astype(np.float32)
+EQUAL = np.random.default_rng(1).normal(size=(5, 5, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("x", [SEQUENCE, EQUAL], ids=["2-and-5", "5-and-5"])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_exchanged_axes_are_noted(x, swapped):
+    then = (lambda y: y.swapaxes(0, 1)) if swapped else (lambda y: y)
+    report = parity.check(Torch(lambda y: {"h": y}), Flax(lambda y: {"h": then(y)}), x, flax_inputs=[x])
+    assert report.ok, report
+    notes = [note for note in report.notes if "axes exchanged" in note]
+    shapes = f"{list((2, 5, 3) if x is SEQUENCE else (5, 5, 3))} in PyTorch"
+    assert len(notes) == swapped
+    assert all(note.startswith(f"output h is {shapes}") for note in notes)
+
+
+def test_channels_last_is_noted():
+    x = np.random.default_rng(1).normal(size=(2, 3, 6, 5)).astype(np.float32)
+    report = parity.check(nn.Conv2d(3, 4, 3), linen.Conv(4, (3, 3), padding="VALID"), x)
+    assert report.ok, report
+    assert any("[2, 4, 4, 3] in PyTorch, [2, 4, 3, 4] in Flax: the same with axis 1 last" in n for n in report.notes)

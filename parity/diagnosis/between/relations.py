@@ -133,7 +133,7 @@ def reordered(torch: Array, flax: Array, tolerance: float) -> str | None:
     Returns:
       A sentence that says which order; None if the values are not the same ones, or are in the same order.
     """
-    if torch.ndim < 2 or len(torch) != len(flax) or torch.size != flax.size:
+    if torch.ndim < 2 or not torch.size or len(torch) != len(flax) or torch.size != flax.size:
         return None
     t, f, limit = torch.reshape(len(torch), -1), flax.reshape(len(flax), -1), limit_of(torch, tolerance)
     if error_of(t, f) <= limit or error_of(np.sort(t, axis=1), np.sort(f, axis=1)) > limit or len(np.unique(t)) < 8:

@@ -211,9 +211,17 @@ def is_floating(value: Any) -> bool:
     return bool(jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating))
 
 
-def numbers(output: Any) -> list[Any]:
-    """The arrays and numbers of an output, a dict's in the order of its keys; also in what only JAX knows as a tree."""
-    return [jnp.asarray(v) for _, leaf in trees.leaves(output) for v in jax.tree.leaves(leaf) if is_number(v)]
+def numbers(output: Any) -> list[tuple[str, Any]]:
+    """The arrays and numbers of an output with the names that they stand under, see `records.trees`.
+
+    Also those in what only JAX knows as a tree.
+    """
+    return [
+        (trees.name_of(path), jnp.asarray(v))
+        for path, leaf in trees.leaves(output)
+        for v in jax.tree.leaves(leaf)
+        if is_number(v)
+    ]
 
 
 def with_numbers(output: Any, function: Callable[[Any], Any]) -> Any:
@@ -228,7 +236,7 @@ def with_numbers(output: Any, function: Callable[[Any], Any]) -> Any:
 def default_loss(output: Any, swapped: Container[int] = ()) -> Any:
     """See `records.side.loss_weights`; PyTorch's first axis is the second of the outputs `swapped`."""
     total = jnp.zeros(())
-    for i, y in enumerate(numbers(output)):
+    for i, (_, y) in enumerate(numbers(output)):
         y = y.swapaxes(0, 1) if i in swapped else y
         y = jnp.stack([y.real, y.imag], -1) if jnp.iscomplexobj(y) else y
         if not y.size or not is_floating(y):

@@ -178,6 +178,7 @@ class _Run:
         self.side, self.layers, self.others, self.inputs, self.floating = side, layers, others, inputs, floating
         self.train, self.loss, self.force, self.seed = train, loss or default_loss, force, seed
         self.keys: list[tuple[str, int]] = []
+        self.names: list[str] = []  # of the outputs
         self.has_dropout = False
         self.stopped_in = ""
         self.probed: list[Array] = []
@@ -270,14 +271,15 @@ class _Run:
                 seed=self.seed,
             )
         self.has_dropout = self.has_dropout or any(rates)
-        seen["result"] = numbers(output)
+        results = numbers(output)
+        self.names, seen["result"] = [name for name, _ in results], [v for _, v in results]
         counted = itertools.count()
 
         def probed(v):
             i = next(counted)
             if not is_floating(v):
                 return v
-            return probe(v, None if self.force is None else self.force.result(i, v))
+            return probe(v, None if self.force is None else self.force.result(i, results))
 
         output = with_numbers(output, probed)
         self.rounds_loss = self._rounds_loss(output)
@@ -298,7 +300,7 @@ class _Run:
             return self.loss(with_numbers(output, lambda _: next(others)))
 
         try:
-            return rounds(loss, numbers(output))
+            return rounds(loss, [v for _, v in numbers(output)])
         except jax.errors.JAXTypeError:
             return False  # it looks at the values of its arrays and has no program
 
@@ -318,6 +320,7 @@ def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floatin
         call.output_gradient = gradient(output)
         recording.calls.append(call)
     recording.outputs = [_numpy(v) for v in seen["result"]]
+    recording.output_names = run.names[: len(recording.outputs)]
     recording.output_gradients = [gradient(v) for v in seen["result"]]
     recording.loss = float(total)
     recording.rounds_loss = run.rounds_loss

@@ -25,10 +25,10 @@ def lifted(module: nn.Module, *, float64: bool) -> nn.Module:
     return module.cpu().double() if float64 else module
 
 
-def numbers(output: Any) -> list[Tensor]:
-    """The tensors and numbers of an output; a dict's in the order of its keys, as JAX has them."""
-    found = (v for _, v in trees.leaves(output))
-    return [torch.as_tensor(v) for v in found if is_tensor(v) or isinstance(v, bool | int | float | complex)]
+def numbers(output: Any) -> list[tuple[str, Tensor]]:
+    """The tensors and numbers of an output with the names that they stand under, see `records.trees`."""
+    found = [(trees.name_of(path), v) for path, v in trees.leaves(output)]
+    return [(n, torch.as_tensor(v)) for n, v in found if is_tensor(v) or isinstance(v, bool | int | float | complex)]
 
 
 def is_tensor(value: Any) -> bool:
@@ -44,7 +44,7 @@ def loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
 def default_loss(output: Any) -> Tensor:
     """See `records.side.loss_weights`."""
     total: Tensor = torch.zeros(())
-    for y in numbers(output):
+    for _, y in numbers(output):
         y = torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
         if not y.numel() or not y.is_floating_point():
             continue

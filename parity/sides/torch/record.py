@@ -177,8 +177,9 @@ def record(
         recording.dropout_off = recording.dropout_off or any(rates)
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
         output = trees.mapped(lambda _, v: v.clone() if isinstance(v, Tensor) else v, output)
-        leaves = numbers(output)
-        recording.outputs = [numpy(v) for v in leaves]
+        named = numbers(output)
+        leaves = [v for _, v in named]
+        recording.outputs, recording.output_names = [numpy(v) for v in leaves], [name for name, _ in named]
         for leaf in leaves:
             if leaf.requires_grad:
                 leaf.retain_grad()
