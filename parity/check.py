@@ -66,8 +66,8 @@ def check(
 
     Raises:
       TypeError: an argument of another kind.
-      ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, another number of
-        flax_inputs in a sequence.
+      ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, optimizers that want
+        more than gradients, a loss that is no number, another number of flax_inputs in a sequence.
       Exception: what either module raises on these inputs whatever their dtype.
     """
     called = calls(inputs, keywords, flax_inputs, flax_call)
@@ -94,17 +94,22 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by
     from parity.evidence.torch import TorchRuns
 
     train, (torch_loss, flax_loss) = question.train, question.loss or (None, None)
+    optimizers = question.optimizers if question.steps else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's modules: an eager run in float64 meets more of them
         # PyTorch on its own, in float64.
         called = question.called
         torch_runs = TorchRuns(torch_module, called.torch or Inputs(), train=train, loss=torch_loss)
+        if optimizers is not None:
+            torch_runs.check_optimizer(optimizers[0])
         torch = torch_runs.evidence()
         if not torch.free.has_ended:
             return stopped(torch)
         # Which layer, tensor and axis is which; the weights go across; Flax on its own.
         inputs = torch_runs.inputs_for_flax(torch.free, called.flax)
         flax_runs = FlaxRuns(flax_module, inputs, train=train, loss=flax_loss, flax_call=called.flax_call)
+        if optimizers is not None:
+            flax_runs.check_optimizer(optimizers[1])
         translation = flax_runs.carry(torch.free, question.layer_map, question.variables)
         flax = flax_runs.evidence()
         # What the judge asks for besides: the modules' own dtype, Flax layer by layer, how much is rounding.
@@ -117,12 +122,12 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by
         if judge.asks_for_rounding():
             torch.noise, flax.noise = torch_runs.noise(torch.free), flax_runs.noise(flax.free)
         # The optimisers' rules by themselves; training, if all agrees so far: else a step only carries on what differs.
-        if question.optimizers is not None and question.steps:
-            torch_runs.add_optimizer(torch, question.optimizers[0])
-            flax_runs.add_optimizer(flax, question.optimizers[1], translation)
+        if optimizers is not None:
+            torch_runs.add_optimizer(torch, optimizers[0])
+            flax_runs.add_optimizer(flax, optimizers[1], translation)
             if judge.agrees:
-                torch_runs.add_steps(torch, question.optimizers[0], question.steps)
-                flax_runs.add_steps(flax, question.optimizers[1], question.steps)
+                torch_runs.add_steps(torch, optimizers[0], question.steps)
+                flax_runs.add_steps(flax, optimizers[1], question.steps)
         return judge.report()
 
 

@@ -100,6 +100,8 @@ def _dump_torch(module, inputs, train, weights, other, loss, layer_map, optimize
     from parity.evidence.torch import TorchRuns
 
     runs = TorchRuns(module, inputs, train=train, loss=loss)
+    if steps:
+        runs.check_optimizer(optimizer)
     runs.take(weights, other, layer_map)
     made = runs.evidence()
     _must_have_run(made)
@@ -116,6 +118,8 @@ def _dump_flax(module, inputs, train, weights, other, loss, flax_call, layer_map
     from parity.evidence.jax import FlaxRuns
 
     runs = FlaxRuns(module, inputs, train=train, loss=loss, flax_call=flax_call)
+    if steps:
+        runs.check_optimizer(optimizer)
     translation = None
     if other is None or other.free.framework == "flax":
         runs.take(weights, other)

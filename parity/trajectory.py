@@ -183,12 +183,17 @@ class _Runs:
         torch_side.to_dtype(self.module, dtype)
         state = {n: v.numpy() for n, v in self.module.state_dict().items() if v.is_floating_point()}
         self.variables = pairing.to_flax(state)
+        torch_side.check_optimizer(self.module, self._factory)
+        shapes = {name: a.shape for name, a in self.variables.items() if name.startswith("params/")}
+        flax_side.check_transform(self.transform, shapes)
+
+    def _factory(self, parameters: list) -> Any:
+        return self.rule.torch(parameters, self.lr)
 
     def torch(self, dtype: str, nudge: np.random.Generator | None = None) -> TorchRun:
-        def factory(parameters: list) -> Any:
-            return self.rule.torch(parameters, self.lr)
-
-        return TorchRun(self.module, factory, self.losses[0], dtype=dtype, buffers=[*self.rule.state], nudge=nudge)
+        return TorchRun(
+            self.module, self._factory, self.losses[0], dtype=dtype, buffers=[*self.rule.state], nudge=nudge
+        )
 
     def flax(self, dtype: str, nudge: np.random.Generator | None = None) -> FlaxRun:
         return FlaxRun(

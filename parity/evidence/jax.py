@@ -148,6 +148,14 @@ class FlaxRuns:
             runs.append(self.run(self.carried, force=Forcing(translation), gradients=gradients))
         return max(runs, key=lambda run: (run.has_ended, len(run.calls)))
 
+    @property
+    def _parameters(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(a.shape) for name, a in self.shapes.items() if name.startswith("params/")}
+
+    def check_optimizer(self, transform: Any) -> None:
+        """ValueError for an optimiser whose steps can't be made."""
+        flax_side.check_transform(transform, self._parameters)
+
     def add_optimizer(self, evidence: Evidence, transform: Any, translation: Translation | None = None) -> None:
         """What the optimiser answers by itself; element by element what PyTorch's is asked, if that is known."""
         serials = {}
@@ -155,7 +163,7 @@ class FlaxRuns:
             theirs = translation.torch.tensors
             numbered = {name: np.arange(a.size).reshape(a.shape) for name, a in theirs.items()}
             serials = translation.pairing.to_flax(numbered)
-        parameters = {name: tuple(a.shape) for name, a in self.shapes.items() if name.startswith("params/")}
+        parameters = self._parameters
         try:
             with flax_side.environment(float64=True):
                 evidence.answers = flax_side.answers(transform, parameters, serials)

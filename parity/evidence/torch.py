@@ -70,6 +70,10 @@ class TorchRuns:
 
         return given.filled([exact(i, a) for i, a in enumerate(given.arrays())])
 
+    def check_optimizer(self, factory: Callable) -> None:
+        """ValueError for an optimiser whose steps can't be made."""
+        torch_side.check_optimizer(self.module, factory)
+
     def add_optimizer(self, evidence: Evidence, factory: Callable) -> None:
         """What the optimiser answers by itself."""
         free = evidence.free

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,17 @@ from numpy.typing import NDArray
 
 LARGE = 16.0
 """What the default loss takes the sine of is not larger."""
+
+
+class LossError(ValueError):
+    """A loss that is no number."""
+
+
+def check_loss(total: Any, side: str) -> None:
+    """LossError for a loss that is not one number."""
+    shape = getattr(total, "shape", ()) if not isinstance(total, tuple | list) else (len(total),)
+    if math.prod(shape) != 1:
+        raise LossError(f"loss is of shape {tuple(shape)} in {side}; allowed: one number, such as the mean")
 
 
 def loss_weights(count: int) -> NDArray:

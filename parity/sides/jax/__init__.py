@@ -1,6 +1,6 @@
 """Flax's side of the bridge. Never imports torch."""
 
-from parity.sides.jax.ask import answers, is_float32_inside
+from parity.sides.jax.ask import answers, check_transform, is_float32_inside
 from parity.sides.jax.layers import layers_of, structure
 from parity.sides.jax.linen import LinenSide
 from parity.sides.jax.module import Side, default_loss, environment, flat, is_dropout, lifted, versions
@@ -14,6 +14,7 @@ __all__ = [
     "NnxSide",
     "Side",
     "answers",
+    "check_transform",
     "default_loss",
     "environment",
     "flat",

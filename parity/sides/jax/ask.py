@@ -46,6 +46,22 @@ def answers(
     return ask(every, lambda gradients, parameters: _run(transform, tree, gradients, parameters), whole_state=False)
 
 
+def check_transform(transform: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError for a transformation that makes no update from gradients alone, as one that wants the loss."""
+    tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    tree = unflatten_dict({tuple(name.removeprefix("params/").split("/")): v for name, v in tree.items()})
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        state = jax.eval_shape(transform.init, tree)
+        try:
+            jax.eval_shape(transform.update, tree, state, tree)
+        except TypeError as error:
+            told = f"TypeError: {' '.join(str(error).split())}"
+            allowed = "one that makes an update from gradients alone"
+            raise ValueError(
+                f"optimizers has a transformation of optax's that says {told}; allowed: {allowed}"
+            ) from error
+
+
 def is_float32_inside(transform: Any, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether it computes something in float32 though its gradients and parameters are float64: by its program."""
     tree = {name: jax.ShapeDtypeStruct(shape, np.float64) for name, shape in shapes.items()}

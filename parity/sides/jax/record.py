@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from parity.records import trees
 from parity.records.inputs import Inputs
 from parity.records.recording import Call, Failure, Layer, Recording
-from parity.records.side import Force
+from parity.records.side import Force, LossError, check_loss
 from parity.sides.jax.layers import trace_state
 from parity.sides.jax.module import (
     Side,
@@ -98,6 +98,8 @@ def record(
                 )
             else:
                 total, seen = _compiled(lambda p, x: run(p, x, None))(parameters, xs)
+        except LossError:
+            raise
         except Exception as error:  # whatever a stranger's module raises
             run = _Run(side, layers, others, call, floating, train, loss, force, seed)
             try:
@@ -283,7 +285,9 @@ class _Run:
 
         output = with_numbers(output, probed)
         self.rounds_loss = self._rounds_loss(output)
-        return jnp.asarray(self.loss(output)), seen
+        total = jnp.asarray(self.loss(output))
+        check_loss(total, "JAX")
+        return total.reshape(()), seen
 
     def probes(self, parameters, xs):
         """What is probed, in order."""

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import NDArray
 
 from parity.records.inputs import Inputs
-from parity.records.side import Snapshot, nudged
+from parity.records.side import Snapshot, check_loss, nudged
 from parity.sides.jax.module import Side, environment, is_dropout, without_attention_dropout
 
 
@@ -87,7 +87,9 @@ def flax_step(side: Side, transform: optax.GradientTransformation, loss: Callabl
         flat = {f"params/{n}": v for n, v in flatten_dict(tree, sep="/").items()}
         with without_attention_dropout(train=train):
             output, after = side.apply({**flat, **statistics}, inputs, train=train, intercept=intercept, seed=0)
-        return loss(output, *target), after
+        value = jnp.asarray(loss(output, *target))
+        check_loss(value, "JAX")
+        return value.reshape(()), after
 
     @jax.jit
     def step(tree, statistics, state, inputs, *target):

@@ -15,11 +15,12 @@ from parity.sides.torch.module import (
     without_dropout,
 )
 from parity.sides.torch.record import default_dtype, layers_of, products, record
-from parity.sides.torch.train import torch_steps
+from parity.sides.torch.train import check_optimizer, torch_steps
 
 __all__ = [
     "COUNTER",
     "answers",
+    "check_optimizer",
     "default_dtype",
     "has_dropout",
     "layers_of",

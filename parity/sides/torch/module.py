@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from parity.records import trees
-from parity.records.side import LARGE, loss_weights
+from parity.records.side import LARGE, check_loss, loss_weights
 
 COUNTER = "num_batches_tracked"
 
@@ -38,7 +38,9 @@ def is_tensor(value: Any) -> bool:
 
 def loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
     """The user's loss, or the default one."""
-    return default_loss(output) if loss is None else loss(output)
+    total = default_loss(output) if loss is None else loss(output)
+    check_loss(total, "PyTorch")
+    return total
 
 
 def default_loss(output: Any) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from parity.records.inputs import Inputs
-from parity.records.side import Snapshot, nudged
+from parity.records.side import Snapshot, check_loss, nudged
 from parity.sides.torch.module import lifted, loss_of, numpy, without_dropout
 from parity.sides.torch.record import default_dtype
 
@@ -62,6 +62,7 @@ class TorchRun:
         self.optimizer.zero_grad()
         with default_dtype(self.dtype), without_dropout(self.module, train=self.train):
             loss = self.loss(self.module(*given.args, **given.keywords), *(torch.tensor(a) for a in target))
+            check_loss(loss, "PyTorch")
             loss.backward()
         self.optimizer.step()
         if self.scheduler is not None:
@@ -97,6 +98,24 @@ class TorchRun:
             given = Inputs.of(inputs).mapped(torch.tensor)
             copy(*given.args, **given.keywords)
         return {n: numpy(b) for n, b in copy.named_buffers() if b.is_floating_point()}
+
+
+def check_optimizer(module: torch.nn.Module, factory: Callable) -> None:
+    """ValueError for an optimiser that makes no step from gradients alone, as one that wants a closure."""
+    copied = lifted(module, float64=False).cpu()
+    made = factory(list(copied.parameters()))
+    optimizer = made[0] if isinstance(made, tuple) else made
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    try:
+        optimizer.step()
+    except (TypeError, RuntimeError, AttributeError, AssertionError) as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        allowed = "an optimiser that makes a step from gradients alone"
+        raise ValueError(
+            f"optimizers has PyTorch's {type(optimizer).__name__}, which says {told}; allowed: {allowed}"
+        ) from error
 
 
 def torch_steps(
