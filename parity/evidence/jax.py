@@ -108,6 +108,12 @@ class FlaxRuns:
                 self.variables[name] = known_here.get(name, _filler(name, v.shape))
         self.carried = {**self.variables, **{name: a for name, a in carried.items() if name in self.shapes}}
 
+    def _unknown(self) -> list[str]:
+        """The names of the user's own variables that the module has not."""
+        others = [name for name in self.given or {} if name not in self.shapes]
+        # What is no floating point, as a counter, is not among the shapes.
+        return [name for name in others if name not in self._initial]
+
     @cached_property
     def _initial(self) -> dict[str, NDArray]:
         """The variables as the module makes them."""
@@ -132,6 +138,8 @@ class FlaxRuns:
         self.carried = {name: held.get(name, v) if v is before[name] else v for name, v in self.carried.items()}
         about = flax_side.versions() | details(self.module, self.train, self.loss)
         found = Evidence(free, given=self.given, details=about)
+        if unknown := self._unknown():
+            found.notes.append(f"variables has names that Flax's module has not: {', '.join(unknown)}")
         called = {call.path for call in free.calls}
         unseen = [path for path, layer in self.layers.items() if layer.is_called and path not in called]
         if unseen and free.has_ended:

@@ -116,7 +116,8 @@ def pair(
       layer_map: {PyTorch's dotted name: Flax's path} of layers that are paired otherwise than by themselves.
 
     Raises:
-      ValueError: a name in the map that is no layer; layers that only an order could tell apart, and there is none.
+      ValueError: a name in the map that is no layer, or one of Flax's twice;
+        layers that only an order could tell apart, and there is none.
     """
     known = dict(layer_map or {})
     _check_map(known, torch, flax)
@@ -148,6 +149,10 @@ def _check_map(layer_map: Mapping[str, str], torch: Structure, flax: Structure) 
             f"layer_map names {', '.join(problems)}; allowed: {', '.join(map(repr, paths[0]))} "
             f"to {', '.join(map(repr, paths[1]))}"
         )
+    senders = {f: [t for t, target in layer_map.items() if target == f] for f in layer_map.values()}
+    several = [f"{' and '.join(map(repr, ts))} to {f!r}" for f, ts in senders.items() if len(ts) > 1]
+    if several:
+        raise ValueError(f"layer_map sends {', '.join(several)}; allowed: each of Flax's layers once")
 
 
 def _pair(t: Layer, f: Layer, torch: Structure, flax: Structure) -> LayerPair:

@@ -86,6 +86,14 @@ def test_layer_map():
         parity.check(torch_net(), Net(), X, layer_map={"9": "Dense_0"})
 
 
+@pytest.mark.parametrize("function", [parity.check, parity.trace, parity.to_flax])
+def test_a_layer_map_with_one_target_twice(function):
+    twice = {"0": "Conv_0", "4": "Dense_0", "1": "Conv_0"}
+    given = {"inputs": [X]} if function is parity.to_flax else {}
+    with pytest.raises(ValueError, match="sends '0' and '1' to 'Conv_0'; allowed: each of Flax's layers once"):
+        function(torch_net(), Net(), *([] if given else [X]), layer_map=twice, **given)
+
+
 def test_flax_inputs():
     moved = np.moveaxis(X, 1, -1)
     assert parity.check(torch_net(), Net(), X, train=False, flax_inputs=[moved]).ok
@@ -165,6 +173,20 @@ def test_other_shapes_are_a_divergence_with_infinite_error():
     report = parity.check(torch_net(), Net(padding="VALID"), X, train=False)
     assert report.first_divergence.error == np.inf
     assert [(d.code, d.layer) for d in report.diagnoses] == [("padding", "0")]
+
+
+@pytest.mark.parametrize("make", [Net, NnxNet])
+def test_variables_that_the_module_has_not_are_told(make):
+    carried = parity.weights.to_flax(torch_net(), make(), inputs=[X])
+    report = parity.check(torch_net(), make(), X, train=False, variables=carried)
+    assert not report.notes
+    if make is Net:
+        carried["params"]["Dense_7"] = {"kernel": np.zeros((2, 2), np.float32)}
+    else:
+        carried["hed"] = nnx.State({"kernel": nnx.Param(jnp.zeros((2, 2)))})
+    report = parity.check(torch_net(), make(), X, train=False, variables=carried)
+    name = "params/Dense_7/kernel" if make is Net else "params/hed/kernel"
+    assert report.notes == [f"variables has names that Flax's module has not: {name}"]
 
 
 class Wide(nnx.Module):
