@@ -10,6 +10,7 @@ import numpy as np
 
 from parity.judge import Judge, stopped
 from parity.records.inputs import Calls, Inputs, calls
+from parity.records.kinds import HALF
 from parity.report import Report
 from parity.sides.module import framework_of
 
@@ -107,7 +108,9 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by
             return stopped(torch)
         # Which layer, tensor and axis is which; the weights go across; Flax on its own.
         inputs = torch_runs.inputs_for_flax(torch.free, called.flax)
-        flax_runs = FlaxRuns(flax_module, inputs, train=train, loss=flax_loss, flax_call=called.flax_call)
+        lifts = torch.details["parameters"] in HALF
+        options: dict[str, Any] = {"train": train, "loss": flax_loss, "flax_call": called.flax_call, "lifts": lifts}
+        flax_runs = FlaxRuns(flax_module, inputs, **options)
         if optimizers is not None:
             flax_runs.check_optimizer(optimizers[1])
         translation = flax_runs.carry(torch.free, question.layer_map, question.variables)

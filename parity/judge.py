@@ -31,6 +31,7 @@ from parity.pairing.layers import Pairing, pairing_of
 from parity.pairing.translation import Translation, translated
 from parity.records.answers import matched
 from parity.records.evidence import Evidence
+from parity.records.kinds import HALF
 from parity.records.recording import NETWORK, PHASES, Failure
 from parity.report import Report, verdict
 from parity.report.verdict import Stop, layer_rows, which
@@ -91,6 +92,14 @@ class Judge:
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
         self.notes += translation.moved_outputs(flax.free.named_outputs)
+        self.dtypes = tuple(of.details.get("parameters", "float32") for of in (torch, flax))
+        if hidden := [(side, d) for side, d in zip(("PyTorch's", "Flax's"), self.dtypes, strict=True) if d in HALF]:
+            told = " and ".join(f"{side} parameters are {dtype}" for side, dtype in hidden)
+            least = max(HALF[dtype] for _, dtype in hidden)
+            self.notes.append(
+                f"{told}: compared is in float64; what the sides do otherwise in 16 bits, as a sum or a softmax in "
+                f"float32, is not seen below {least:.1g}"
+            )
         rounding_losses = [side for side, of in (("PyTorch", torch), ("Flax", flax)) if of.free.rounds_loss]
         self.loss_rounds_by = float(np.finfo(np.float32).eps) if rounding_losses else 0.0
         if rounding_losses:
@@ -275,7 +284,7 @@ class Judge:
         if self.torch.own is None or self.flax.own is None:
             return []
         sides = (self.torch.own, self.torch.exact), (self.flax.own, self.flax.exact)
-        return precision_findings(self.translation, *sides)
+        return precision_findings(self.translation, *sides, self.dtypes)
 
     @cached_property
     def rules(self) -> list[Located]:

@@ -16,6 +16,7 @@ from parity.pairing.translation import flat_layout_inputs
 from parity.records import dump_file
 from parity.records.evidence import Evidence
 from parity.records.inputs import Inputs, calls
+from parity.records.kinds import HALF
 from parity.report import Report
 from parity.sides.module import framework_of
 
@@ -117,7 +118,8 @@ def _dump_torch(module, inputs, train, weights, other, loss, layer_map, optimize
 def _dump_flax(module, inputs, train, weights, other, loss, flax_call, layer_map, optimizer, steps) -> Evidence:
     from parity.evidence.jax import FlaxRuns
 
-    runs = FlaxRuns(module, inputs, train=train, loss=loss, flax_call=flax_call)
+    lifts = other is not None and other.details.get("parameters") in HALF
+    runs = FlaxRuns(module, inputs, train=train, loss=loss, flax_call=flax_call, lifts=lifts)
     if steps:
         runs.check_optimizer(optimizer)
     translation = None

@@ -16,6 +16,7 @@ def details(module: Any, train: bool, loss: Callable | None) -> dict[str, Any]:
         "mode": "train" if train else "eval",
         "class": type(module).__name__,
         "dtype": "float64",
+        "parameters": "float32",
         "loss": "default" if loss is None else getattr(loss, "__qualname__", str(loss)),
         "numpy": np.__version__,
         "inputs": None,

@@ -34,6 +34,7 @@ class FlaxRuns:
       train: train or eval mode.
       loss: of the output; None: the default one.
       flax_call: see `parity.check`.
+      lifts: in float64 what the module says to compute in 16 bits is computed in float64, too.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class FlaxRuns:
         train: bool,
         loss: Callable | None,
         flax_call: Callable | None = None,
+        lifts: bool = False,
     ) -> None:
         self.module, self.inputs, self.train, self.loss = module, Inputs.of(inputs), train, loss
         self.side = flax_side.side_of(module, flax_call)
+        self.side.lifts = lifts
         self.layers, self.shapes = flax_side.structure(self.side, self.inputs, train=train)
         self.variables: dict[str, Any] = {}
         self.carried: dict[str, Any] = {}
@@ -64,11 +67,16 @@ class FlaxRuns:
         step: float = 0.0,
     ) -> Recording:
         """A run on its own or in single-layer mode; inputs and parameters nudged by `step`."""
+        given = nudged_variables(self.variables, step) if step else variables or self.variables
+        inputs = self.inputs.filled(nudged(self.inputs.arrays(), step)) if step else self.inputs
+        if not float64:
+            given = {name: np.asarray(v).astype(self.shapes[name].dtype) for name, v in given.items()}
+            inputs = inputs.mapped(self._in_own_dtype)
         return flax_side.record(
             self.side,
             self.layers,
-            nudged_variables(self.variables, step) if step else variables or self.variables,
-            self.inputs.filled(nudged(self.inputs.arrays(), step)) if step else self.inputs,
+            given,
+            inputs,
             train=self.train,
             float64=float64,
             loss=self._loss(),
@@ -76,6 +84,15 @@ class FlaxRuns:
             gradients=gradients,
             programs=self.programs,
         )
+
+    @property
+    def own_dtype(self) -> np.dtype:
+        """The dtype of the module's parameters, by the first."""
+        own = (a.dtype for name, a in self.shapes.items() if name.startswith("params/"))
+        return np.dtype(next(own, np.float32))
+
+    def _in_own_dtype(self, a: NDArray) -> NDArray:
+        return a.astype(self.own_dtype) if a.dtype.kind == "f" else a
 
     def carry(self, torch: Recording, layer_map: Mapping[str, str] | None, variables: Any = None) -> Translation:
         """Take PyTorch's weights, or the user's own, which are examined; and say which layer, tensor and axis is which.
@@ -137,6 +154,7 @@ class FlaxRuns:
         self.variables = before | held
         self.carried = {name: held.get(name, v) if v is before[name] else v for name, v in self.carried.items()}
         about = flax_side.versions() | details(self.module, self.train, self.loss)
+        about["parameters"] = self.own_dtype.name
         found = Evidence(free, given=self.given, details=about)
         if unknown := self._unknown():
             found.notes.append(f"variables has names that Flax's module has not: {', '.join(unknown)}")

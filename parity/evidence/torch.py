@@ -50,7 +50,9 @@ class TorchRuns:
         Raises:
           Exception: what the module raises whatever the dtype.
         """
-        found = Evidence(self.run(), details=torch_side.versions() | details(self.module, self.train, self.loss))
+        about = torch_side.versions() | details(self.module, self.train, self.loss)
+        about["parameters"] = str(torch_side.own_dtype(self.own)).removeprefix("torch.")
+        found = Evidence(self.run(), details=about)
         if found.free.failure is not None and not found.free.has_ended:
             own = self.run(float64=False)
             if own.failure is not None and own.failure.cause is not None and not own.has_ended:

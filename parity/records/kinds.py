@@ -101,6 +101,10 @@ def class_names(cls: type) -> list[str]:
     return [f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__ if c is not object]
 
 
+HALF = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+"""The eps of floating point of 16 bits."""
+
+
 def is_floating(array: NDArray) -> bool:
     """Whether it holds floating-point numbers; bfloat16 and its kind, which numpy does not count among them, too."""
     return array.dtype.name.startswith(("float", "bfloat"))

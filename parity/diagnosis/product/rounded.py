@@ -17,19 +17,22 @@ from parity.records import kinds
 from parity.records.recording import NETWORK, Recording
 
 LIMIT = 2e-5
+SIDES = "PyTorch", "Flax"
 
 Run = tuple[Recording, Mapping[tuple[str, int], NDArray]]
 """A run in float32; and (layer, call) -> the output in float64 on that run's inputs."""
 
 
-def precision_findings(translation: Translation, torch: Run, flax: Run) -> list[Located]:
-    """Where one side's products are in lower precision than the other's, in float32.
+def precision_findings(translation: Translation, torch: Run, flax: Run, dtypes: tuple[str, str]) -> list[Located]:
+    """Where one side's products are in lower precision than the other's and than its own parameters, in float32.
 
     Args:
       translation: which layer is which.
       torch: PyTorch's run.
       flax: Flax's.
+      dtypes: of PyTorch's parameters and of Flax's.
     """
+    limits = {side: max(LIMIT, kinds.HALF.get(dtype, 0.0)) for side, dtype in zip(SIDES, dtypes, strict=True)}
     flax_calls = {c.key: c for c in flax[0].calls}
     found = []
     for position, call in enumerate(torch[0].calls):
@@ -44,7 +47,7 @@ def precision_findings(translation: Translation, torch: Run, flax: Run) -> list[
             "Flax": _error(flax_calls[key].output, flax[1][key]),
         }
         worse, better = sorted(errors, key=errors.__getitem__, reverse=True)
-        if errors[worse] > LIMIT >= errors[better]:
+        if errors[worse] > limits[worse] and errors[better] <= LIMIT:
             name = "bfloat16" if errors[worse] > 8e-4 else "TensorFloat-32"
             text = (
                 f"{worse}'s product of float32 is off by {errors[worse]:.1e}, as of factors in {name}; "

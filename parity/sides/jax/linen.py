@@ -7,10 +7,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax import Array
 
-from parity.sides.jax.module import FLAGS, Intercept, call_flax_call, flag_of, flat, named_call, opened
+from parity.sides.jax.module import FLAGS, Intercept, call_flax_call, flag_of, flat, lift_layer, named_call, opened
 
 
 def _rngs(seed: int) -> dict[str, Array]:
@@ -21,7 +22,7 @@ class LinenSide:
     """A linen module: its variables are given with every call."""
 
     def __init__(self, module: nn.Module, flax_call: Callable | None = None) -> None:
-        self.module, self.flax_call, self.is_opened = module, flax_call, False
+        self.module, self.flax_call, self.is_opened, self.lifts = module, flax_call, False, False
 
     def _bound(self, train: bool) -> tuple[nn.Module, dict[str, Any]]:
         """The module and the keywords of its call. A flag that is set as an attribute is set there."""
@@ -41,7 +42,8 @@ class LinenSide:
         """See `Side`."""
         nested = unflatten_dict(variables, sep="/")
         mutable = sorted({"batch_stats", *nested} - {"params"})
-        with opened(self.is_opened), nn.intercept_methods(linen_interceptor(intercept)):
+        lifts = self.lifts and jnp.result_type(float) == jnp.float64
+        with opened(self.is_opened), nn.intercept_methods(linen_interceptor(intercept, lifts=lifts)):
             if self.flax_call is not None:
                 out = call_flax_call(self.flax_call, self.module, nested, inputs, train)
             else:
@@ -86,11 +88,16 @@ def _is_pair_with_state(out: Any, nested: Mapping[str, Any]) -> bool:
     return isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Mapping) and set(out[1]) <= collections
 
 
-def linen_interceptor(intercept: Intercept) -> Callable:
-    """What `flax.linen.intercept_methods` takes: layers' calls go through `intercept`, their own methods' do not."""
+def linen_interceptor(intercept: Intercept, *, lifts: bool = False) -> Callable:
+    """What `flax.linen.intercept_methods` takes: layers' calls go through `intercept`, their own methods' do not.
+
+    lifts: see `Side`; the modules that are called are copies.
+    """
     inside: list[nn.Module] = []
 
     def interceptor(call, args, kwargs, context):
+        if lifts:
+            lift_layer(context.module)
         if context.method_name == "setup" or context.module in inside:
             return call(*args, **kwargs)
         if context.method_name != "__call__" and not isinstance(context.module, nn.Embed):

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from parity.records import trees
 from parity.records.inputs import Inputs
+from parity.records.kinds import HALF
 from parity.records.side import LARGE, loss_weights
 
 FLAGS = {
@@ -59,9 +60,11 @@ class Side(Protocol):
 
     Attributes:
       is_opened: it is run as if there were no jit and no checkpoint in it, see `_opened`.
+      lifts: in float64 its layers compute in float64 where they say 16 bits.
     """
 
     is_opened: bool
+    lifts: bool
 
     def apply(
         self, variables: Variables, inputs: Inputs, *, train: bool, intercept: Intercept, seed: int
@@ -132,6 +135,20 @@ def opened(is_opened: bool) -> Iterator[None]:
             setattr(module, name, function)
         stack.enter_context(jax.disable_jit())
         yield
+
+
+def lift_layer(module: Any) -> None:
+    """Has a layer that says to compute in 16 bits (dtype) compute in float64; its parameters stay what they are."""
+    for name, value in {**vars(module)}.items():
+        if "dtype" in name and name != "param_dtype" and _is_half(value):
+            object.__setattr__(module, name, jnp.float64)
+
+
+def _is_half(dtype: Any) -> bool:
+    try:
+        return dtype is not None and jnp.dtype(dtype).name in HALF
+    except TypeError:
+        return False
 
 
 def is_dropout(module: Any) -> bool:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.sides.jax.module import Intercept, Variables, call_flax_call, flag_of, flat, named_call, opened
+from parity.sides.jax.module import Intercept, Variables, call_flax_call, flag_of, flat, lift_layer, named_call, opened
 
 PATH = "path_in_parity"
 
@@ -19,7 +20,7 @@ class NnxSide:
     """An NNX module: it holds its variables; every call is on a copy."""
 
     def __init__(self, module: nnx.Module, flax_call: Callable | None = None) -> None:
-        self.flax_call, self.is_opened = flax_call, False
+        self.flax_call, self.is_opened, self.lifts = flax_call, False, False
         self.graph, state = nnx.split(module)
         self.state = dict(nnx.to_flat_state(state))
         self.names = {path: _nnx_name(path, variable) for path, variable in self.state.items()}
@@ -37,6 +38,9 @@ class NnxSide:
         """See `Side`."""
         module = self.module_with(variables)
         (module.train if train else module.eval)()
+        if self.lifts and jnp.result_type(float) == jnp.float64:
+            for _, child in nnx.iter_modules(module):
+                lift_layer(child)
         flags = flag_of(type(module).__call__, train)  # before it is exchanged
         with opened(self.is_opened), _patched(module, intercept):
             if self.flax_call is not None:

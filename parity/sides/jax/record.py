@@ -87,7 +87,7 @@ def record(
         given = call.arrays()
         floating = [i for i, v in enumerate(given) if jnp.issubdtype(v.dtype, jnp.floating)]
         run = _Run(side, layers, others, call, floating, train, loss, force, seed)
-        recording = Recording("flax", layers, inputs=[np.asarray(v) for v in given])
+        recording = Recording("flax", layers, inputs=[_numpy(v) for v in given])
         recording.tensors = {name: _numpy(v) for name, v in every.items()}
         xs = [given[i] for i in floating]
         by_parameter, by_input, by_probe = {}, [], None

@@ -14,7 +14,7 @@ from parity.sides.torch.module import (
     versions,
     without_dropout,
 )
-from parity.sides.torch.record import default_dtype, layers_of, products, record
+from parity.sides.torch.record import default_dtype, layers_of, own_dtype, products, record
 from parity.sides.torch.train import check_optimizer, torch_steps
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "loss_of",
     "numbers",
     "numpy",
+    "own_dtype",
     "products",
     "put",
     "record",

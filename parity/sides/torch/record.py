@@ -131,7 +131,7 @@ def record(
 
     Args:
       module: any module; it stays as it is.
-      inputs: in PyTorch's layout; floating ones in float64 if that is asked for, else in their own dtype.
+      inputs: in PyTorch's layout; floating ones in float64 if that is asked for, else in the module's own dtype.
       train: train or eval mode. In training, dropout is switched off.
       float64: lift the module and its inputs.
       loss: of the output; None: the default one.
@@ -153,8 +153,8 @@ def record(
     called = Inputs.of(inputs)
     given = [torch.tensor(a, device=device) for a in called.arrays()]
     own = torch.float64 if float64 else own_dtype(module)
-    # Numpy makes float64 of what is not told otherwise, which a module of float32 would refuse.
-    given = [v.to(own) if v.is_floating_point() and (float64 or v.dtype == torch.float64) else v for v in given]
+    # A module refuses what is of another dtype than its parameters.
+    given = [v.to(own) if v.is_floating_point() else v for v in given]
     given = [v.requires_grad_(v.is_floating_point()) for v in given]
     called = called.filled(given)
     recording = Recording("torch", layers_of(module), inputs=[numpy(v) for v in given])
