@@ -21,6 +21,7 @@ from parity.comparison.differences import (
 )
 from parity.comparison.rounding import rounding
 from parity.diagnosis import places
+from parity.diagnosis.dropout import common_dropout, dropout_findings
 from parity.diagnosis.finding import Located, in_order
 from parity.diagnosis.loss import loss_findings
 from parity.diagnosis.mistakes import UNEXPLAINED
@@ -92,6 +93,8 @@ class Judge:
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
         self.notes += translation.moved_outputs(flax.free.named_outputs)
+        self.notes += common_dropout(translation, flax.free)
+        self.dropouts = dropout_findings(translation, flax.free)
         self.dtypes = tuple(of.details.get("parameters", "float32") for of in (torch, flax))
         if hidden := [(side, d) for side, d in zip(("PyTorch's", "Flax's"), self.dtypes, strict=True) if d in HALF]:
             told = " and ".join(f"{side} parameters are {dtype}" for side, dtype in hidden)
@@ -294,7 +297,7 @@ class Judge:
         return [Located("optimizer", i, "", "", finding) for i, finding in enumerate(found)]
 
     def _located(self) -> list[Located]:
-        found = [*self._weights, *self._precision]
+        found = [*self._weights, *self._precision, *self.dropouts]
         if not self.asks_for_layers():
             return in_order([*found, *self.rules])
         forced = self.flax.forced
@@ -350,7 +353,7 @@ class Judge:
         """What was found."""
         failing = self._failing()
         cut = self._is_cut_otherwise(failing) and not self.stops and not self.rules
-        located = self._precision if cut else self._located()
+        located = [*self._precision, *self.dropouts] if cut else self._located()
         local = self.local if self.flax.forced is not None or failing else []
         alike = self.flax.forced is not None and bool(local) and not located and self.flax.forced.failure is None
         alike = alike and not any(d.error > self.bound(d, local=True) for d in local)

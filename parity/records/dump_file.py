@@ -6,8 +6,8 @@ The JSON file:
      "framework": "torch" | "flax", "details": {"mode": "train" | "eval", "class", "versions", "inputs", ...},
      "layers": [{"path", "kind", "class_name", "tensors": {local name: full name}, "statistics", "config", "is_called",
                  "calls": how many}],
-     "runs": {"free": {"loss", "failure", "failed_in": [phase, path], "dropout_off", "output_names": [name],
-                       "complex_outputs": [I],
+     "runs": {"free": {"loss", "failure", "failed_in": [phase, path], "dropout_off", "dropouts": [[rate, position]],
+                       "output_names": [name], "complex_outputs": [I],
                        "calls": [{"path", "index"}],
                        "glue": [{"path", "class_name", "position"}]},
               "forced": the same, or absent, "own": the same, or absent},
@@ -205,6 +205,7 @@ def _run(recording: Recording) -> dict[str, Any]:
         "failure": None if recording.failure is None else recording.failure.error,
         "failed_in": None if recording.failure is None else [recording.failure.phase, recording.failure.layer],
         "dropout_off": recording.dropout_off,
+        "dropouts": recording.dropouts,
         "output_names": recording.output_names,
         "complex_outputs": [i for i, a in enumerate(recording.outputs) if a.dtype.kind == "c"],
         "calls": [{"path": call.path, "index": call.index} for call in recording.calls],
@@ -220,6 +221,7 @@ def _read_run(
         phase, layer = entry.get("failed_in") or ("forward", "")
         recording.failure = Failure(entry["failure"], layer, phase)
     recording.dropout_off = entry.get("dropout_off", False)
+    recording.dropouts = [(rate, position) for rate, position in entry.get("dropouts", [])]
     recording.glue = [GlueCall(**glue) for glue in entry["glue"]]
     own = {key.removeprefix(f"{name}/"): a for key, a in named.items() if key.startswith(f"{name}/")}
     for key, attribute in MAPS.items():

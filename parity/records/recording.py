@@ -114,7 +114,8 @@ class Recording:
       loss: its value, None where there is nothing to differentiate.
       rounds_loss: the loss computes something in float32, whatever the output's dtype: of float32 targets, say.
       failure: what stopped the run before its end; in the backward pass, what the forward pass gave is there.
-      dropout_off: a dropout was in it, and was switched off.
+      dropout_off: a dropout was in it in training, and was switched off.
+      dropouts: (rate, after how many calls of layers) of each dropout that was active in prediction, and switched off.
     """
 
     framework: Literal["torch", "flax"]
@@ -133,6 +134,7 @@ class Recording:
     rounds_loss: bool = False
     failure: Failure | None = None
     dropout_off: bool = False
+    dropouts: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def has_ended(self) -> bool:

@@ -3,7 +3,7 @@
 from parity.sides.jax.ask import answers, check_transform, is_float32_inside
 from parity.sides.jax.layers import layers_of, structure
 from parity.sides.jax.linen import LinenSide
-from parity.sides.jax.module import Side, default_loss, environment, flat, is_dropout, lifted, versions
+from parity.sides.jax.module import Side, default_loss, environment, flat, lifted, versions
 from parity.sides.jax.nnx import NnxSide, flat_variables, nnx_state
 from parity.sides.jax.record import record
 from parity.sides.jax.side import own_variables, side_of
@@ -20,7 +20,6 @@ __all__ = [
     "flat",
     "flat_variables",
     "flax_steps",
-    "is_dropout",
     "is_float32_inside",
     "layers_of",
     "lifted",

@@ -151,18 +151,18 @@ def _is_half(dtype: Any) -> bool:
         return False
 
 
-def is_dropout(module: Any) -> bool:
-    """Whether it is one of Flax's own dropouts."""
-    return isinstance(module, nn.Dropout | nnx.Dropout)
+def dropout_rate(module: Any, args: tuple, kwargs: Mapping[str, Any], *, train: bool) -> float | None:
+    """The rate of one of Flax's own dropouts that is active in this call; None of other modules."""
+    if not isinstance(module, nn.Dropout | nnx.Dropout):
+        return None
+    told = kwargs.get("deterministic", args[1] if len(args) > 1 else None)
+    is_off = module.deterministic if told is None else told
+    return float(module.rate) if train or is_off is False else 0.0
 
 
 @contextlib.contextmanager
-def without_attention_dropout(*, train: bool) -> Iterator[list[float]]:
-    """In training, the dropout inside of Flax's functions of attention is off. Gives the rates that they were told."""
-    rates: list[float] = []
-    if not train:
-        yield rates
-        return
+def without_attention_dropout(told: Callable[[float], object] = lambda _: None) -> Iterator[None]:
+    """The dropout inside of Flax's functions of attention is off; `told` is told the rate of each that was active."""
 
     def without(function: Callable) -> Callable:
         signature = inspect.signature(function)
@@ -170,7 +170,9 @@ def without_attention_dropout(*, train: bool) -> Iterator[list[float]]:
         @functools.wraps(function)
         def weights(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs)
-            rates.append(given.arguments.get("dropout_rate", 0.0))
+            given.apply_defaults()
+            if given.arguments["dropout_rate"] and not given.arguments["deterministic"]:
+                told(given.arguments["dropout_rate"])
             given.arguments["dropout_rate"] = 0.0
             return function(*given.args, **given.kwargs)
 
@@ -181,7 +183,7 @@ def without_attention_dropout(*, train: bool) -> Iterator[list[float]]:
         for module in (linen_attention, nnx_attention):
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, without(getattr(module, name)))
-        yield rates
+        yield
 
 
 def lifted(value: Any, *, float64: bool) -> Any:

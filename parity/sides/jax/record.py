@@ -21,9 +21,9 @@ from parity.sides.jax.layers import trace_state
 from parity.sides.jax.module import (
     Side,
     default_loss,
+    dropout_rate,
     environment,
     is_array,
-    is_dropout,
     is_floating,
     lifted,
     numbers,
@@ -181,7 +181,7 @@ class _Run:
         self.train, self.loss, self.force, self.seed = train, loss or default_loss, force, seed
         self.keys: list[tuple[str, int]] = []
         self.names: list[str] = []  # of the outputs
-        self.has_dropout = False
+        self.dropouts: list[tuple[float, int]] = []
         self.stopped_in = ""
         self.probed: list[Array] = []
         self.rounds_loss = False
@@ -190,7 +190,7 @@ class _Run:
         given = self.inputs.arrays()
         for i, x in zip(self.floating, xs, strict=True):
             given[i] = x
-        self.keys = []
+        self.keys, self.dropouts = [], []
         seen: dict[str, Any] = {"inputs": [], "arrived": [], "outputs": []}
         self.seen, self.probed = seen, []
         # What is called inside a transformation of the module's own that was not opened can't be seen from outside.
@@ -209,9 +209,13 @@ class _Run:
             gradient = jnp.zeros_like(value) if forced[1] is None else jnp.asarray(forced[1], value.dtype)
             return _replace(value, zero, jnp.asarray(forced[0], value.dtype), gradient)
 
+        def dropped(rate):
+            if rate:
+                self.dropouts.append((rate, len(self.keys)))
+
         def intercept(path, call, args, kwargs):
-            if self.train and is_dropout(call.module):
-                self.has_dropout = self.has_dropout or getattr(call.module, "rate", 0) > 0
+            if (rate := dropout_rate(call.module, args, kwargs, train=self.train)) is not None:
+                dropped(rate)
                 return args[0]
             layer = self.layers.get(path)
             hidden = trace_state() != outside
@@ -264,7 +268,7 @@ class _Run:
             y = probe(y, None if self.force is None else self.force.output(key, y))
             return trees.replaced(output, where, y)
 
-        with without_attention_dropout(train=self.train) as rates:
+        with without_attention_dropout(dropped):
             output, seen["statistics"] = self.side.apply(
                 {**parameters, **self.others},
                 self.inputs.filled(given),
@@ -272,7 +276,6 @@ class _Run:
                 intercept=intercept,
                 seed=self.seed,
             )
-        self.has_dropout = self.has_dropout or any(rates)
         results = numbers(output)
         self.names, seen["result"] = [name for name, _ in results], [v for _, v in results]
         counted = itertools.count()
@@ -328,7 +331,8 @@ def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floatin
     recording.output_gradients = [gradient(v) for v in seen["result"]]
     recording.loss = float(total)
     recording.rounds_loss = run.rounds_loss
-    recording.dropout_off = run.has_dropout
+    recording.dropout_off = run.train and bool(run.dropouts)
+    recording.dropouts = [] if run.train else run.dropouts
     recording.new_statistics = {name: _numpy(v) for name, v in seen["statistics"].items()}
     recording.gradients = {name: _numpy(v) for name, v in by_parameter.items()}
     recording.input_gradients = [None] * len(recording.inputs)

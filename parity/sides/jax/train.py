@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from parity.records.inputs import Inputs
 from parity.records.side import Snapshot, check_loss, nudged
-from parity.sides.jax.module import Side, environment, is_dropout, without_attention_dropout
+from parity.sides.jax.module import Side, dropout_rate, environment, without_attention_dropout
 
 
 def flax_cross_entropy(output: jax.Array, labels: jax.Array) -> jax.Array:
@@ -81,11 +81,12 @@ def flax_step(side: Side, transform: optax.GradientTransformation, loss: Callabl
     """(parameters, statistics, state, inputs, *target) -> the same three after a step, and the loss before; jitted."""
 
     def intercept(path, call, args, kwargs):
-        return args[0] if train and is_dropout(call.module) else call(*args, **kwargs)
+        is_dropout = dropout_rate(call.module, args, kwargs, train=train) is not None
+        return args[0] if is_dropout else call(*args, **kwargs)
 
     def total(tree, statistics, inputs, *target):
         flat = {f"params/{n}": v for n, v in flatten_dict(tree, sep="/").items()}
-        with without_attention_dropout(train=train):
+        with without_attention_dropout():
             output, after = side.apply({**flat, **statistics}, inputs, train=train, intercept=intercept, seed=0)
         value = jnp.asarray(loss(output, *target))
         check_loss(value, "JAX")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -68,41 +69,58 @@ def as_numpy(tensor: Tensor) -> NDArray:
 
 
 @contextlib.contextmanager
-def without_dropout(module: nn.Module, *, train: bool) -> Iterator[list[float]]:
-    """In training, dropout is the identity: as a module, as a function and inside of attention.
+def without_dropout(
+    module: nn.Module, *, train: bool, told: Callable[[float], object] = lambda _: None
+) -> Iterator[None]:
+    """Dropout is the identity, wherever it is active: as a module, as a function and inside of attention.
 
-    The module is changed: give a copy. Gives a list of the rates that functions of attention were called with.
+    The module is changed: give a copy.
+
+    Args:
+      module: it and what it calls.
+      train: in prediction a module's dropout is active only where it says so.
+      told: is told the rate of every dropout that is switched off.
     """
-    rates: list[float] = []
-    if not train:
-        yield rates
-        return
-    for child in module.modules():
-        if isinstance(child, nn.modules.dropout._DropoutNd):
-            child.p = 0.0
-        if isinstance(child, nn.MultiheadAttention):
-            child.dropout = 0.0
-    names = [name for name in dir(nn.functional) if name.endswith("dropout") or name.startswith("dropout")]
-    kept = {name: getattr(nn.functional, name) for name in names}
-    for name in names:
-        setattr(nn.functional, name, _same)
-    attention = kept["scaled_dot_product_attention"] = nn.functional.scaled_dot_product_attention
+    if train:
+        for child in module.modules():
+            if isinstance(child, nn.modules.dropout._DropoutNd):
+                child.p = 0.0
+            if isinstance(child, nn.MultiheadAttention):
+                child.dropout = 0.0
+
+    def without(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def same(*args: Any, **kwargs: Any) -> Tensor:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            if given.arguments["training"] and given.arguments["p"]:
+                told(given.arguments["p"])
+            x: Tensor = given.arguments["input"]
+            return x
+
+        return same
+
+    attention = nn.functional.scaled_dot_product_attention
 
     @functools.wraps(attention)
-    def without(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
-        rates.append(dropout_p)
+    def without_attention(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
+        if dropout_p:
+            told(dropout_p)
         return attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
 
-    nn.functional.scaled_dot_product_attention = without
+    names = [name for name in dir(nn.functional) if name.endswith("dropout") or name.startswith("dropout")]
+    exchanged = {name: without(getattr(nn.functional, name)) for name in names}
+    exchanged["scaled_dot_product_attention"] = without_attention
+    kept = {name: getattr(nn.functional, name) for name in exchanged}
+    for name, function in exchanged.items():
+        setattr(nn.functional, name, function)
     try:
-        yield rates
+        yield
     finally:
         for name, function in kept.items():
             setattr(nn.functional, name, function)
-
-
-def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002  # PyTorch's own name, it may be a keyword
-    return input
 
 
 def to_dtype(module: nn.Module, dtype: str) -> None:

@@ -161,10 +161,11 @@ def record(
     recording.tensors = _named(module, recording.layers)
     recording.dropout_off = train and has_dropout(module)
     watch = _Watch(module, recording)
+    dropouts: list[tuple[float, int]] = []
     with (
         torch.random.fork_rng(devices=[]),
         default_dtype(own),
-        without_dropout(module, train=train) as rates,
+        without_dropout(module, train=train, told=lambda rate: dropouts.append((rate, len(recording.calls)))),
         _not_compiled(module),
         watch,
     ):
@@ -174,7 +175,8 @@ def record(
         except Exception as error:  # whatever a stranger's module raises
             recording.failure = Failure.of(error, watch.active[-1] if watch.active else "")
             return recording
-        recording.dropout_off = recording.dropout_off or any(rates)
+        recording.dropout_off = recording.dropout_off or (train and bool(dropouts))
+        recording.dropouts = [] if train else [*dropouts]  # a checkpoint's second call of a layer tells it again
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
         output = trees.mapped(lambda _, v: v.clone() if isinstance(v, Tensor) else v, output)
         named = numbers(output)

@@ -1,0 +1,114 @@
+"""Dropout that is active in prediction: as a function, as a module, inside of attention; on one side or on both."""
+
+from typing import Any
+
+import flax.linen as linen
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from flax import nnx
+from torch import nn
+
+import parity
+
+X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+
+
+class Torch(nn.Module):
+    """Attention and dropout between two layers; `where` says what is active in prediction."""
+
+    def __init__(self, where: str = "", rate: float = 0.1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.drop, self.where, self.rate = nn.Dropout(rate), where, rate
+
+    def forward(self, x):
+        y = self.a(x)
+        y = F.scaled_dot_product_attention(y, y, y, dropout_p=self.rate if self.where == "attention" else 0.0)
+        y = F.dropout(y, self.rate) if self.where == "function" else y
+        y = F.alpha_dropout(y, self.rate) if self.where == "alpha" else y
+        if self.where == "module":
+            self.drop.train()
+        y = self.b(self.drop(y))
+        return self.c(F.dropout(y, self.rate) if self.where == "later" else y)
+
+
+class Flax(linen.Module):
+    where: str = ""
+    rate: float = 0.1
+
+    @linen.compact
+    def __call__(self, x):
+        y = linen.Dense(8)(x)[..., None, :]
+        options: dict[str, Any] = {"deterministic": self.where != "attention", "dropout_rate": self.rate}
+        y = linen.dot_product_attention(y, y, y, dropout_rng=self.make_rng("dropout"), **options)[..., 0, :]
+        y = linen.Dense(8)(linen.Dropout(self.rate)(y, deterministic=self.where not in ("function", "module")))
+        return linen.Dense(3)(linen.Dropout(self.rate, deterministic=self.where != "later")(y))
+
+
+class NnxFlax(nnx.Module):
+    def __init__(self, where="", rate=0.1):
+        rngs = nnx.Rngs(0)
+        self.a, self.b, self.c = (nnx.Linear(8, n, rngs=rngs) for n in (8, 8, 3))
+        self.drop, self.where, self.rate, self.rngs = nnx.Dropout(rate, rngs=rngs), where, rate, rngs
+
+    def __call__(self, x):
+        y = self.a(x)[..., None, :]
+        options = {"deterministic": self.where != "attention", "dropout_rate": self.rate}
+        y = nnx.dot_product_attention(y, y, y, dropout_rng=self.rngs.dropout(), **options)[..., 0, :]
+        y = self.b(self.drop(y, deterministic=self.where not in ("function", "module")))
+        return self.c(self.drop(y, deterministic=self.where != "later"))
+
+
+@pytest.mark.parametrize("make", [Flax, NnxFlax])
+@pytest.mark.parametrize("where", ["attention", "function", "module", "later"])
+def test_on_one_side_it_is_named_and_on_both_it_is_noted(where, make):
+    layer = {"module": "drop", "later": "c"}.get(where, "drop")
+    for torch_where, flax_where, side in ((where, "", "PyTorch"), ("", where, "Flax")):
+        report = parity.check(Torch(torch_where), make(flax_where), X, flax_inputs=[X], train=False)
+        assert [(d.code, d.layer) for d in report.diagnoses] == [("dropout-active", layer)], report
+        assert f"{side} applies dropout of rate 0.1 in prediction" in report.diagnoses[0].evidence
+        # What it is besides is compared.
+        assert all(row.ok for row in report.layers)
+    report = parity.check(Torch(where), make(where), X, flax_inputs=[X], train=False)
+    assert report.ok, report
+    assert any("dropout of rate 0.1 is active in prediction on both sides" in note for note in report.notes)
+
+
+def test_another_rate_or_another_place_is_no_partner():
+    report = parity.check(Torch("function"), Flax("function", 0.2), X, flax_inputs=[X], train=False)
+    assert [d.code for d in report.diagnoses] == ["dropout-active"] * 2
+    report = parity.check(Torch("function"), Flax("later"), X, flax_inputs=[X], train=False)
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("dropout-active", "drop"), ("dropout-active", "c")]
+
+
+def test_other_kinds_of_dropout():
+    report = parity.check(Torch("alpha"), Flax(), X, flax_inputs=[X], train=False)
+    assert report.ok  # `F.alpha_dropout` is off unless it is told training=True
+
+
+@pytest.mark.parametrize("where", ["", "attention", "function"])
+def test_what_is_not_active_is_not_told(where):
+    report = parity.check(Torch(), Flax(), X, flax_inputs=[X], train=False)
+    assert report.ok
+    assert not report.notes
+    report = parity.check(Torch(where), Flax(), X, flax_inputs=[X], train=True)
+    assert report.ok, report
+    assert report.notes == ["dropout was switched off on both sides, as it is random in training"]
+
+
+def test_dumps(tmp_path):
+    for where, codes in (("", ["dropout-active"]), ("attention", [])):
+        parity.dump(Torch(where), [X], tmp_path / "torch", train=False)
+        module = Flax("attention")
+        parity.dump(module, [X], tmp_path / "flax", train=False, weights=tmp_path / "torch", flax_layout=True)
+        report = parity.compare(tmp_path / "torch", tmp_path / "flax")
+        assert [d.code for d in report.diagnoses] == codes
+
+
+def test_functions_are_put_back():
+    before = F.dropout, F.scaled_dot_product_attention
+    parity.check(Torch("function"), Flax(), X, flax_inputs=[X], train=False)
+    assert (F.dropout, F.scaled_dot_product_attention) == before
