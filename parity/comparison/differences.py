@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.comparison.kept import kept_difference
 from parity.pairing.arrangements import SAME, Slot, fitting, result
 from parity.pairing.layers import LayerPair, Pairing
 from parity.pairing.translation import Translation
@@ -215,28 +216,40 @@ STEP_BOUND = 1e-8
 def step_differences(
     pairing: Pairing, recording: Recording, torch_states: Sequence[Mapping], flax_states: Sequence[Mapping]
 ) -> list[Difference]:
-    """How far the parameters are apart after each step, relative to the way that they have gone.
+    """How far parameters and kept statistics are apart after each step, relative to the way that they have gone.
 
-    A bias before a batch norm is left out: its gradient is rounding alone, which Adam turns into steps.
+    A bias before a batch norm is left out: its gradient is rounding alone, which Adam turns into steps. The moving mean
+    that follows it is freed of them, see `kept_difference`.
     """
     found = []
     flax_path = {pair.torch.path: pair.flax.path for pair in pairing.layers}
     largest = max((np.abs(g).max(initial=0) for g in recording.gradients.values()), default=0.0)
+
+    def is_gauge(name: str) -> bool:
+        # Exactly 0 is the gradient of what the loss does not depend on: that may only decay.
+        return bool(0 < np.abs(recording.gradients.get(name, np.zeros(1))).max(initial=0) < 1e-11 * largest)
+
+    both = {
+        (torch_name, flax_name): ([t.to_flax(a[torch_name]) for a in torch_states], [a[flax_name] for a in flax_states])
+        for torch_name, flax_name, t in pairing.tensors()
+        if torch_states and flax_states and torch_name in torch_states[0] and flax_name in flax_states[0]
+    }
+    gauges = [a for (name, _), a in both.items() if is_gauge(name)]
     for number in range(1, min(len(torch_states), len(flax_states))):
-        way = {n: np.abs(torch_states[number][n] - torch_states[0][n]).max(initial=0) for n in torch_states[0]}
-        floor = 1e-6 * max(way.values(), default=0.0)
-        for torch_name, flax_name, t in pairing.tensors():
-            if torch_name not in way or flax_name not in flax_states[number]:
+        trained = [truths for (name, _), (truths, _) in both.items() if name in recording.gradients]
+        floor = 1e-6 * max((np.abs(a[number] - a[0]).max(initial=0) for a in trained), default=0.0)
+        for (name, _), (truths, givens) in both.items():
+            if is_gauge(name) or truths[number].shape != givens[number].shape:
                 continue
-            # Exactly 0 is the gradient of what the loss does not depend on: that may only decay.
-            if 0 < np.abs(recording.gradients.get(torch_name, 0)).max() < 1e-11 * largest:
-                continue
-            truth, given = t.to_flax(torch_states[number][torch_name]), flax_states[number][flax_name]
-            start = t.to_flax(torch_states[0][torch_name])
-            path, _, local = torch_name.rpartition(".")
-            if given.shape == truth.shape:
-                error = error_of(given - start, truth - start, floor)
-                found.append(
-                    Difference("optimizer", (path, 0), flax_path.get(path, ""), f"{local} after step {number}", error)
-                )
+            way, least, given = truths[number] - truths[0], floor, givens[number] - truths[0]
+            if name not in recording.gradients:
+                # A mean may be 0 by cancellation: it is held against the size of what its norm has kept.
+                path = name.rpartition(".")[0]
+                kept = (a[number] for (other, _), (a, _) in both.items() if other.rpartition(".")[0] == path)
+                least = max(floor, 1e-6 * max(float(np.abs(a).max(initial=0)) for a in kept))
+                upto = [(ours[: number + 1], theirs[: number + 1]) for ours, theirs in gauges]
+                given = way + kept_difference(truths[: number + 1], givens[: number + 1], upto)
+            path, _, local = name.rpartition(".")
+            quantity, error = f"{local} after step {number}", error_of(given, way, least)
+            found.append(Difference("optimizer", (path, 0), flax_path.get(path, ""), quantity, error))
     return found

@@ -76,6 +76,11 @@ class FlaxRun:
             kinds[f"optimizer {key}"] = _named(optax.tree_utils.tree_get(self.state, field))
         return kinds
 
+    def held(self, *, train: bool) -> dict[str, NDArray]:
+        """Of the last step the parameters and, in training, the statistics."""
+        kinds = self.snapshot()
+        return kinds["parameters"] | (kinds["statistics"] if train else {})
+
 
 def flax_step(side: Side, transform: optax.GradientTransformation, loss: Callable, *, train: bool = True) -> Callable:
     """(parameters, statistics, state, inputs, *target) -> the same three after a step, and the loss before; jitted."""
@@ -112,13 +117,13 @@ def flax_steps(
     train: bool,
     loss: Callable,
 ) -> list[dict[str, NDArray]]:
-    """Flax's parameters before the first step and after each, in float64, by full name."""
+    """As `torch_steps` of the other side; by full name."""
     with environment(float64=True):
         run = FlaxRun(variables, transform, flax_step(side, transform, loss, train=train), dtype="float64")
-        states = [run.snapshot()["parameters"]]
+        states = [run.held(train=train)]
         for _ in range(steps):
             run.step(inputs)
-            states.append(run.snapshot()["parameters"])
+            states.append(run.held(train=train))
         return states
 
 

@@ -87,6 +87,11 @@ class TorchRun:
             kinds[f"optimizer {key}"] = {n: v for n, v in state.items() if v is not None}
         return {kind: {n: numpy(v) for n, v in named.items()} for kind, named in kinds.items()}
 
+    def held(self) -> dict[str, NDArray]:
+        """Of the last step the parameters and, in training, the statistics."""
+        kinds = self.snapshot()
+        return kinds["parameters"] | (kinds["statistics"] if self.train else {})
+
     def statistics_after(
         self, inputs: Inputs | Sequence[Any], name: str | None = None, shift: NDArray | float = 0.0
     ) -> dict[str, NDArray]:
@@ -127,10 +132,10 @@ def torch_steps(
     train: bool,
     loss: Callable | None,
 ) -> list[dict[str, NDArray]]:
-    """PyTorch's parameters before the first step and after each, in float64."""
+    """PyTorch's parameters before the first step and after each, in float64; in training the kept statistics, too."""
     run = TorchRun(module, factory, lambda output: loss_of(output, loss), dtype="float64", train=train)
-    states = [run.snapshot()["parameters"]]
+    states = [run.held()]
     for _ in range(steps):
         run.step(inputs)
-        states.append(run.snapshot()["parameters"])
+        states.append(run.held())
     return states
