@@ -35,6 +35,12 @@ class Finding:
         object.__setattr__(self, "charges", MISTAKES[self.code].charges)
 
 
+def told_apart(a: float, b: float, digits: int = 6) -> tuple[str, str]:
+    """Two different numbers as text, with so many digits as it takes to see that they differ, and at least these."""
+    texts = ((f"{a:.{n}g}", f"{b:.{n}g}") for n in range(digits, 18))
+    return next((pair for pair in texts if pair[0] != pair[1]), (repr(float(a)), repr(float(b))))
+
+
 PHASE_ORDER = {phase: place for place, phase in enumerate(PHASES)}
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from parity.diagnosis.between.activations import error_of, limit_of
 from parity.diagnosis.family import Family, Property
-from parity.diagnosis.finding import Finding, Located
+from parity.diagnosis.finding import Finding, Located, told_apart
 from parity.pairing.arrangements import result
 from parity.pairing.translation import Translation
 from parity.records.recording import Recording
@@ -237,8 +237,8 @@ def _other_labels(torch: NDArray[np.intp], flax: NDArray[np.intp], k: int) -> Fi
 
 
 def _other_smoothing(torch: _CrossEntropy, flax: _CrossEntropy) -> list[Finding]:
-    text = f"PyTorch smooths labels by {torch.smoothing:.4g}, Flax by {flax.smoothing:.4g}"
-    return [Finding("unexplained", text)]
+    texts = told_apart(torch.smoothing, flax.smoothing, 4)
+    return [Finding("unexplained", f"PyTorch smooths labels by {texts[0]}, Flax by {texts[1]}")]
 
 
 def _offset(torch: NDArray[np.intp], flax: NDArray[np.intp], k: int) -> int | None:
@@ -264,7 +264,8 @@ def _offset_sentence(torch: NDArray[np.intp], flax: NDArray[np.intp], offset: in
 
 
 def _description(torch_loss: float, flax_loss: float, gradients_agree: bool, factor: float | None) -> str:
-    values = f"PyTorch's loss is {torch_loss:.6g}, Flax's {flax_loss:.6g}"
+    texts = told_apart(torch_loss, flax_loss)
+    values = f"PyTorch's loss is {texts[0]}, Flax's {texts[1]}" if torch_loss != flax_loss else "the losses are equal"
     if gradients_agree:
         return f"{values}, but the gradients agree: the losses differ by a constant"
     if factor:

@@ -1,5 +1,7 @@
 """What lies between two layers: each mistake in either wing, alone and two at once; silence on correct pairs."""
 
+import re
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -242,6 +244,18 @@ def test_a_factor_is_no_activation(factor, swap):
     # A factor that both have hides no wrong activation.
     sides = [factor * through(f, u) for f in (F.relu, F.silu)]
     assert codes(named(sources(u), *sides, swap)) == [("activation", "activation")]
+
+
+@pytest.mark.parametrize("excess", [1e-4, 1e-6, 3e-7, 3e-8])
+@SWAP
+def test_a_factor_of_nearly_one_is_no_factor_of_one(excess, swap):
+    """The two numbers of a sentence are never the same text."""
+    u = maps()
+    for known in (sources(u), []):
+        (found,) = named(known, through(F.relu, u), (1 + excess) * through(F.relu, u), swap)
+        numbers = re.findall(r"multiplies by (\S+), Flax by (\S+)", found.evidence)
+        assert found.code == "unexplained"
+        assert len(set(numbers[0])) == 2
 
 
 @pytest.mark.parametrize(

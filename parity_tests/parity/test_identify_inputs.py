@@ -145,3 +145,14 @@ def test_float32(swap):
     assert "(x - 0.13) / 0.31" in found[0].evidence
     assert codes(named(x, same, lambda x: x * np.float32(255), swap, tolerance=1e-5)) == ["input-scale"]
     assert named(x, same, lambda x: x.astype(np.float64) * (1 + 1e-7), swap, tolerance=1e-5) == []
+
+
+@SWAP
+def test_normalisations_that_are_nearly_the_same_are_told_apart(swap):
+    x = image((4, 8, 8, 3))
+    (found,) = named(x, lambda x: (x - 0.485) / 0.229, lambda x: (x - 0.485) / 0.229001, swap)
+    first, second = found.evidence.removeprefix("PyTorch's first layer gets ").split(", Flax's ")
+    assert found.code == "input-scale"
+    assert first != second
+    (found,) = named(x, same, lambda x: (1 + 3e-6) * x, swap)
+    assert "is 1 times" not in found.evidence

@@ -90,7 +90,8 @@ def match(w: Array, v: Array, target: Target) -> Match | None:
         return None
     there = np.abs(gain * w) > target.limit
     dropped = float((there & ~kept).sum()) / max(1.0, float(there.sum()))
-    gain = 1.0 if abs(gain - 1) <= 10 * target.tolerance else float(f"{gain:.6g}")
+    sure = max(6, int(-math.log10(target.tolerance)))  # digits that rounding leaves
+    gain = 1.0 if abs(gain - 1) <= 10 * target.tolerance else float(f"{gain:.{sure}g}")
     if dropped == 0:
         return Match(gain, 0.0, 0.0)
     p = 1 - 1 / gain

@@ -14,7 +14,7 @@ from parity.diagnosis.between.chains import Chain, Source, Target, match
 from parity.diagnosis.between.pools import Pool, pads, times
 from parity.diagnosis.between.search import search
 from parity.diagnosis.family import SIDES, Family, Property, unlike
-from parity.diagnosis.finding import Finding
+from parity.diagnosis.finding import Finding, told_apart
 
 Array = NDArray[Any]
 
@@ -189,9 +189,10 @@ def _gain(a: Chain, b: Chain) -> Finding:
         which = SIDES if ratio < 1 else SIDES[::-1]
         return Finding("pool-kind", f"{which[0]} sums over the window, {which[1]} takes the average")
     if a.activation != b.activation:
-        texts = [_applied(chain) + (f" times {chain.gain:.6g}" if chain.gain != 1 else "") for chain in (a, b)]
+        gains = told_apart(a.gain, b.gain)
+        texts = [_applied(c) + (f" times {text}" if c.gain != 1 else "") for c, text in zip((a, b), gains, strict=True)]
         return Finding("unexplained", f"PyTorch applies {texts[0]}, Flax {texts[1]}")
-    return Finding("unexplained", f"PyTorch multiplies by {a.gain:.6g}, Flax by {b.gain:.6g}")
+    return Finding("unexplained", "PyTorch multiplies by {}, Flax by {}".format(*told_apart(a.gain, b.gain)))
 
 
 def _layouts(a: Chain, b: Chain, rank: int) -> Finding:
@@ -261,7 +262,7 @@ def _related(sources: Sequence[Source], torch: Array, flax: Array, tolerance: fl
                 if one and one.dropout:
                     chain = Chain("", dropout=one.dropout)
                     return _dropout((chain, None) if side == "PyTorch" else (None, chain), (None, None), train)
-                if one:
+                if one and one.gain != 1:
                     return [_gain(*(Chain("", gain=one.gain if side == name else 1.0) for name in SIDES))]
         if sentence := relations.reordered(torch, flax, tolerance):
             if not sources or _merges(sources[0], torch):

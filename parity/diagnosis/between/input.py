@@ -14,7 +14,7 @@ from parity.diagnosis.between import family as between
 from parity.diagnosis.between.activations import error_of, limit_of
 from parity.diagnosis.between.chains import LETTERS, Source
 from parity.diagnosis.family import Family, Property
-from parity.diagnosis.finding import Finding
+from parity.diagnosis.finding import Finding, told_apart
 
 Array = NDArray[Any]
 
@@ -198,22 +198,24 @@ def _scale_sentence(torch: _Reading, flax: _Reading) -> str:
             ratio = float((flax.scale / torch.scale).flat[0])
             names = {255: " (0..255 for 0..1)", 1 / 255: " = 1/255 (0..1 for 0..255)"}
             name = next((text for k, text in names.items() if math.isclose(ratio, k, rel_tol=1e-5)), "")
-            return f"Flax's input is {ratio:.6g} times PyTorch's{name}"
-    return f"PyTorch's first layer gets {_formula(torch)}, Flax's {_formula(flax)}"
+            return f"Flax's input is {told_apart(ratio, 1.0)[0]} times PyTorch's{name}"
+    pairs = [(_formula(torch, digits), _formula(flax, digits)) for digits in range(4, 18)]
+    return "PyTorch's first layer gets {}, Flax's {}".format(*next((p for p in pairs if p[0] != p[1]), pairs[-1]))
 
 
-def _formula(reading: _Reading) -> str:
+def _formula(reading: _Reading, digits: int) -> str:
     scale, shift = reading.scale, reading.shift
     if np.all(scale == 1) and not shift.any():
         return "the input x as it is"
     if not shift.any():
-        return f"{_numbers(scale)} * x"
-    mean, std = (_numbers(-shift / scale), _numbers(1 / scale)) if scale.all() else ("", "")
-    return f"(x - {mean}) / {std}" if mean else f"{_numbers(scale)} * x + {_numbers(shift)}"
+        return f"{_numbers(scale, digits)} * x"
+    mean, std = (_numbers(a, digits) for a in (-shift / scale, 1 / scale)) if scale.all() else ("", "")
+    return f"(x - {mean}) / {std}" if mean else f"{_numbers(scale, digits)} * x + {_numbers(shift, digits)}"
 
 
-def _numbers(values: Array) -> str:
-    return f"{values[0]:.4g}" if len(values) == 1 else "[" + ", ".join(f"{value:.4g}" for value in values) + "]"
+def _numbers(values: Array, digits: int) -> str:
+    texts = [f"{value:.{digits}g}" for value in values]
+    return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
 def _rounded(true: Array, torch: Array, flax: Array, raw_flax: Array, tolerance: float) -> Finding | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from parity.diagnosis.family import SIDES, Family, Property, of_each, unlike
-from parity.diagnosis.finding import Finding
+from parity.diagnosis.finding import Finding, told_apart
 from parity.diagnosis.mistakes import rank
 from parity.diagnosis.norm.affine import affine_findings
 from parity.diagnosis.norm.forward import (
@@ -291,8 +291,8 @@ def _unbiased_findings(name: str, fit: NormBehaviour, other: NormBehaviour) -> I
 
 
 def _epsilon_findings(torch: NormBehaviour, flax: NormBehaviour) -> Iterator[Finding]:
-    a, b = torch.round_epsilon, flax.round_epsilon
-    yield Finding("epsilon", f"epsilon is {a:.4g} in PyTorch, {b:.4g} in Flax")
+    a, b = told_apart(torch.round_epsilon, flax.round_epsilon, 4)
+    yield Finding("epsilon", f"epsilon is {a} in PyTorch, {b} in Flax")
 
 
 def _unequal_findings(torch: NormSide, flax: NormSide, tolerance: float) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parity.diagnosis.family import SIDES, Family, Property, of_each, unlike
-from parity.diagnosis.finding import Finding
+from parity.diagnosis.finding import Finding, told_apart
 from parity.diagnosis.intervals import MOMENTA, Interval, intersection
 from parity.diagnosis.norm.forward import EPS, NormBehaviour, unbiased_factor
 from parity.diagnosis.norm.sources import Array, NormSide, Source, batch, chunks, other_axes
@@ -269,7 +269,8 @@ def _weight_findings(
                 return []
             evidence = f"{name} leaves {which} unchanged; in {other} the old value keeps the weight {number:.6g}"
             return [Finding("statistics-frozen", evidence)]
-    evidence = f"the weight of the old value in {which} is {a:.6g} in PyTorch, {b:.6g} in Flax"
+    texts = told_apart(a, b)
+    evidence = f"the weight of the old value in {which} is {texts[0]} in PyTorch, {texts[1]} in Flax"
     complement = Interval(1 - flax.high, 1 - flax.low, 1 - flax.best)
     if not torch.meet(complement).empty:
         return [Finding("momentum-inverted", f"{evidence}: one is 1 minus the other")]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.diagnosis.finding import Finding
+from parity.diagnosis.finding import Finding, told_apart
 from parity.diagnosis.product.formats import FORMATS
 
 Array = NDArray[Any]
@@ -65,5 +65,5 @@ def _looks(role: str, truth: Array, held: Array, wrong: Array, tolerance: float)
             deviation = f"mean {held.mean():.2g}, deviation {held.std():.2g}"
             return f"has nothing in common with PyTorch's ({deviation}) - not loaded: looks freshly initialised"
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(np.abs(held - truth))), truth.shape))
-    worst = f"the most at {place}: {held[place]:.6g} for {truth[place]:.6g}"
+    worst = "the most at {}: {} for {}".format(place, *told_apart(held[place], truth[place]))
     return f"differs in {np.count_nonzero(wrong)} of {truth.size} numbers, {worst}"
