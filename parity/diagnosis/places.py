@@ -96,6 +96,10 @@ class Diagnosis:
         network = [Source("the network's input", a) for a in self.flax_inputs if a.dtype.kind == "f"]
         return outputs + arrived + network
 
+    def _masks(self) -> list[Source]:
+        """The network's inputs that may be masks, or ids of which one is padding."""
+        return [Source(f"input {i + 1}", a) for i, a in enumerate(self.torch.inputs) if a.ndim > 0 and len(a)]
+
     def _glue(self, call: Call, pair: LayerPair, mine: Call, position: int, tolerance: float) -> list[Located]:
         found: list[Finding] = []
         for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
@@ -123,7 +127,9 @@ class Diagnosis:
                 if given and given[0].code != "unexplained":
                     found += given
                     continue
-            got = between.findings(self._sources(position), truth, arrived, train=self.train, tolerance=tolerance)
+            got = between.findings(
+                self._sources(position), truth, arrived, train=self.train, tolerance=tolerance, masks=self._masks()
+            )
             if arrived.shape != truth.shape:  # then the order of a flatten was not settled, and is no mistake
                 got = [f for f in got if f.code != "flatten-order"] or got
             found += got

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.diagnosis.between import relations
+from parity.diagnosis.between import attention, relations
 from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_function, limit_of
 from parity.diagnosis.between.chains import Chain, Source, Target, match
 from parity.diagnosis.between.pools import Pool, pads, times
@@ -34,6 +34,7 @@ def findings(
     tolerance: float = 1e-9,
     rerun: tuple[Array, Array] | None = None,
     output: str = "",
+    masks: Sequence[Source] = (),
 ) -> list[Finding]:
     """Names the mistakes between the sources, which both sides have alike, and the next layer's input.
 
@@ -48,6 +49,7 @@ def findings(
       tolerance: relative to the largest value.
       rerun: both once more, with another random key: a side that differs from itself drops out.
       output: it is no layer's input, but this output of the network ("output 2 of 3").
+      masks: the network's inputs that may say which positions are padding; of any dtype.
 
     Returns:
       The findings; [] if the numbers agree.
@@ -57,25 +59,26 @@ def findings(
     random = [_differ(a, b, tolerance) if b is not None else None for a, b in zip((torch, flax), again, strict=True)]
     if not any(random) and not _differ(torch, flax, tolerance):
         return []
-    sources, torch, flax = _thin(sources, torch, flax)
-    chains = [
-        search(sources, Target(side, tolerance, limit_of(side, tolerance), active is not False))
+    sources, torch, flax, masks = _thin(sources, torch, flax, masks)
+    targets = [
+        Target(side, tolerance, limit_of(side, tolerance), active is not False)
         for side, active in zip((torch, flax), random, strict=True)
     ]
+    chains = [search(sources, target) for target in targets]
     if all(chains):
         family, (a, b) = _nearest(chains[0][:MOST_CHAINS], chains[1][:MOST_CHAINS], min(torch.ndim, flax.ndim))
         if output and "source" in family.differences(a, b) and " + " not in a.source + b.source:
             return [Finding("output-taken-early", f"PyTorch makes {output} of {a.source}, Flax of {b.source}")]
         found = [*_dropout((a, b), random, train), *family.findings(a, b)]
         return found or [_unexplained(chains, f"both sides look like {a}, and yet they differ")]
-    found = _dropout((None, None), random, train)
+    found = _dropout((None, None), random, train) or attention.findings(sources, masks, *targets)
     return found or _related(sources, torch, flax, tolerance, train) or [_unexplained(chains)]
 
 
 def describe(sources: Sequence[Source], value: Array, tolerance: float = 1e-9) -> Chain | None:
     """What makes `value` of the sources: the most usual chain that fits, or None."""
     value = np.asarray(value, np.float64)
-    sources, value, _ = _thin(sources, value, value)
+    sources, value, *_ = _thin(sources, value, value)
     chains = search(sources, Target(value, tolerance, limit_of(value, tolerance), True))
     return chains[0] if chains else None
 
@@ -91,8 +94,10 @@ def _differ(a: Array, b: Array, tolerance: float) -> bool:
     return error_of(a, b) > max(limit_of(a, tolerance), limit_of(b, tolerance))
 
 
-def _thin(sources: Sequence[Source], torch: Array, flax: Array) -> tuple[list[Source], Array, Array]:
-    """A few examples, those that differ most; each source once; all in float64."""
+def _thin(
+    sources: Sequence[Source], torch: Array, flax: Array, masks: Sequence[Source] = ()
+) -> tuple[list[Source], Array, Array, list[Source]]:
+    """A few examples, those that differ most; each source once; all but the masks in float64."""
     values = [np.asarray(source.value, np.float64) for source in sources]
     count = len(torch) if torch.ndim else 0
     alike = [value.ndim > 0 and len(value) == count for value in (*values, flax)]
@@ -106,11 +111,12 @@ def _thin(sources: Sequence[Source], torch: Array, flax: Array) -> tuple[list[So
         else:
             keep = np.arange(min(examples, count))
         torch, flax, values = torch[keep], flax[keep], [value[keep] for value in values]
+        masks = [Source(m.name, m.value[keep] if len(m.value) == count else m.value) for m in masks]
     thin: list[Source] = []
     for source, value in zip(sources, values, strict=True):
         if np.isfinite(value).all() and not any(np.array_equal(value, other.value) for other in thin):
             thin.append(Source(source.name, value))
-    return thin, torch, flax
+    return thin, torch, flax, list(masks)
 
 
 def _nearest(first: list[Chain], second: list[Chain], rank: int) -> tuple[Family[Chain], tuple[Chain, Chain]]:

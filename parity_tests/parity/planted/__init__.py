@@ -1,12 +1,13 @@
 """The corpus of planted mistakes."""
 
-from parity_tests.parity.planted import glue, kernels, lone, networks, norms, outputs, training
+from parity_tests.parity.planted import attentions, glue, kernels, lone, networks, norms, outputs, training
 from parity_tests.parity.planted.chain import Case, Planted
 
 CASES: list[Case] = [
     *norms.cases(),
     *kernels.cases(),
     *glue.cases(),
+    *attentions.cases(),
     *training.cases(),
     *lone.cases(),
     *outputs.cases(),

@@ -1,0 +1,110 @@
+"""Attention by hand between its projections: each mistake in either wing, silence on correct pairs, near misses."""
+
+import numpy as np
+import pytest
+import torch
+
+from parity.diagnosis.between.chains import Source
+from parity.diagnosis.between.family import findings
+
+F = torch.nn.functional
+SWAP = pytest.mark.parametrize("swap", [False, True], ids=["flax", "torch"])
+N, LENGTH, HEADS, SIZE = 4, 7, 3, 4
+WIDTH = HEADS * SIZE
+
+
+def projected(length=LENGTH, width=3 * WIDTH, seed=0):
+    return np.random.default_rng(seed).normal(size=(N, length, width))
+
+
+def heads(u, count=HEADS, split="3hd"):
+    """Query, key and value [N, H, L, d]."""
+    sizes = {"3": 3, "h": count, "d": u.shape[-1] // 3 // count}
+    y = torch.from_numpy(u).reshape(*u.shape[:2], *(sizes[letter] for letter in split))
+    return y.permute(2 + split.index("3"), 0, 2 + split.index("h"), 1, 2 + split.index("d"))
+
+
+def attended(q, k, v, **options):
+    y = F.scaled_dot_product_attention(q, k, v, **options)
+    return y.transpose(1, 2).reshape(*y.transpose(1, 2).shape[:2], -1).numpy()
+
+
+def weighted(q, k, v, weights):
+    """The same with weights of one's own, a function of q k^T / sqrt(d)."""
+    y = weights(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5) @ v
+    return y.transpose(1, 2).reshape(*y.transpose(1, 2).shape[:2], -1).numpy()
+
+
+def codes(sources, first, second, swap=False, masks=()):
+    found = findings(sources, *((second, first) if swap else (first, second)), train=False, masks=masks)
+    return [finding.code for finding in found]
+
+
+def given(u):
+    return [Source("the output of qkv", u), Source("the output of norm", projected(u.shape[1], WIDTH, 1))]
+
+
+def triangle(diagonal, queries=LENGTH, keys=LENGTH):
+    return torch.ones(queries, keys, dtype=torch.bool).tril(diagonal)
+
+
+IDS = np.array([[3, 4, 5, 6, 3, 5, 9], [2, 4, 5, 0, 0, 0, 0], [7, 4, 5, 3, 8, 0, 0], [6, 4, 0, 0, 0, 0, 0]])
+SHOWN = torch.from_numpy(IDS != 0)[:, None, None]
+MASKS = {
+    "none": (None, triangle(0)),
+    "one ahead": (triangle(0), triangle(1)),
+    "the other way round": (triangle(0), triangle(0).T),
+    "a window": (triangle(0), triangle(0) & ~triangle(-3)),
+    "a window one off": (triangle(0) & ~triangle(-3), triangle(0) & ~triangle(-2)),
+    "padding seen": (SHOWN, None),
+    "padding inverted": (SHOWN, torch.where(SHOWN, -1e30, 0.0)),
+    "padding seen, causal": (SHOWN & triangle(0), triangle(0)),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@SWAP
+def test_mask(name, swap):
+    u = projected()
+    sides = [
+        attended(*heads(u), attn_mask=m if m is None or m.dtype == torch.bool else m.double()) for m in MASKS[name]
+    ]
+    ids, shown = Source("input 1", IDS), Source("input 1", IDS != 0)
+    lengths = Source("input 2", (IDS != 0).sum(1))
+    for masks in [[ids], [shown], [lengths]] if "padding" in name else [[], [ids]]:
+        assert codes(given(u), *sides, swap, masks) == ["attention-mask"]
+
+
+@SWAP
+def test_the_corner_of_the_causal_mask(swap):
+    """With more keys than queries the diagonal begins in the first corner or ends in the last."""
+    kv, q = projected(9, 2 * WIDTH, 2), projected(LENGTH, WIDTH, 3)
+    sources = [Source("the output of v", kv[..., WIDTH:]), Source("the output of k", kv[..., :WIDTH]),
+               Source("the output of q", q)]  # fmt: skip
+    three = [torch.from_numpy(s.value).reshape(N, -1, HEADS, SIZE).transpose(1, 2) for s in sources[::-1]]
+    sides = [attended(*three, attn_mask=triangle(corner, LENGTH, 9)) for corner in (0, 2)]
+    assert codes(sources, *sides, swap) == ["attention-mask"]
+
+
+@SWAP
+def test_what_is_no_mask(swap):
+    """A bias that grows with the distance, and weights dropped at random."""
+    u, rng = projected(), np.random.default_rng(5)
+    right = attended(*heads(u), attn_mask=triangle(0))
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    bias = torch.where(triangle(0), -0.25 * distance, -torch.inf).double()
+    assert codes(given(u), right, attended(*heads(u), attn_mask=bias), swap) == ["unexplained"]
+    kept = torch.from_numpy(rng.uniform(size=(N, HEADS, LENGTH, LENGTH)) > 0.3)
+    dropped = weighted(*heads(u), lambda a: a.masked_fill(~triangle(0), -torch.inf).softmax(-1) * kept)
+    assert codes(given(u), right, dropped, swap) == ["unexplained"]
+
+
+@SWAP
+def test_correct_pairs(swap):
+    """The same in another order of adding, and a mask of zeros and ones against one of large negative numbers."""
+    u = projected()
+    right = attended(*heads(u), attn_mask=triangle(0))
+    noise = 1 + 1e-14 * np.random.default_rng(1).normal(size=right.shape)
+    assert codes(given(u), right, right * noise, swap) == []
+    added = attended(*heads(u), attn_mask=torch.where(triangle(0), 0.0, -1e9).double())
+    assert codes(given(u), right, added, swap) == []
