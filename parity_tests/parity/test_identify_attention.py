@@ -108,3 +108,28 @@ def test_correct_pairs(swap):
     assert codes(given(u), right, right * noise, swap) == []
     added = attended(*heads(u), attn_mask=torch.where(triangle(0), 0.0, -1e9).double())
     assert codes(given(u), right, added, swap) == []
+
+
+@pytest.mark.parametrize("scale", [1.0, WIDTH**-0.5, 1 / SIZE, 0.3141592653589793])
+@SWAP
+def test_scale(scale, swap):
+    u = projected()
+    for mask in None, triangle(0):
+        sides = [attended(*heads(u), attn_mask=mask, scale=s) for s in (None, scale)]
+        (found,) = findings(given(u), *sides[:: -1 if swap else 1], train=False)
+        assert found.code == "attention-scale"
+        assert f"{scale:.6g}" in found.evidence
+        assert "1/sqrt(4)" in found.evidence
+    # A mask left out beside it is seen, too.
+    assert codes(given(u), attended(*heads(u)), sides[1], swap) == ["attention-scale", "attention-mask"]
+
+
+@SWAP
+def test_what_is_no_scale(swap):
+    """Another factor for each head, and products that are capped."""
+    u = projected()
+    right = attended(*heads(u))
+    factors = torch.tensor([0.5, 1.0, 2.0]).double()[:, None, None]
+    assert codes(given(u), right, weighted(*heads(u), lambda a: (factors * a).softmax(-1)), swap) == ["unexplained"]
+    capped = weighted(*heads(u), lambda a: (2 * torch.tanh(a / 2)).softmax(-1))
+    assert codes(given(u), right, capped, swap) == ["unexplained"]

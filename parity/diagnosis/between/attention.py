@@ -287,7 +287,7 @@ def _scale_findings(a: Attention, b: Attention) -> list[Finding]:
         f"{one.scale:.6g}" + (f" = 1/sqrt({one.size})" if abs(one.relative - 1) < 1e-6 and one.size > 1 else "")
         for one in (a, b)
     ]
-    return [Finding("unexplained", f"PyTorch multiplies queries times keys by {texts[0]}, Flax by {texts[1]}")]
+    return [Finding("attention-scale", f"PyTorch multiplies queries times keys by {texts[0]}, Flax by {texts[1]}")]
 
 
 def _mask_findings(a: Attention, b: Attention) -> list[Finding]:

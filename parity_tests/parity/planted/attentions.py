@@ -220,6 +220,9 @@ WRONG = [
     ("attention-mask", "one-off", How(split=""), How(split="", causal=1)),
     ("attention-mask", "padding-seen", How(causal=None), How(causal=None, padding="seen")),
     ("attention-mask", "padding-inverted", How(causal=None), How(causal=None, padding="inverted")),
+    ("attention-scale", "missing", How(), How(scale=1)),
+    ("attention-scale", "width", How(rotary="halves"), How(rotary="halves", scale=WIDTH**-0.5)),
+    ("attention-scale", "another", How(split="", causal=None), How(split="", causal=None, scale=0.3)),
 ]
 
 
