@@ -43,6 +43,7 @@ TABLE = (
     ),
     Mistake("affine-missing", "forward", "", "gamma and beta not loaded, or not there", one_sided=True),
     Mistake("bias-missing", "forward", "", "a layer without bias on one side", one_sided=True),
+    Mistake("variance-ddof", "forward", "", "normalises with a variance divided by n - 1 for n"),
     Mistake("epsilon-outside-sqrt", "forward", "", "sqrt(var) + eps for sqrt(var + eps)"),
     Mistake("epsilon", "forward", "", "1e-3 for 1e-5, and so on"),
     Mistake("initial-variance", "forward", "", "moving_var starts at 0 on one side, at 1 on the other"),

@@ -14,7 +14,7 @@ from parity.diagnosis.between import input as inputs
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.finding import PHASE_ORDER, Finding, Located, in_order
 from parity.diagnosis.lone_layers import with_lone_layers
-from parity.diagnosis.mistakes import is_one_sided, phase_of
+from parity.diagnosis.mistakes import UNEXPLAINED, is_one_sided, phase_of
 from parity.diagnosis.norm import family as norms
 from parity.diagnosis.norm.sources import NormSide
 from parity.diagnosis.norm_after_activation import NormOrder
@@ -179,7 +179,7 @@ class Diagnosis:
             found = products.findings(pair.kind, *self._product(call, pair, mine), tolerance=tolerance)
             found = [of_layout(f, pair.kind) for f in found]
         else:
-            found = []
+            found = self._norm_of_no_name(call, pair, mine, tolerance)
         found += self._left(pair, found)
         if not found and quantities:
             names = ", ".join(f"{d.quantity} by {d.error:.1e}" for d in quantities[:4])
@@ -215,6 +215,17 @@ class Diagnosis:
         if pair.kind == "group_norm":
             return norms.group_norm_findings(torch, flax, tolerance=tolerance)
         return norms.layer_norm_findings(torch, flax, tolerance=tolerance)
+
+    def _norm_of_no_name(self, call: Call, pair: LayerPair, mine: Call, tolerance: float) -> list[Finding]:
+        """What is found of a layer of no known kind that has a norm's parameters, and whose numbers are a norm's."""
+        torch, flax = self._norm_side(call, pair, None), self._norm_side(call, pair, mine)
+        width = torch.x.shape[-1:]
+        vectors = all(a is None or a.shape == width for side in (torch, flax) for a in (side.gamma, side.beta))
+        alike = {a.shape for side in (torch, flax) for a in (side.x, side.y)} == {torch.x.shape}
+        if not (vectors and alike and torch.gamma is not None and torch.x.ndim > 1 and torch.x.dtype.kind == "f"):
+            return []
+        found = norms.layer_norm_findings(torch, flax, tolerance=tolerance)
+        return [] if any(f.code == UNEXPLAINED for f in found) else found
 
     def _norm_side(self, call: Call, pair: LayerPair, mine: Call | None) -> NormSide:
         """PyTorch's side in Flax's layout, or (with Flax's call) Flax's; statistics only of a layer called once."""

@@ -24,7 +24,7 @@ FORWARD = [
     ("epsilon", {"epsilon": 1e-3}),
     ("epsilon", {"epsilon": 3e-4}),
     ("epsilon-outside-sqrt", {"outside": True}),
-    ("unbiased-variance", {"unbiased_forward": True}),
+    ("variance-ddof", {"unbiased_forward": True}),
     ("affine-swapped", {"affine": "swapped"}),
     ("affine-missing", {"affine": "missing"}),
     ("affine-missing", {"affine": "scale missing"}),
@@ -235,6 +235,20 @@ def test_evidence_holds_the_numbers():
     assert "0.9 in PyTorch, 0.1 in Flax" in evidence(weight=0.1)
     assert "per image row" in evidence(source=(2,))
     assert "instance norm" in evidence(source=(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (8, 5, 4, 3)], ids=str)
+@pytest.mark.parametrize("off", [lambda m, n: m / (m - 2), lambda m, n: (m + 1) / m, lambda m, n: 1.01])
+def test_what_is_no_variance_of_n_minus_1(shape, off):
+    """Divided by n - 2, by n + 1 for n, and off by a factor: no epsilon of all channels does that, and no n - 1."""
+    given = some(shape)
+    right = simulate(given, RIGHT)
+    m, axes = given.x[..., 0].size, tuple(range(len(shape) - 1))
+    mu, var = given.x.mean(axes), off(m, shape[0]) * given.x.var(axes)
+    wrong = right._replace(y=given.gamma * (given.x - mu) / np.sqrt(var + 1e-5) + given.beta)
+    assert "variance-ddof" not in codes(right, wrong)
+    assert "variance-ddof" not in codes(wrong, right)
+    assert codes(right, wrong)
 
 
 def test_gamma_of_zero_hides_the_forward_pass_but_not_the_statistics():

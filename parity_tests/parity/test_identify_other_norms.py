@@ -1,9 +1,13 @@
 """Layer, RMS and group norm explained from their numbers."""
 
+import flax.linen as linen
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import parity
 from parity.diagnosis.norm.family import group_norm_findings, layer_norm_findings
 from parity.diagnosis.norm.sources import NormSide
 from parity_tests.parity.norm_simulator import Convention, data
@@ -43,7 +47,7 @@ def other_norm(given, axes=(-1,), groups=None, convention=RIGHT, centred=True):
 MISTAKES = [
     ("epsilon", {"epsilon": 1e-3}),
     ("epsilon-outside-sqrt", {"outside": True}),
-    ("unbiased-variance", {"unbiased_forward": True}),
+    ("variance-ddof", {"unbiased_forward": True}),
     ("affine-swapped", {"affine": "swapped"}),
     ("bias-missing", {"affine": "bias missing"}),
     ("norm-offset", {"affine": "offset"}),
@@ -62,7 +66,7 @@ def test_layer_norm(shape, centred):
         assert codes(right, wrong, layer_norm_findings) == [code], change
         assert codes(wrong, right, layer_norm_findings) == [code], change
     handwritten = RIGHT._replace(outside=True, unbiased_forward=True, epsilon=1e-6)
-    expected = ["epsilon-outside-sqrt", "epsilon", "unbiased-variance"]
+    expected = ["variance-ddof", "epsilon-outside-sqrt", "epsilon"]
     assert codes(right, other_norm(given, centred=centred, convention=handwritten), layer_norm_findings) == expected
     assert codes(right, other_norm(given, centred=not centred), layer_norm_findings) == ["unexplained"]
     for axes in ((0,), tuple(range(1, len(shape))), tuple(range(len(shape)))):
@@ -91,3 +95,33 @@ def test_group_norm(shape, groups):
         assert codes(right, wrong, group_norm_findings) == [code], change
     other = other_norm(given, groups=2 if groups != 2 else 4)
     assert codes(right, other, group_norm_findings) == ["wrong-reduction-axes"]
+
+
+class Scaled(nn.Module):
+    """An RMS norm whose class says nothing of it; or, with `power` 1, none."""
+
+    def __init__(self, power=2):
+        super().__init__()
+        self.weight, self.power = nn.Parameter(torch.linspace(0.5, 2, 8)), power
+
+    def forward(self, x):
+        return x * (x.abs() ** self.power).mean(-1, keepdim=True).add(1e-6) ** (-1 / self.power) * self.weight
+
+
+class FlaxScaled(linen.Module):
+    offset: float = 0.0
+
+    @linen.compact
+    def __call__(self, x):
+        scale = self.param("scale", linen.initializers.ones, (8,))
+        return x * jnp.sqrt(1 / ((x * x).mean(-1, keepdims=True) + 1e-6)) * (self.offset + scale)
+
+
+@pytest.mark.parametrize(
+    ("power", "offset", "expected"), [(2, 0, []), (2, 1, ["norm-offset"]), (1, 0, ["unexplained"])]
+)
+def test_a_norm_of_no_name(power, offset, expected):
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    report = parity.check(Scaled(power), FlaxScaled(float(offset)), x)
+    assert [d.code for d in report.diagnoses] == expected
+    assert report.ok == (not expected)

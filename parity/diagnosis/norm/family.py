@@ -287,7 +287,7 @@ def _unbiased_findings(name: str, fit: NormBehaviour, other: NormBehaviour) -> I
     if fit.unbiased:
         m = fit.source.values or 0
         factor = f"{m}/{m - 1} = m/(m-1) = {unbiased_factor(m):.6g} times the biased one"
-        yield Finding("unbiased-variance", f"{name} normalises with the unbiased variance, {factor}")
+        yield Finding("variance-ddof", f"{name} normalises with the unbiased variance, {factor}")
 
 
 def _epsilon_findings(torch: NormBehaviour, flax: NormBehaviour) -> Iterator[Finding]:

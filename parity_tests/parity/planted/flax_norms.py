@@ -57,6 +57,17 @@ class Unbiased(HandNorm):
         return super().moved_var(old, new * m / (m - 1), x)
 
 
+class Ddof(HandNorm):
+    def statistics(self, x):
+        mean, var = super().statistics(x)
+        m = x.size // x.shape[-1]
+        return mean, var * m / (m - 1)
+
+    def moved_var(self, old, new, x):
+        m = x.size // x.shape[-1]
+        return super().moved_var(old, new * (m - 1) / m, x)
+
+
 class Frozen(HandNorm):
     def moved(self, old, new, x):
         return old

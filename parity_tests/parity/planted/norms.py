@@ -119,6 +119,8 @@ MISTAKES = [
     Mistake("unbiased-variance", "torch", "hand", torch_hand(T.Unbiased), "train", "statistics"),
     Mistake("unbiased-variance", "flax", "own", pytorch_norm, "train", "statistics"),
     Mistake("unbiased-variance", "flax", "hand", hand_norm(F.Unbiased), "train", "statistics", biased_native),
+    Mistake("variance-ddof", "torch", "", torch_hand(T.Ddof), "train", "forward"),
+    Mistake("variance-ddof", "flax", "", hand_norm(F.Ddof), "train", "forward"),
     Mistake("statistics-frozen", "torch", "hand", torch_hand(T.Frozen), "train", "statistics"),
     Mistake("statistics-frozen", "torch", "momentum-0", native(momentum=0.0), "train", "statistics", native_norm,
             pytorch_norm),
@@ -266,6 +268,51 @@ def offset_rms_norms() -> Iterator[Case]:
             yield Case("norm-offset", wing, depth, "rms-norm", make(wing, depth), ("rms",))
 
 
+class TorchDeviationNorm(nn.Module):
+    """Layer norm by `x.std(-1)`, which divides by n - 1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        x_hat = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + 1e-5)
+        return self.weight * x_hat + self.bias
+
+
+class FlaxDeviationNorm(linen.Module):
+    """The same, with `ddof=1`."""
+
+    @linen.compact
+    def __call__(self, x):
+        scale = self.param("scale", linen.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", linen.initializers.zeros, (x.shape[-1],))
+        x_hat = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-5)
+        return scale * x_hat + bias
+
+
+def deviation_norms() -> Iterator[Case]:
+    """A layer norm by hand, alone and behind the first linear layer of the deep chain."""
+    names = list(deep_torch().order)
+    order = [*names[: names.index("act4")], "ln", *names[names.index("act4") :]]
+
+    def make(wing: str, depth: str):
+        def build():
+            torch.manual_seed(0)
+            torch_part = TorchDeviationNorm(16) if wing == "torch" else nn.LayerNorm(16)
+            flax_part = layer(FlaxDeviationNorm) if wing == "flax" else layer(linen.LayerNorm, epsilon=1e-5)
+            if depth == "alone":
+                return planted(TorchChain({"ln": torch_part}), LinenChain((flax_part,)), vectors(16), train=True)
+            module, flax_module = deep_torch(ln=torch_part, order=order), deep_linen(ln=flax_part, order=order)
+            return planted(module, flax_module, images(), train=True)
+
+        return build
+
+    for wing in ("torch", "flax"):
+        for depth in ("alone", "deep"):
+            yield Case("variance-ddof", wing, depth, "layer-norm", make(wing, depth), ("ln",))
+
+
 EVERYWHERE = (
     "momentum-inverted",
     "unbiased-variance",
@@ -285,3 +332,4 @@ def cases() -> Iterator[Case]:
             seen.add((mistake.code, mistake.wing))
             yield everywhere(mistake)
     yield from offset_rms_norms()
+    yield from deviation_norms()

@@ -55,6 +55,17 @@ class Unbiased(HandNorm):
         super().move(mean, var * m / (m - 1), x)
 
 
+class Ddof(HandNorm):
+    def statistics(self, x):
+        mean, var = super().statistics(x)
+        m = x.numel() // x.shape[1]
+        return mean, var * m / (m - 1)
+
+    def move(self, mean, var, x):
+        m = x.numel() // x.shape[1]
+        super().move(mean, var * (m - 1) / m, x)
+
+
 class Frozen(HandNorm):
     def move(self, mean, var, x):
         """Forgotten."""
