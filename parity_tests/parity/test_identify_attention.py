@@ -133,3 +133,83 @@ def test_what_is_no_scale(swap):
     assert codes(given(u), right, weighted(*heads(u), lambda a: (factors * a).softmax(-1)), swap) == ["unexplained"]
     capped = weighted(*heads(u), lambda a: (2 * torch.tanh(a / 2)).softmax(-1))
     assert codes(given(u), right, capped, swap) == ["unexplained"]
+
+
+def rotated(x, how, frequencies):
+    """[N, H, L, d], by halves or by neighbouring pairs."""
+    angle = torch.outer(torch.arange(x.shape[2]).double(), frequencies)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    pairs = torch.stack(x.chunk(2, -1), -1) if how == "halves" else x.unflatten(-1, (-1, 2))
+    y = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    return torch.cat(y.unbind(-1), -1) if how == "halves" else y.flatten(-2)
+
+
+def frequencies(base):
+    return base ** (-torch.arange(0, SIZE, 2).double() / SIZE)
+
+
+@pytest.mark.parametrize("split", ["h3d", "3dh", "d3h", "hd3", "dh3"])
+@SWAP
+def test_split(split, swap):
+    u = projected()
+    for mask in None, triangle(0):
+        sides = [attended(*heads(u, split=s), attn_mask=mask) for s in ("3hd", split)]
+        assert codes(given(u), *sides, swap) == ["attention-heads"]
+
+
+@SWAP
+def test_heads(swap):
+    """Another number of heads; query, key and value in another order; heads joined in another order."""
+    u = projected()
+    q, k, v = heads(u)
+    right = attended(q, k, v)
+    assert codes(given(u), right, attended(*heads(u, 2)), swap) == ["attention-heads"]
+    assert codes(given(u), right, attended(k, v, q), swap) == ["attention-heads"]
+    assert codes(given(u), right, attended(k, q, v), swap) == ["attention-heads"]
+    joined = right.reshape(N, LENGTH, HEADS, SIZE).swapaxes(2, 3).reshape(right.shape)
+    assert codes(given(u), right, joined, swap) == ["attention-heads"]
+    # With the scale of the other number of heads, that is two.
+    both = attended(*heads(u, 2), scale=1.0)
+    assert set(codes(given(u), right, both, swap)) == {"attention-heads", "attention-scale"}
+
+
+@pytest.mark.parametrize("base", [1e4, 5e5])
+@SWAP
+def test_rotary(base, swap):
+    u = projected()
+    q, k, v = heads(u)
+    sides = [attended(*(rotated(x, how, frequencies(base)) for x in (q, k)), v) for how in ("halves", "pairs")]
+    assert codes(given(u), *sides, swap) == ["attention-heads"]
+    # None at all, or another base, is told, and is none of the heads.
+    assert codes(given(u), sides[0], attended(q, k, v), swap) == ["unexplained"]
+    other = attended(*(rotated(x, "halves", frequencies(1e3)) for x in (q, k)), v)
+    found, *_ = findings(given(u), *(other, sides[0])[:: -1 if swap else 1], train=False)
+    assert found.code == "unexplained"
+    assert "with base 1000" in found.evidence
+
+
+@SWAP
+def test_shared_keys_and_values(swap):
+    """Two heads of keys and values for four of queries."""
+    made = {name: projected(LENGTH, width, seed) for seed, (name, width) in enumerate((("q", 16), ("k", 8), ("v", 8)))}
+    q, k, v = (torch.from_numpy(a).reshape(N, LENGTH, -1, SIZE).transpose(1, 2) for a in made.values())
+    sides = [attended(q, *(f(x) for x in (k, v))) for f in
+             (lambda x: x.repeat_interleave(2, 1), lambda x: x.repeat(1, 2, 1, 1))]  # fmt: skip
+    sources = [Source(f"the output of {name}", a) for name, a in reversed(made.items())]
+    assert codes(sources, *sides, swap) == ["attention-heads"]
+    assert codes(sources, sides[0], attended(q, k.repeat_interleave(2, 1), v.repeat(1, 2, 1, 1)), swap) == [
+        "unexplained"
+    ]
+
+
+@SWAP
+def test_what_is_no_other_heads(swap):
+    """Channels in no order at all, and rotary embeddings of other frequencies."""
+    u = projected()
+    q, k, v = heads(u)
+    shuffled = np.random.default_rng(1).permutation(WIDTH)
+    right = attended(q, k, v)
+    assert codes(given(u), right, attended(q, k, v)[..., shuffled], swap) == ["unexplained"]
+    odd = attended(*(rotated(x, "pairs", torch.tensor([1.0, 0.3]).double()) for x in (q, k)), v)
+    rotary = attended(*(rotated(x, "halves", frequencies(1e4)) for x in (q, k)), v)
+    assert codes(given(u), rotary, odd, swap) == ["unexplained"]

@@ -266,14 +266,14 @@ def _heads_findings(a: Attention, b: Attention) -> list[Finding]:
         if one.shared != other.shared:
             text += f", repeats those of key and value {'one by one' if one.shared == 'each' else 'as a whole'}"
         texts.append(text)
-    return [Finding("unexplained", f"PyTorch has {texts[0]}; Flax {texts[1]}")]
+    return [Finding("attention-heads", f"PyTorch has {texts[0]}; Flax {texts[1]}")]
 
 
 def _rotary_findings(a: Attention, b: Attention) -> list[Finding]:
     first, second = a.rotary, b.rotary
     if first.pairs and second.pairs and first.pairs != second.pairs:
         evidence = f"the rotary embedding turns {first.pairs} in PyTorch, {second.pairs} in Flax"
-        return [Finding("unexplained", evidence)]
+        return [Finding("attention-heads", evidence)]
     return [Finding("unexplained", f"of queries and keys PyTorch {first}, Flax {second} (rotary embeddings)")]
 
 

@@ -223,6 +223,11 @@ WRONG = [
     ("attention-scale", "missing", How(), How(scale=1)),
     ("attention-scale", "width", How(rotary="halves"), How(rotary="halves", scale=WIDTH**-0.5)),
     ("attention-scale", "another", How(split="", causal=None), How(split="", causal=None, scale=0.3)),
+    ("attention-heads", "count", How(), How(heads=2)),
+    ("attention-heads", "split", How(), How(split="h3d")),
+    ("attention-heads", "order", How(causal=None), How(causal=None, order="vqk")),
+    ("attention-heads", "rotary", How(rotary="halves"), How(rotary="pairs")),
+    ("attention-heads", "repeated", How(6, "", few=3), How(6, "", few=3, repeated="all")),
 ]
 
 
