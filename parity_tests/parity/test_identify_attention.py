@@ -213,3 +213,22 @@ def test_what_is_no_other_heads(swap):
     odd = attended(*(rotated(x, "pairs", torch.tensor([1.0, 0.3]).double()) for x in (q, k)), v)
     rotary = attended(*(rotated(x, "halves", frequencies(1e4)) for x in (q, k)), v)
     assert codes(given(u), rotary, odd, swap) == ["unexplained"]
+
+
+@SWAP
+def test_axis(swap):
+    u = projected()
+    sides = [weighted(*heads(u), lambda a, axis=axis: a.softmax(axis)) for axis in (-1, -2, 1)]
+    assert codes(given(u), sides[0], sides[1], swap) == ["softmax-axis"]
+    assert codes(given(u), sides[0], sides[2], swap) == ["softmax-axis"]
+    assert codes(given(u), sides[1], sides[2], swap) == ["softmax-axis"]
+
+
+@SWAP
+def test_what_is_no_other_axis(swap):
+    """A softmax over queries and keys at once, and a sigmoid."""
+    u = projected()
+    right = weighted(*heads(u), lambda a: a.softmax(-1))
+    whole = weighted(*heads(u), lambda a: a.flatten(-2).softmax(-1).reshape(a.shape))
+    assert codes(given(u), right, whole, swap) == ["unexplained"]
+    assert codes(given(u), right, weighted(*heads(u), torch.sigmoid), swap) == ["unexplained"]

@@ -130,6 +130,25 @@ def test_activation_beside_a_pool(one, other, pool, order, swap):
     assert codes(named(sources(u), *sides, swap)) == [("activation", "activation")]
 
 
+@pytest.mark.parametrize("kind", [torch.softmax, torch.log_softmax])
+@pytest.mark.parametrize("axis", [0, 2, 3, (2, 3)])
+@SWAP
+def test_softmax_axis(kind, axis, swap):
+    u = maps((40, 6, 6, 5))  # more examples than are looked at of anything else
+
+    def over(axis):
+        if isinstance(axis, int):
+            return through(lambda x: kind(x, axis), u)
+        return through(lambda x: kind(x.flatten(2), 2).reshape(x.shape), u)
+
+    found = named(sources(u), over(1), over(axis), swap)
+    assert codes(found) == [("softmax-axis", "")]
+    # Another factor inside, a sigmoid, and a softmax of something else are none.
+    for wrong in (through(lambda x: kind(2 * x, 2), u), through(lambda x: kind(x**3, 2), u)):
+        assert codes(named(sources(u), over(1), wrong, swap)) == [("unexplained", "")]
+    assert codes(named(sources(u), over(1), through(torch.sigmoid, u), swap)) == [("activation", "activation")]
+
+
 KINDS = [
     ("max2", "avg2", {"pool-kind"}),
     ("max3s2p1", "avg3s2p1", {"pool-kind"}),

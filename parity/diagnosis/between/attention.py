@@ -309,5 +309,5 @@ def _heads_distance(a: Heads, b: Heads) -> float:
 
 def _axis_finding(a: Attention, b: Attention) -> Finding:
     return Finding(
-        "unexplained", f"attention's softmax is taken over the {a.axis} in PyTorch, over the {b.axis} in Flax"
+        "softmax-axis", f"attention's softmax is taken over the {a.axis} in PyTorch, over the {b.axis} in Flax"
     )

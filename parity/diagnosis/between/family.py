@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.diagnosis.between import attention, relations
+from parity.diagnosis.between import attention, relations, softmaxes
 from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_function, limit_of
 from parity.diagnosis.between.chains import Chain, Source, Target, match
 from parity.diagnosis.between.pools import Pool, pads, times
@@ -59,6 +59,8 @@ def findings(
     random = [_differ(a, b, tolerance) if b is not None else None for a, b in zip((torch, flax), again, strict=True)]
     if not any(random) and not _differ(torch, flax, tolerance):
         return []
+    if found := softmaxes.findings(sources, torch, flax, tolerance):
+        return found
     sources, torch, flax, masks = _thin(sources, torch, flax, masks)
     targets = [
         Target(side, tolerance, limit_of(side, tolerance), active is not False)

@@ -228,6 +228,8 @@ WRONG = [
     ("attention-heads", "order", How(causal=None), How(causal=None, order="vqk")),
     ("attention-heads", "rotary", How(rotary="halves"), How(rotary="pairs")),
     ("attention-heads", "repeated", How(6, "", few=3), How(6, "", few=3, repeated="all")),
+    ("softmax-axis", "queries", How(causal=None, padding="seen"), How(causal=None, padding="seen", axis=-2)),
+    ("softmax-axis", "heads", How(split="", causal=None), How(split="", causal=None, axis=1)),
 ]
 
 

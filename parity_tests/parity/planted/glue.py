@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as linen
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -78,6 +79,30 @@ def activations() -> Iterator[Case]:
             alone_charged, charged = ("act", "fc2"), ("act2", "act3", "act4", "act5", "conv3", "fc1", "fc2", "head")
         yield Case("activation", wing, "alone", variant, alone, alone_charged)
         yield Case("activation", wing, "deep", variant, deep, charged)
+
+
+def softmaxes() -> Iterator[Case]:
+    """Over the examples, as PyTorch's softmax without `dim` is of three axes; over rows for channels."""
+
+    def make(wing: str, depth: str):
+        def build():
+            torch.manual_seed(0)
+            if depth == "alone":
+                first, second = (0, -1) if wing == "torch" else (-1, 0)
+                module = TorchChain(
+                    {"fc1": nn.Linear(6, 12), "act": lambda x: torch.softmax(x, first), "fc2": nn.Linear(12, 4)}
+                )
+                soft = function(lambda x: jax.nn.softmax(x, axis=second))
+                return planted(module, LinenChain((layer(linen.Dense, 12), soft, layer(linen.Dense, 4))), vectors(6))
+            module = deep_torch(act1=lambda x: torch.softmax(x, 2 if wing == "torch" else 1))
+            soft = function(lambda x: jax.nn.softmax(x, axis=1 if wing == "flax" else -1))
+            return planted(module, deep_linen(act1=soft), images(), train=True)
+
+        return build
+
+    for wing in ("torch", "flax"):
+        yield Case("softmax-axis", wing, "alone", "examples", make(wing, "alone"), ("fc2",))
+        yield Case("softmax-axis", wing, "deep", "rows", make(wing, "deep"), ("conv2",))
 
 
 def max_pool(*args: Any, **kwargs: Any) -> Callable:
@@ -260,6 +285,7 @@ def inputs() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     """All of them."""
     yield from activations()
+    yield from softmaxes()
     yield from pools()
     yield from norm_after_activation()
     yield from dropout()
