@@ -63,6 +63,7 @@ TABLE = (
     Mistake("matmul-precision", "forward", "", "TF32 or bfloat16 products"),
     # between two layers
     Mistake("activation", "forward", "activation", "tanh-GELU for GELU, SiLU for sigmoid, another slope, none"),
+    Mistake("gate", "forward", "activation", "another activation in a gated unit, or of the other half"),
     Mistake("pool-kind", "forward", "pool", "maximum for average"),
     Mistake("pool-count-padding", "forward", "pool", "padding counted in the average on one side"),
     Mistake("norm-after-activation", "forward", "", "batch norm on the wrong side of the activation"),

@@ -149,6 +149,25 @@ def test_softmax_axis(kind, axis, swap):
     assert codes(named(sources(u), over(1), through(torch.sigmoid, u), swap)) == [("activation", "activation")]
 
 
+@pytest.mark.parametrize("two", [False, True], ids=["one projection", "two"])
+@SWAP
+def test_gate(two, swap):
+    """Half of a projection times a function of the other half; or one projection times a function of another."""
+    u = maps((16, 6, 12))
+    a, b = u[..., :6], u[..., 6:]
+    given = [Source("fc2", b), Source("fc1", a)] if two else [Source("fc1", u), Source("norm", maps((16, 6, 6), 1))]
+    gelu, silu, sigmoid = (lambda x, f=f: through(f, x) for f in (F.gelu, F.silu, torch.sigmoid))
+    right = a * silu(b)
+    for wrong in (a * gelu(b), a * sigmoid(b), a * b, silu(a) * b, gelu(a) * b):
+        assert codes(named(given, right, wrong, swap)) == [("gate", "activation")]
+    if not two:
+        apart = u[..., ::2] * silu(u[..., 1::2])
+        assert codes(named(given, right, apart, swap)) == [("gate", "activation")]
+    # Both activated, a factor, one half alone, and a sum are no other gate.
+    for wrong in (silu(a) * silu(b), 1.01 * right, a + silu(b), a * silu(b) + 0.1 * b):
+        assert codes(named(given, right, wrong, swap)) == [("unexplained", "")]
+
+
 KINDS = [
     ("max2", "avg2", {"pool-kind"}),
     ("max3s2p1", "avg3s2p1", {"pool-kind"}),

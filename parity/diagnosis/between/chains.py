@@ -35,6 +35,7 @@ class Chain(NamedTuple):
       layout: "C,H,W" or the like where axes are merged or exchanged; "" where not.
       gain: a constant factor on everything.
       dropout: the probability p; 0 for none.
+      gate: what the activation is of, where the source is multiplied by it: "" for none.
     """
 
     source: str
@@ -44,8 +45,12 @@ class Chain(NamedTuple):
     layout: str = ""
     gain: float = 1.0
     dropout: float = 0.0
+    gate: str = ""
 
     def __str__(self) -> str:
+        if self.gate:
+            applied = self.gate if self.activation == "identity" else f"{self.activation} of {self.gate}"
+            return f"{self.source} times {applied}"
         parts = [self.source]
         names = [] if self.activation == "identity" else [self.activation]
         steps = [*names, *([str(self.pool)] if self.pool else [])]

@@ -12,7 +12,7 @@ from parity.diagnosis.between import attention, relations, softmaxes
 from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_function, limit_of
 from parity.diagnosis.between.chains import Chain, Source, Target, match
 from parity.diagnosis.between.pools import Pool, pads, times
-from parity.diagnosis.between.search import search
+from parity.diagnosis.between.search import part_of, search
 from parity.diagnosis.family import SIDES, Family, Property, unlike
 from parity.diagnosis.finding import Finding, told_apart
 
@@ -125,7 +125,8 @@ def _nearest(first: list[Chain], second: list[Chain], rank: int) -> tuple[Family
     """What chains that lead to tensors of this rank may differ in, and the nearest two; of such the likeliest."""
     places = [{chain: place for place, chain in reversed(list(enumerate(side)))} for side in (first, second)]
     family = Family(
-        Property("source", unlike("source", 8), _source_findings),
+        Property("source", _source_distance, _source_findings),
+        Property("gate", lambda a, b: 4 * _exchanged(a, b), lambda a, b: [Finding("gate", f"PyTorch: {a}; Flax: {b}")]),
         Property("activation", unlike("activation", 4), _activation_findings),
         Property("order", lambda a, b: 5 * bool(a.order and b.order and a.order != b.order), _order_findings),
         Property("pool", _pool_distance, _pool_findings),
@@ -167,14 +168,30 @@ def _pool_differences(a: Pool | None, b: Pool | None) -> list[str]:
     return found
 
 
+def _exchanged(a: Chain, b: Chain) -> bool:
+    """Whether both multiply the same two, or parts of one source, and another of them has the activation."""
+    if not a.gate or not b.gate or (a.source, a.gate) == (b.source, b.gate):
+        return False
+    wholes = {part_of(name) for name in (a.source, a.gate, b.source, b.gate)}
+    return {a.source, a.gate} == {b.source, b.gate} or (len(wholes) == 1 and "" not in wholes)
+
+
+def _source_distance(a: Chain, b: Chain) -> float:
+    return 8 * ((a.source, a.gate) != (b.source, b.gate) and not _exchanged(a, b))
+
+
 def _source_findings(a: Chain, b: Chain) -> list[Finding]:
     missing = " (a residual branch is missing or another one)" if " + " in a.source + b.source else ""
-    return [Finding("unexplained", f"PyTorch makes it of {a.source}, Flax of {b.source}{missing}")]
+    texts = [str(c) if c.gate else c.source for c in (a, b)]
+    return [Finding("unexplained", f"PyTorch makes it of {texts[0]}, Flax of {texts[1]}{missing}")]
 
 
 def _activation_findings(a: Chain, b: Chain) -> list[Finding]:
     if a.gain != b.gain and _gain(a, b).code == "unexplained":
         return []  # said there
+    if a.gate and b.gate:
+        told = _exchanged(a, b)
+        return [] if told else [Finding("gate", f"PyTorch: {a}; Flax: {b}")]
     evidence = f"PyTorch applies {_applied(a)}, Flax {_applied(b)}"
     # An activation of a number times x is none that is taken for another, as little as a number times one.
     scaled = a.activation.startswith(OF_A_MULTIPLE) or b.activation.startswith(OF_A_MULTIPLE)

@@ -20,6 +20,7 @@ Array = NDArray[Any]
 
 # Of how many sources, the most recent and the network's input, all pairs and all triples are tried.
 PAIRED, TRIPLED, PAIRED_WITH_POOL = 12, 7, 4
+PARTS = ("the first half of ", "the second half of ", "the even channels of ", "the odd channels of ")
 
 
 def search(sources: Sequence[Source], target: Target) -> list[Chain]:
@@ -56,6 +57,8 @@ def _stages(sources: Sequence[Source], target: Target) -> Iterator[list[Chain]]:
                     yield _fits(source.name, source.value, target, level)
     for i, j in pairs:
         yield _pair(near[i], near[j], target, "exact", with_pool=False)
+    for source in near:
+        yield [hit for one, other in _halves(source, target) for hit in _gate(one, other, target)]
     for level in ("solved", "loose", "rare"):
         for source in sources[:PAIRED_WITH_POOL]:
             yield _fits(source.name, source.value, target, level)
@@ -158,7 +161,26 @@ def _gate(gate: Source, other: Source, target: Target) -> list[Chain]:
     fitting = [
         name for name in names if name not in ACROSS_CHANNELS and error_of(v, x * FUNCTIONS[name](g)) <= target.limit
     ]
+    if gate.value.shape == v.shape:
+        return [Chain(other.name, activation=name, gate=gate.name) for name in fitting]
     return [Chain(f"{other.name} * f({gate.name})", activation=name) for name in fitting]
+
+
+def _halves(source: Source, target: Target) -> Iterator[tuple[Source, Source]]:
+    """The halves of a source's channels, and every second of them, either way round: of a gated unit."""
+    u = source.value
+    if u.ndim < 2 or u.shape[:-1] != target.value.shape[:-1] or u.shape[-1] != 2 * target.value.shape[-1]:
+        return
+    half = u.shape[-1] // 2
+    for texts, parts in ((PARTS[:2], (u[..., :half], u[..., half:])), (PARTS[2:], (u[..., ::2], u[..., 1::2]))):
+        one, other = (Source(f"{t}{source.name}", part) for t, part in zip(texts, parts, strict=True))
+        yield one, other
+        yield other, one
+
+
+def part_of(name: str) -> str:
+    """Of which source this is a part; "": it is none."""
+    return next((name.removeprefix(part) for part in PARTS if name.startswith(part)), "")
 
 
 def _concatenation(a: Source, b: Source, target: Target) -> list[Chain]:

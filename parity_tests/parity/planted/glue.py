@@ -81,6 +81,40 @@ def activations() -> Iterator[Case]:
         yield Case("activation", wing, "deep", variant, deep, charged)
 
 
+def _torch_gate(first, second, f):
+    return lambda x: (lambda parts: parts[first] * f(parts[second]))(x.chunk(2, -1))
+
+
+def _flax_gate(first, second, f):
+    return function(lambda x: (lambda parts: parts[first] * f(parts[second]))(jnp.split(x, 2, -1)))
+
+
+def gates() -> Iterator[Case]:
+    """GEGLU for SwiGLU; the activation of the first half for that of the second."""
+
+    def make(wing: str, depth: str, wrong: tuple):
+        def build():
+            torch.manual_seed(0)
+            torch_functions = {"gelu": F.gelu, "silu": F.silu}
+            flax_functions = {"gelu": lambda x: linen.gelu(x, approximate=False), "silu": linen.silu}
+            first, second = (wrong, (0, 1, "silu")) if wing == "torch" else ((0, 1, "silu"), wrong)
+            torch_part = _torch_gate(*first[:2], torch_functions[first[2]])
+            flax_part = _flax_gate(*second[:2], flax_functions[second[2]])
+            if depth == "alone":
+                module = TorchChain({"fc1": nn.Linear(6, 24), "act": torch_part, "fc2": nn.Linear(12, 4)})
+                parts = (layer(linen.Dense, 24), flax_part, layer(linen.Dense, 4))
+                return planted(module, LinenChain(parts), vectors(6), train=True)
+            module = deep_torch(fc1=nn.Linear(72, 32), act4=torch_part)
+            return planted(module, deep_linen(fc1=layer(linen.Dense, 32), act4=flax_part), images(), train=True)
+
+        return build
+
+    for variant, wrong in (("geglu", (0, 1, "gelu")), ("exchanged", (1, 0, "silu"))):
+        for wing in ("torch", "flax"):
+            yield Case("gate", wing, "alone", variant, make(wing, "alone", wrong), ("fc2",))
+            yield Case("gate", wing, "deep", variant, make(wing, "deep", wrong), ("drop", "fc2"))
+
+
 def softmaxes() -> Iterator[Case]:
     """Over the examples, as PyTorch's softmax without `dim` is of three axes; over rows for channels."""
 
@@ -285,6 +319,7 @@ def inputs() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     """All of them."""
     yield from activations()
+    yield from gates()
     yield from softmaxes()
     yield from pools()
     yield from norm_after_activation()
