@@ -168,6 +168,43 @@ def test_gate(two, swap):
         assert codes(named(given, right, wrong, swap)) == [("unexplained", "")]
 
 
+@SWAP
+def test_concat_order(swap):
+    """Three blocks, one of them of no known source; and channels that are shuffled."""
+    a, b, c = maps(), maps((6, 8, 8, 4), 1), np.arctan(maps((6, 8, 8, 3), 2))
+    given = [Source("conv2", a), Source("conv1", b)]
+    parts = [through(F.relu, a), b, c]
+    joined = np.concatenate(parts, -1)
+    for order in ((1, 0, 2), (2, 1, 0), (1, 2, 0)):
+        other = np.concatenate([parts[i] for i in order], -1)
+        assert codes(named(given, joined, other, swap)) == [("concat-order", "")]
+    # Blocks in another order of which two are unknown, or that are no whole sources; and values that are others, too.
+    assert codes(named(given[:1], joined, np.concatenate([parts[i] for i in (1, 0, 2)], -1), swap)) == [
+        ("unexplained", "")
+    ]
+    assert codes(named(given, joined, np.roll(joined, 1, -1), swap)) == [("unexplained", "")]
+    wrong = np.concatenate([b, 1.01 * parts[0], c], -1)
+    assert codes(named(given, joined, wrong, swap)) == [("unexplained", "")]
+    wide = maps((6, 8, 8, 12), 3)
+    shuffles = [wide.reshape(6, 8, 8, n, -1).swapaxes(-1, -2).reshape(wide.shape) for n in (1, 2, 3)]
+    assert codes(named([Source("conv", wide)], *shuffles[:2], swap)) == [("concat-order", "")]
+    assert codes(named([Source("conv", wide)], *shuffles[1:], swap)) == [("concat-order", "")]
+    assert codes(named([], *shuffles[:2], swap)) == codes(named([], *shuffles[1:], swap)) == [("concat-order", "")]
+    assert codes(named([Source("conv", wide)], wide, wide[..., ::-1], swap)) == [("unexplained", "")]
+
+
+@SWAP
+def test_a_part_that_was_joined(swap):
+    """What differs in a part of the channels only is found there."""
+    a, b = maps(), maps((6, 8, 8, 4), 1)
+    given = [Source("conv2", a), Source("conv1", b)]
+    sides = [np.concatenate([np.arctan(b), through(f, a)], -1) for f in (F.relu, F.silu)]
+    assert codes(named(given, *sides, swap)) == [("activation", "activation")]
+    # Where the other channels differ too, it is not all.
+    sides[0][..., 0] *= 1.5
+    assert codes(named(given, *sides, swap)) == [("unexplained", "")]
+
+
 KINDS = [
     ("max2", "avg2", {"pool-kind"}),
     ("max3s2p1", "avg3s2p1", {"pool-kind"}),
@@ -372,7 +409,10 @@ def test_gates_and_joined_channels(swap):
     given = [x, Source("skip", maps(seed=7))]
     assert codes(named(given, joined, through(F.relu, joined), swap)) == [("activation", "activation")]
     swapped = named(given, joined, np.concatenate([x.value, maps(seed=7)], axis=-1), swap)
-    assert [finding.code for finding in swapped] == ["unexplained"]
+    assert [finding.code for finding in swapped] == ["concat-order"]
+    assert "joins skip (5 channels), conv (5 channels); Flax conv" in swapped[0].evidence.replace(
+        "conv (5 channels), skip (5 channels); Flax skip", "skip (5 channels), conv (5 channels); Flax conv"
+    )
 
 
 @pytest.mark.parametrize("given", [[], [Source("input", maps((6, 32, 32, 3)))]])

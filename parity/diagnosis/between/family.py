@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.diagnosis.between import attention, relations, softmaxes
+from parity.diagnosis.between import attention, blocks, relations, softmaxes
 from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_function, limit_of
 from parity.diagnosis.between.chains import Chain, Source, Target, match
 from parity.diagnosis.between.pools import Pool, pads, times
@@ -71,10 +71,27 @@ def findings(
         family, (a, b) = _nearest(chains[0][:MOST_CHAINS], chains[1][:MOST_CHAINS], min(torch.ndim, flax.ndim))
         if output and "source" in family.differences(a, b) and " + " not in a.source + b.source:
             return [Finding("output-taken-early", f"PyTorch makes {output} of {a.source}, Flax of {b.source}")]
-        found = [*_dropout((a, b), random, train), *family.findings(a, b)]
-        return found or [_unexplained(chains, f"both sides look like {a}, and yet they differ")]
-    found = _dropout((None, None), random, train) or attention.findings(sources, masks, *targets)
-    return found or _related(sources, torch, flax, tolerance, train) or [_unexplained(chains)]
+        known = [*_dropout((a, b), random, train), *family.findings(a, b)]
+        known = known or [_unexplained(chains, f"both sides look like {a}, and yet they differ")]
+    else:
+        known = _dropout((None, None), random, train)
+    if known and any(f.code != "unexplained" for f in known):
+        return known
+    further = (
+        attention.findings(sources, masks, *targets)
+        or blocks.findings(sources, targets[0], targets[1], describe)
+        or _joined(sources, targets, train)
+    )
+    return further or known or _related(sources, torch, flax, tolerance, train) or [_unexplained(chains)]
+
+
+def _joined(sources: Sequence[Source], targets: Sequence[Target], train: bool) -> list[Finding]:
+    """What is found of a part of the channels that alone differs."""
+    for torch, flax in blocks.differing(sources, targets[0], targets[1]):
+        found = findings(sources, torch.value, flax.value, train=train, tolerance=torch.tolerance)
+        if all(f.code != "unexplained" for f in found):
+            return found
+    return []
 
 
 def describe(sources: Sequence[Source], value: Array, tolerance: float = 1e-9) -> Chain | None:

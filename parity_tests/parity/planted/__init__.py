@@ -1,6 +1,6 @@
 """The corpus of planted mistakes."""
 
-from parity_tests.parity.planted import attentions, glue, kernels, lone, networks, norms, outputs, training
+from parity_tests.parity.planted import attentions, glue, kernels, lone, networks, norms, outputs, training, unets
 from parity_tests.parity.planted.chain import Case, Planted
 
 CASES: list[Case] = [
@@ -11,6 +11,7 @@ CASES: list[Case] = [
     *training.cases(),
     *lone.cases(),
     *outputs.cases(),
+    *unets.cases(),
     *networks.cases(),
 ]
 
