@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.diagnosis.between import attention, blocks, relations, softmaxes
+from parity.diagnosis.between import attention, blocks, images, relations, softmaxes
 from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_function, limit_of
 from parity.diagnosis.between.chains import Chain, Source, Target, match
 from parity.diagnosis.between.pools import Pool, pads, times
@@ -80,6 +80,7 @@ def findings(
     further = (
         attention.findings(sources, masks, *targets)
         or blocks.findings(sources, targets[0], targets[1], describe)
+        or images.findings(sources, targets[0], targets[1])
         or _joined(sources, targets, train)
     )
     return further or known or _related(sources, torch, flax, tolerance, train) or [_unexplained(chains)]

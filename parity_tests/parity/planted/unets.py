@@ -24,10 +24,10 @@ class How(NamedTuple):
 
     Attributes:
       skip_first: whether the skip is joined before what comes from below.
-      groups: of a channel shuffle behind the first convolution; 1: none.
+      groups: of a channel shuffle in front of the second convolution; 1: none.
       down: "average", "bilinear" or "antialiased".
       up: "bilinear", "nearest" or "corners" (bilinear, corners aligned).
-      pad: PyTorch's name of a mode; in front of the second convolution.
+      pad: PyTorch's name of a mode; in front of the inner convolution.
     """
 
     skip_first: bool = False
@@ -48,7 +48,8 @@ class TorchUNet(nn.Module):
         super().__init__()
         self.how, self.right = how, right
         self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
-        self.conv2 = nn.Conv2d(6, 8, 3)
+        self.inner = nn.Conv2d(6, 6, 3)
+        self.conv2 = nn.Conv2d(6, 8, 3, padding=1)
         self.conv3 = nn.Conv2d(8, 10, 3, padding=1)
         self.conv4 = nn.Conv2d(18, 8, 3, padding=1)
         self.conv5 = nn.Conv2d(14, 6, 3, padding=1)
@@ -75,8 +76,8 @@ class TorchUNet(nn.Module):
         return x.reshape(n, self.how.groups, c // self.how.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
     def forward(self, x):
-        first = torch.tanh(self.conv1(x))
-        second = torch.tanh(self.conv2(self.padded(self.shuffled(self.down(first)))))
+        first = torch.tanh(self.inner(self.padded(torch.tanh(self.conv1(x)))))
+        second = torch.tanh(self.conv2(self.shuffled(self.down(first))))
         third = torch.tanh(self.conv3(F.avg_pool2d(second, 2)))
         y = torch.tanh(self.conv4(self.joined(self.up(third, SIZE // 2, self.how.up), second, self.how)))
         y = torch.tanh(self.conv5(self.joined(self.up(y, SIZE, self.right.up), first, self.right)))
@@ -114,8 +115,8 @@ class LinenUNet(linen.Module):
         def conv(name: str, width: int, padding: str = "SAME"):
             return linen.Conv(width, (1, 1) if name == "head" else (3, 3), padding=padding, name=name)
 
-        first = jnp.tanh(conv("conv1", 6)(x))
-        second = jnp.tanh(conv("conv2", 8, "VALID")(self.padded(self.shuffled(self.down(first)))))
+        first = jnp.tanh(conv("inner", 6, "VALID")(self.padded(jnp.tanh(conv("conv1", 6)(x)))))
+        second = jnp.tanh(conv("conv2", 8)(self.shuffled(self.down(first))))
         third = jnp.tanh(conv("conv3", 10)(linen.avg_pool(second, (2, 2), (2, 2))))
         y = jnp.tanh(conv("conv4", 8)(self.joined(self.up(third, SIZE // 2, self.how.up), second, self.how)))
         y = jnp.tanh(conv("conv5", 6)(self.joined(self.up(y, SIZE, self.right.up), first, self.right)))
@@ -170,6 +171,9 @@ def made(depth: str, wing: str, right: How, wrong: How, step: str):
 WRONG = [
     ("concat-order", "skip", How(), How(skip_first=True), "joined", "conv4"),
     ("concat-order", "shuffle", How(groups=2), How(groups=3), "shuffled", "conv2"),
+    ("resize", "nearest", How(), How(up="nearest"), "up", "conv4"),
+    ("resize", "corners", How(), How(up="corners"), "up", "conv4"),
+    ("resize", "antialiased", How(down="bilinear"), How(down="antialiased"), "down", "conv2"),
 ]
 
 
