@@ -71,6 +71,7 @@ TABLE = (
     Mistake("flatten-order", "forward", "flatten", "C, H, W for H, W, C behind a flatten"),
     Mistake("concat-order", "forward", "", "blocks of channels joined or shuffled in another order"),
     Mistake("resize", "forward", "", "an image resized by another method: nearest, bilinear, corners, antialiasing"),
+    Mistake("pad-mode", "forward", "", "zeros for reflected or repeated borders, where a function pads"),
     Mistake("attention-heads", "forward", "", "heads, q, k, v of one projection, or rotary pairs taken otherwise"),
     Mistake("attention-scale", "forward", "", "1/sqrt(d) left out, or another factor"),
     Mistake("attention-mask", "forward", "", "the causal mask left out or one off, padding seen, a mask inverted"),

@@ -104,3 +104,36 @@ def test_what_is_no_other_resize(swap):
     moved = 0.5 * (right + np.roll(right, 1, 1))
     assert codes(right, blurred, swap) == ["unexplained"]
     assert codes(right, moved, swap) == ["unexplained"]
+
+
+MODES = {name: {"mode": name} for name in ("constant", "reflect", "replicate", "circular")} | {
+    "ones": {"mode": "constant", "value": 1.0}
+}
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1, 1), (0, 1, 2, 1)], ids=str)
+@pytest.mark.parametrize("activation", [lambda x: x, F.relu])
+@THOROUGH
+def test_pad_mode(widths, activation, swap):
+    made = {name: through(lambda x, o=o: F.pad(activation(x), widths, **o)) for name, o in MODES.items()}
+    for first, second in itertools.combinations(made, 2):
+        assert codes(made[first], made[second], swap) == ["pad-mode"], (first, second)
+    # One mode of other widths is the padding; with another activation inside, the activation.
+    left, right, top, bottom = widths
+    for options in MODES.values():
+        other = through(lambda x, o=options: F.pad(activation(x), (left + 1, right - 1, top, bottom), **o))
+        assert codes(through(lambda x, o=options: F.pad(activation(x), widths, **o)), other, swap) == ["padding"]
+    silu = through(lambda x: F.pad(F.silu(x), widths, mode="reflect"))
+    assert codes(made["reflect"], silu, swap) == ["activation"]
+
+
+@SWAP
+def test_what_is_no_other_pad_mode(swap):
+    """Noise around the image, and a border that is repeated at half its size."""
+    right = through(lambda x: F.pad(x, (1, 1, 1, 1)))
+    noise = np.random.default_rng(2).normal(size=right.shape)
+    noise[:, 1:-1, 1:-1] = U
+    half = through(lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"))
+    half[:, [0, -1]] *= 0.5
+    for wrong in (noise, half):
+        assert codes(right, wrong, swap) == ["unexplained"]

@@ -193,7 +193,7 @@ def _modes(inner: Array, v: Array, widths: tuple[tuple[int, int], ...], limit: f
 
 
 def _mode_finding(a: Pad, b: Pad) -> Finding:
-    return Finding("unexplained", f"around {a.source} PyTorch puts: {a.mode}; Flax: {b.mode}")
+    return Finding("pad-mode", f"around {a.source} PyTorch puts: {a.mode}; Flax: {b.mode}")
 
 
 def _widths_finding(a: Pad, b: Pad) -> Finding:

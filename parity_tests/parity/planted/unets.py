@@ -174,6 +174,8 @@ WRONG = [
     ("resize", "nearest", How(), How(up="nearest"), "up", "conv4"),
     ("resize", "corners", How(), How(up="corners"), "up", "conv4"),
     ("resize", "antialiased", How(down="bilinear"), How(down="antialiased"), "down", "conv2"),
+    ("pad-mode", "reflect", How(), How(pad="reflect"), "padded", "inner"),
+    ("pad-mode", "replicate", How(pad="reflect"), How(pad="replicate"), "padded", "inner"),
 ]
 
 
