@@ -49,7 +49,8 @@ def guesses(layers: Sequence[Layer], shapes: Mapping[str, Shape], groups: int = 
     own = [shapes[full] for full in first.tensors.values() if full in shapes]
     weight = max(own, key=len, default=())
     # Sequences are as long as a table of positions, if there is one.
-    bare = [shapes[full] for layer in layers for full in layer.tensors.values() if layer.kind in ("other", "embedding")]
+    tables = [layer for layer in layers if layer.kind in ("other", "embedding") and not layer.is_constant]
+    bare = [shapes[full] for layer in tables for full in layer.tensors.values()]
     lengths = list(dict.fromkeys([n for shape in bare for n in shape[:-1] if n > 1] + [4, 8, 16]))
     if first.kind in ("conv", "conv_transpose") or (first.kind == "other" and len(weight) >= 3):
         yield from _convolution_guesses(first, weight, groups)

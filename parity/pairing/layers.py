@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +76,9 @@ class Pairing:
         used_torch, used_flax = {t for t, _, _ in self.loose}, {f for _, f, _ in self.loose}
         torch = [pair.torch.tensors[n] for pair in self.layers for n in pair.torch_left]
         flax = [pair.flax.tensors[n] for pair in self.layers for n in pair.flax_left]
-        torch += [full for layer in self.torch_alone for full in layer.tensors.values()]
+        # Constants may stand in the other side's code; Flax's variables must be given.
+        others = (layer for layer in self.torch_alone if not layer.is_constant)
+        torch += [full for layer in others for full in layer.tensors.values()]
         flax += [full for layer in self.flax_alone for full in layer.tensors.values()]
         return [n for n in torch if n not in used_torch], [n for n in flax if n not in used_flax]
 
@@ -121,6 +123,10 @@ def pair(
     """
     known = dict(layer_map or {})
     _check_map(known, torch, flax)
+    # Constants pair among themselves.
+    ts = [x for x in torch.layers if x.is_constant and x.path not in known]
+    fs = [x for x in flax.layers if x.is_constant and x.path not in known.values()]
+    torch, flax = _without(torch, ts), _without(flax, fs)
     found = Alignment(torch, flax, known).run() if flax.ordered else by_names(torch, flax, known)
     by_path = {layer.path: layer for layer in flax.layers}
     pairs = [_pair(t, by_path[found[t.path]], torch, flax) for t in torch.layers if t.path in found]
@@ -137,7 +143,29 @@ def pair(
     )
     _pair_loose(pairing, (torch.shapes, flax.shapes))
     _complete(pairing, torch, flax)
+    _pair_constants(pairing, ts, fs, torch, flax)
     return pairing
+
+
+def _without(structure: Structure, left: Sequence[Layer]) -> Structure:
+    return replace(structure, layers=[x for x in structure.layers if x not in left])
+
+
+def _pair_constants(
+    pairing: Pairing, ts: Sequence[Layer], fs: Sequence[Layer], torch: Structure, flax: Structure
+) -> None:
+    """Layers of buffers alone, each with the first of the other side that has the same, by names and shapes."""
+    free = [*fs]
+    for t in ts:
+        both = [(f, _pair(t, f, torch, flax)) for f in free]
+        fitting = [(f, p) for f, p in both if not p.torch_left and not p.flax_left and all(x.fits for x in p.tensors)]
+        if not fitting:
+            pairing.torch_alone.append(t)
+            continue
+        f, pair = max(fitting, key=lambda found: similarity(t.path, found[0].path))
+        free.remove(f)
+        pairing.layers.append(pair)
+    pairing.flax_alone += free
 
 
 def _check_map(layer_map: Mapping[str, str], torch: Structure, flax: Structure) -> None:

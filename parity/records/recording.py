@@ -37,6 +37,14 @@ class Layer:
     is_called: bool = True
     feeder: str | None = None
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it has buffers alone (a table, the mean and deviation of the inputs), and is no norm.
+
+        Such a one takes part with its tensors only; where the other side has them in its code, it has no partner.
+        """
+        return bool(self.tensors) and set(self.tensors) <= self.statistics and self.kind != "batch_norm"
+
 
 @dataclass
 class Call:

@@ -41,6 +41,9 @@ CONFIG = (
 )
 
 
+CARRIED = ("params", "batch_stats")
+
+
 def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[str, Any]]) -> dict[str, Layer]:
     """The modules with variables of their own, in the order of their first call; then those that are never called."""
     own: dict[str, dict[str, str]] = {}
@@ -55,6 +58,8 @@ def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[s
         if attention is not None:
             path, local = attention, rest.removeprefix(f"{attention}/") if attention else rest
         own.setdefault(path, {})[local] = full
+    # What is kept in collections of the module's own are constants, which only it knows.
+    own = {path: t for path, t in own.items() if any(full.split("/")[0] in CARRIED for full in t.values())}
     order = [path for path in dict.fromkeys(path for path, _ in called) if path in own]
     order += [path for path in own if path not in order]
     layers = {}
@@ -76,6 +81,7 @@ def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[s
             config,
             is_called=not below and path in modules,
         )
+        layers[path].is_called &= not layers[path].is_constant
     return layers
 
 
@@ -153,9 +159,6 @@ def _shape(a: NDArray) -> jax.ShapeDtypeStruct:
 def trace_state() -> Any:
     """What is being traced: another inside a transformation of the module's own (jit, remat, scan) than outside."""
     return get_opaque_trace_state(convention="flax")
-
-
-CARRIED = ("params", "batch_stats")
 
 
 def of_module(side: Side, guess: Guess) -> Structure:
@@ -259,7 +262,9 @@ def of_variables(shapes: Mapping[str, Shape]) -> Structure:
         statistics = frozenset(local for local, full in tensors.items() if not full.startswith("params/"))
         kind = _kind_of_variables({local: shapes[full] for local, full in tensors.items()}, statistics)
         below = kind != "attention" and any(p != path and (p.startswith(f"{path}/") or path == "") for p in own)
-        layers.append(Layer(path, kind, "", tensors, statistics, is_called=not below))
+        layer = Layer(path, kind, "", tensors, statistics, is_called=not below)
+        layer.is_called &= not layer.is_constant
+        layers.append(layer)
     paths = [layer.path for layer in layers]
     ordered = len(paths) == 1 or not _is_sorted([name for name in shapes if name.startswith("params/")])
     if not ordered:

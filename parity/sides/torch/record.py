@@ -65,8 +65,7 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
         if kind == "attention":
             own = _tensors(child, recurse=True)
             inside.append(f"{path}." if path else "")
-        has_parameters = any(name not in statistics for name in own)
-        if not own or not (has_parameters or kind == "batch_norm"):
+        if not own:
             continue
         below = any(_tensors(grandchild, recurse=True) for grandchild in child.children()) and kind != "attention"
         config = {name: getattr(child, name, None) for name in CONFIG}
@@ -82,6 +81,7 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
             config,
             is_called=not below,
         )
+        layers[path].is_called &= not layers[path].is_constant
     return layers
 
 
