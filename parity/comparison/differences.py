@@ -119,19 +119,18 @@ def _tied(left: Iterable[str], carried: Sequence[str], torch: Recording) -> set[
 
     Under either name it holds the same numbers, and has the same gradient: that through both its layers.
     """
+    return {name for name in left if any(is_one_tensor(torch, name, other) for other in carried)}
+
+
+def is_one_tensor(run: Recording, name: str, other: str) -> bool:
+    """Whether these are two names of one tensor."""
 
     def same(a: NDArray | None, b: NDArray | None) -> bool:
         return a is not None and b is not None and np.array_equal(a, b)
 
-    return {
-        name
-        for name in left
-        if any(
-            same(torch.tensors.get(name), torch.tensors.get(other))
-            and same(torch.gradients.get(name), torch.gradients.get(other))
-            for other in carried
-        )
-    }
+    return same(run.tensors.get(name), run.tensors.get(other)) and same(
+        run.gradients.get(name), run.gradients.get(other)
+    )
 
 
 def _not_finite(translation: Translation) -> Iterator[Difference]:

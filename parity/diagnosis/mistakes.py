@@ -52,6 +52,7 @@ TABLE = (
     Mistake("momentum", "statistics", "", "another momentum, neither equal nor the complement"),
     Mistake("unbiased-variance", "statistics", "", "the moving variance is kept times m/(m-1) on one side"),
     Mistake("stopped-statistics-gradient", "backward", "", "mean and var taken as constants in the derivative"),
+    Mistake("tied-weights", "backward", "", "one tensor of two layers on one side, a copy for each on the other"),
     # products
     Mistake("kernel-transposed", "forward", "", "the matrix of a linear layer not transposed"),
     Mistake("kernel-layout", "forward", "", "OIHW read as HWIO, axes exchanged"),

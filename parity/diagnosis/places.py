@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.differences import Difference
+from parity.diagnosis import tied
 from parity.diagnosis.between import family as between
 from parity.diagnosis.between import input as inputs
 from parity.diagnosis.between.chains import Source
@@ -58,12 +59,17 @@ class Diagnosis:
         self.torch: Recording = translation.torch
         self.flax_calls = {call.key: call for call in forced.calls}
         self.flax_inputs = flax_inputs
-        self.failing = [d for d in local if d.error > bounds[d]]
+        groups = tied.shared(translation)
+        # A tensor of several layers has no gradient of one of them alone, and no layer is to blame for it.
+        self.shared = {name for group in groups for name in group}
+        self.tied = tied.findings(translation, forced, groups)
+        told = {name for group in self.tied for name in group}
+        self.failing = [d for d in local if d.error > bounds[d] and self._tensor(d) not in told]
         self.tolerance = {d: max(1e-9, min(bounds[d], 1e-5)) for d in local}
 
     def run(self) -> list[Located]:
         """All findings; forward in order of execution, then backward, then statistics."""
-        found: list[Located] = []
+        found = list(self.tied.values())
         for position, call in enumerate(self.torch.calls):
             pair = self.translation.pair_of.get(call.path)
             mine = self.flax_calls.get((pair.flax.path, call.index)) if pair else None
@@ -79,6 +85,12 @@ class Diagnosis:
             found += self._last_glue()
         order = NormOrder(self.translation, self.forced, self.free, self._tolerance)
         return in_order(with_lone_layers(order.findings(found), self.translation, self.forced, self.free))
+
+    def _tensor(self, difference: Difference) -> str | None:
+        """Of which tensor, by its full name in PyTorch, a difference is the gradient."""
+        pair = self.translation.pair_of.get(difference.key[0])
+        local = difference.quantity.removesuffix(" gradient") if difference.phase == "backward" else ""
+        return None if pair is None else pair.torch.tensors.get(local)
 
     def _tolerance(self, key: tuple[str, int], quantity: str) -> float:
         return max((t for d, t in self.tolerance.items() if d.key == key and d.quantity == quantity), default=1e-9)
@@ -261,6 +273,11 @@ class Diagnosis:
                     found[when][role] = a.reshape(-1) if pair.kind == "batch_norm" else a
         return found
 
+    def _has_own_gradients(self, call: Call, pair: LayerPair) -> bool:
+        """Whether the gradients of this layer's tensors are those of this call alone."""
+        once = sum(c.path == call.path for c in self.torch.calls) == 1
+        return once and self.shared.isdisjoint(pair.torch.tensors.values())
+
     def _product(self, call: Call, pair: LayerPair, mine: Call) -> tuple[ProductSide, ProductSide]:
         sides = []
         for is_torch in True, False:
@@ -277,7 +294,7 @@ class Diagnosis:
                     before.get("bias"),
                     self.translation.gradient(Slot(call.key, "output"), call.output_gradient),
                     self.translation.gradient(Slot(call.key, "input", 0), dx) if is_torch else dx,
-                    dkernel if sum(c.path == call.path for c in self.torch.calls) == 1 else None,
+                    dkernel if self._has_own_gradients(call, pair) else None,
                     dict((pair.torch if is_torch else pair.flax).config),
                 )
             )

@@ -420,3 +420,51 @@ def test_what_could_not_be_looked_at_is_said():
     trajectory = parity.lockstep(module, Flattens(), [(images, labels)], steps=1, dtype="float64")
     (note,) = trajectory.notes
     assert "weights are all 1" in note
+
+
+class PartlyDerived(linen.Module):
+    """A linear layer that passes only a part of its matrix's gradient."""
+
+    kept: float
+
+    @linen.compact
+    def __call__(self, y):
+        kernel = self.param("kernel", linen.initializers.lecun_normal(), (y.shape[-1], 7))
+        return y @ (self.kept * kernel + (1 - self.kept) * jax.lax.stop_gradient(kernel))
+
+
+class Copies(linen.Module):
+    """An embedding and a head, each with a matrix of its own."""
+
+    kept: float = 1.0
+
+    @linen.compact
+    def __call__(self, ids):
+        return PartlyDerived(self.kept, name="head")(linen.Embed(7, 5, name="words")(ids))
+
+
+class WordsAndHead(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        return self.head(self.words(ids))
+
+
+def test_a_tied_tensor_and_copies_of_it():
+    """The sum of the copies' gradients is the tensor's; where it is not, or the tensors are two, it is not said."""
+    ids = np.random.default_rng(0).integers(0, 7, (6, 3)).astype(np.int32)
+    torch.manual_seed(0)
+    report = parity.check(WordsAndHead(tied=True), Copies(), ids)
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("tied-weights", "head")]
+    assert report.first_divergence.phase == "backward"
+    for tied in True, False:
+        report = parity.check(WordsAndHead(tied), Copies(kept=0.5), ids)
+        assert not report.ok
+        assert "tied-weights" not in [d.code for d in report.diagnoses]
+    equal = WordsAndHead(tied=False)
+    equal.head.weight.data.copy_(equal.words.weight.data)
+    assert parity.check(equal, Copies(), ids).ok

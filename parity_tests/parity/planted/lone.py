@@ -1,4 +1,4 @@
-"""A layer that one side has forgotten."""
+"""A layer that one side has forgotten, or a tensor that it shares."""
 
 from __future__ import annotations
 
@@ -14,15 +14,31 @@ from parity_tests.parity.planted.chain import (
     TorchChain,
     deep_linen,
     deep_torch,
+    function,
     images,
     layer,
     planted,
+    vectors,
 )
 
 PARTS = [
     "conv1", "bn1", "act1", "conv2", "bn2", "act2", "pool2", "conv3", "bn3", "act3", "pool3", "flatten", "fc1", "act4",
     "drop", "fc2", "act5", "head",
 ]  # fmt: skip
+
+
+def tied(depth: str):
+    """Two layers whose matrix is one tensor in PyTorch: wrong there, or of the copies in Flax."""
+    torch.manual_seed(0)
+    if depth == "alone":
+        parts = {"fc1": nn.Linear(12, 12), "act": nn.Tanh(), "fc2": nn.Linear(12, 12)}
+        made = layer(linen.Dense, 12), function(linen.tanh), layer(linen.Dense, 12)
+        module, flax_module, x = TorchChain(parts), LinenChain(made), vectors(12)
+        module.fc2.weight = module.fc1.weight
+    else:
+        module, flax_module, x = deep_torch(conv1=nn.Conv2d(6, 6, 3, padding=1)), deep_linen(), images(6)
+        module.conv2.weight = module.conv1.weight
+    return planted(module, flax_module, x, train=True)
 
 
 def alone(forgetful: str):
@@ -51,3 +67,6 @@ def cases() -> Iterator[Case]:
         has = () if wing == "torch" else ("norm",)
         yield Case("no-partner", wing, "alone", "norm", lambda wing=wing: alone(wing), has)
         yield Case("no-partner", wing, "deep", "norm", lambda wing=wing: deep(wing), has and ("bn2",))
+    for wing in "torch", "flax":
+        yield Case("tied-weights", wing, "alone", "", lambda: tied("alone"), ("fc2",), "backward")
+        yield Case("tied-weights", wing, "deep", "", lambda: tied("deep"), ("conv2",), "backward")
