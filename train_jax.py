@@ -27,7 +27,7 @@ def _load(config: Config) -> Program:
     keep_memory()
     compute_in_the_caller()
     keep_compiled()
-    process, _, watch = join(config, "train_jax.py")
+    process, watch = join(config, "train_jax.py")
     make_mesh(config)  # which refuses what the devices cannot do
 
     return Program(train, process, watch, leave)

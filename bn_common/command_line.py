@@ -63,9 +63,8 @@ def read_config(args: Sequence[str] | None, *, prog: str, description: str) -> C
     """The configuration that the command line asks for; a bad one, or a run folder in use, ends the program."""
     config = parse(Config, args, prog=prog, description=description).resolved()
     try:
-        first = config.coordinator is None or config.process_id == 0
-        if config.out is not None and first:
-            refuse_used(config.out)  # before a download
+        if config.out is not None:
+            refuse_used(config.out)  # before a download, and before another process could have made it
     except ValueError as error:
         refuse(prog, str(error))
     return config

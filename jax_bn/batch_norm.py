@@ -104,7 +104,7 @@ class Options(NamedTuple):
     Attributes:
       momentum, epsilon, axis, mask, axis_name: see `batch_norm`.
       unbiased: its unbiased_moving_var.
-      groups: its axis_index_groups. (JAX only: axis_name and groups; `torch_bn` computes on one device.)
+      groups: its axis_index_groups. (JAX only: axis_name and groups; PyTorch has a group.)
       tracked: its num_batches_tracked.
       long_sum: from so many values per channel on a gradient's float32 sums are float64, by platform (None: LONG_SUM).
     """

@@ -1,4 +1,4 @@
-"""A batch spread over several devices: its statistics merged, and its sums. JAX only: `torch_bn` computes on one."""
+"""A batch spread over several devices: its statistics merged, and its sums. `torch_bn/devices.py` is its twin."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def promote_dtype(x: Array, *params: Array | None, dtype: Any, inexact: bool = T
     """Flax's, for layers whose x is spread over devices and whose parameters are not: these are sent to them first.
 
     There JAX sums their gradient over the devices: so it adds what dtype's rounding has left in float32, not in dtype.
+    JAX only: in PyTorch `DistributedDataParallel` sums them.
     """
     sent = [
         None if v is None else lax.pcast(v, tuple(varying(x) - varying(v)), to="varying") if varying(x) else v
@@ -66,5 +67,8 @@ def promote_dtype(x: Array, *params: Array | None, dtype: Any, inexact: bool = T
 
 
 def varying(x: Array) -> frozenset[str]:
-    """The mapped axes along which x differs from device to device, as `jax.shard_map` keeps track of them."""
+    """The mapped axes along which x differs from device to device, as `jax.shard_map` keeps track of them.
+
+    JAX only.
+    """
     return jax.typeof(x).manual_axis_type.varying

@@ -1,21 +1,25 @@
-"""Several processes that train together, each with its own devices. JAX only: so far."""
+"""Several processes that train together, each with its own devices. `torch_bn/processes.py` is its twin."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
+
 import jax
-from jax._src import distributed  # the address that was found, and the store: JAX has no public name for them
+from jax._src import clusters, distributed  # what finds the processes, and their store: there are no public names
 
 from bn_common.config import Config
 from bn_common.watch import Watch
 
 # Until all are there.
 SECONDS_TO_JOIN = 120
-# JAX's own heartbeats abort the process without a name; the watch is to be sooner.
+# JAX's own heartbeats abort the process without a name; the watch is to be sooner. JAX only.
 SECONDS_OF_JAX = 600
 
 
-def join(config: Config, prog: str) -> tuple[int, int, Watch | None]:
-    """(number of this process, how many there are, the watch over the others), of those that config names.
+def join(config: Config, prog: str) -> tuple[int, Watch | None]:
+    """(number of this process, the watch over the others, if there are any), of those that config names.
 
     Before the first look at a device.
 
@@ -23,40 +27,68 @@ def join(config: Config, prog: str) -> tuple[int, int, Watch | None]:
       ValueError: they could not be found, or have not come in time.
     """
     if config.coordinator is None:
-        return 0, 1, None
+        return 0, None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    found = config.coordinator == "auto"
+    given = None if config.coordinator == "auto" else config.coordinator
     try:
+        address, count, index, own_devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            given, config.num_processes, config.process_id, None, None, SECONDS_TO_JOIN
+        )
+        if address is None or count is None or index is None:
+            raise RuntimeError("none is found")
+        host, _, port = address.rpartition(":")
+        place = host.strip("[]"), int(port)
         jax.distributed.initialize(
-            None if found else config.coordinator,
-            config.num_processes,
-            config.process_id,
+            address if index == 0 else _relay(place),
+            count,
+            index,
+            own_devices,
             initialization_timeout=SECONDS_TO_JOIN,
             heartbeat_timeout_seconds=SECONDS_OF_JAX,
             shutdown_timeout_seconds=SECONDS_TO_JOIN,
         )
     except (RuntimeError, ValueError) as error:
-        allowed = (
-            "HOST:PORT, where process 0 is, or auto where SLURM, Cloud TPU or Kubernetes has started the processes"
-        )
+        allowed = "HOST:PORT of process 0, or auto where SLURM, Cloud TPU or Kubernetes has started the processes"
         raise ValueError(f"--coordinator is {config.coordinator} ({error}); allowed: {allowed}") from error
-    index, count = jax.process_index(), jax.process_count()
     if count == 1:
-        return 0, 1, None
-    store, address = distributed.global_state.client, distributed.global_state.coordinator_address
+        return 0, None
+    store = distributed.global_state.client
     assert store is not None, "initialised above"
-    assert address is not None, "initialised above"
-    host = address.rpartition(":")[0]
-
-    def publish(port: int) -> None:
-        store.key_value_set("watch", str(port))
 
     def find() -> tuple[str, int]:
-        return host.strip("[]"), int(store.blocking_key_value_get("watch", SECONDS_TO_JOIN * 1000))
+        return place[0], int(store.blocking_key_value_get("watch", SECONDS_TO_JOIN * 1000))
 
-    return index, count, Watch(index, count, publish, find, prog)
+    return index, Watch(index, count, lambda port: store.key_value_set("watch", str(port)), find, prog)
 
 
 def leave() -> None:
     """Wait for the others, and say goodbye; they are watched until then."""
     jax.distributed.shutdown()
+
+
+def _relay(coordinator: tuple[str, int]) -> str:
+    """An address of this process that leads to the coordinator, and stays open when that is lost.
+
+    JAX ends a process as soon as this connection breaks, without a name: sooner or later than the watch by chance.
+    JAX only: PyTorch raises an exception.
+    """
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while said := source.recv(2**16):
+                target.sendall(said)
+
+    def serve() -> None:
+        while True:
+            near = server.accept()[0]
+            try:
+                far = socket.create_connection(coordinator)
+            except OSError:  # not there yet: JAX tries again
+                near.close()
+                continue
+            for way in (near, far), (far, near):
+                threading.Thread(target=pump, args=way, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"127.0.0.1:{server.getsockname()[1]}"

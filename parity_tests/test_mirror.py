@@ -14,7 +14,7 @@ WINGS = {"jax_bn": "JAX only", "torch_bn": "PyTorch only"}
 FILES = {wing: {path.stem for path in (ROOT / wing).glob("*.py")} - {"__init__"} for wing in WINGS}
 PAIRS = sorted(FILES["jax_bn"] & FILES["torch_bn"])
 
-FILES_ALONE = {"jax_bn": {"blenet_cpu", "devices", "mesh", "nnx", "processes", "settings"}, "torch_bn": {"native"}}
+FILES_ALONE = {"jax_bn": {"blenet_cpu", "mesh", "nnx", "settings"}, "torch_bn": {"native"}}
 # Frameworks differ in how they differentiate (transposing, or a function of autograd's), in where state lives
 # (collections, or buffers), and in what they leave to their users (devices, layouts, initial values).
 ALONE = {
@@ -24,17 +24,21 @@ ALONE = {
         " _normalize_batch_jvp",
         "blenet": "kernel_init bias_init average_pool",
         "channels": "CPU_LANES FEW_ROWS Channels spread_to_add _add_up _is_split",
+        "devices": "promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
+        "processes": "SECONDS_OF_JAX _relay",
         "precise": "Path precise_statistics_nnx _modes _moves _name _require_any",
         "sums": "sum_values",
         "training": "STEPS_IN_FLIGHT Variables TrainState init_state",
     },
     "torch_bn": {
         "arrays": "dtype_name",
-        "batch_norm": "_near_the_mean _mean_and_var _kernel_adds_well _NormalizeBatch _NormalizeBatchForward",
+        "batch_norm": "_near_the_mean _mean_and_var _kernel_adds_well _NormalizeBatch _NormalizeBatchForward"
+        " Options.group _normalize_over_group",
         "blenet": "LONG_SUM AUTOCAST",
         "channels": "sum_in_float64 largest_of",
-        "layers": "NATIVE",
+        "devices": "_gather NormalizeOverGroup _gradient_sums",
+        "layers": "NATIVE synchronize",
         "sums": "PIECE _three_sums",
     },
 }

@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional
 
 from bn_common.checks import check_batch_norm
 from torch_bn.arrays import check_array, dtype_name, full_rank, kind_of, to_dtype, wide_dtype
 from torch_bn.channels import largest_of, num_values, one_of, spread, sum_by_channel, total_of
+from torch_bn.devices import NormalizeOverGroup, merge, num_shards
 from torch_bn.sums import LONG_SUM, difference, gradient_sums
 
 
@@ -32,6 +34,7 @@ def batch_norm(
     momentum: float | None = 0.9,
     eps: float = 1e-5,
     unbiased_moving_var: bool = False,
+    group: dist.ProcessGroup | None = None,
     axis: int = 1,
     mask: Tensor | None = None,
     num_batches_tracked: Tensor | int | None = None,
@@ -65,6 +68,10 @@ def batch_norm(
         None: every batch weighs the same, new = (n * old + (mu, var)) / (n + 1) after n batches.
       eps: added to the variance, > 0 (not below the smallest normal number of that dtype).
       unbiased_moving_var: move moving_var with var * m / (m - 1), as PyTorch does. y always uses the biased var.
+      group: processes over which the batch is spread: their statistics are merged from (m, mu, var), never from sums of
+        squares, in one collective, and one in the derivative. They may hold different numbers of examples, one at
+        least; no mask. Gradients of gamma and beta are this process's part, which `DistributedDataParallel` adds up;
+        there are first derivatives only, in reverse mode, and none by way of the statistics that are returned.
       axis: the channel axis.
       mask: bool or integer, broadcastable to x: which positions count in the statistics, so that m is their number;
         y is given everywhere. A channel in which fewer than two count leaves its moving statistics as they were. A
@@ -78,7 +85,7 @@ def batch_norm(
       TypeError: x, gamma, beta, a moving statistic or mask is no tensor.
       ValueError: see `bn_common.checks.check_batch_norm`.
     """
-    options = Options(momentum, eps, unbiased_moving_var, axis, mask, num_batches_tracked)
+    options = Options(momentum, eps, unbiased_moving_var, axis, mask, num_batches_tracked, group=group)
     y, moving_mean, moving_var = batch_norm_with(x, gamma, beta, moving_mean, moving_var, options, train=train)
     return to_dtype(y, x.dtype), moving_mean, moving_var
 
@@ -87,7 +94,7 @@ class Options(NamedTuple):
     """How a batch is normalised: the arguments of `batch_norm` that are no value per channel, carried whole.
 
     Attributes:
-      momentum, axis, mask: see `batch_norm`.
+      momentum, axis, mask, group: see `batch_norm`. (PyTorch only: group; JAX has axis_name and groups.)
       epsilon: its eps.
       unbiased: its unbiased_moving_var.
       tracked: its num_batches_tracked.
@@ -101,6 +108,7 @@ class Options(NamedTuple):
     mask: Tensor | None = None
     tracked: Tensor | int | None = None
     long_sum: Mapping[str, int] | None = None
+    group: dist.ProcessGroup | None = None
 
 
 def batch_norm_with(
@@ -130,7 +138,10 @@ def batch_norm_with(
         mask = full_rank(mask, x).movedim(axis, 1)
         wide_x = torch.where(mask | wide_x.isfinite(), wide_x, 0)
     long_sum = (options.long_sum or LONG_SUM).get(x.device.type, math.inf)
-    y, batch = normalize_batch(wide_x, gamma, beta, mask, options.epsilon, long_sum)
+    if options.group is None:
+        y, batch = normalize_batch(wide_x, gamma, beta, mask, options.epsilon, long_sum)
+    else:
+        y, batch = _normalize_over_group(wide_x, gamma, beta, options.epsilon, long_sum, options.group)
     moved = moving_average(moving_mean, moving_var, batch, options)
     return y if axis == 1 else y.movedim(1, axis), *moved
 
@@ -151,7 +162,10 @@ def checked(options: Options, x: Tensor, per_channel: Mapping[str, Tensor], *, t
         num_batches_tracked=kind_of(options.tracked),
         epsilon_name="eps",
         epsilon=options.epsilon,
+        shards=num_shards(options.group),
     )
+    if options.group is not None and mask is not None:
+        raise ValueError("mask is given; allowed with a group: None")
     if len(axes) > 1 or not isinstance(options.axis, int):
         raise ValueError(f"axis is {options.axis!r}; allowed: one axis of x")
     if options.axis == axes[0] and type(options.epsilon) is float:
@@ -257,6 +271,19 @@ def normalize_batch(
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
     y, offset, var = function.apply(d, gamma, beta, mask, epsilon, long_sum, rest)
     return y, Statistics(num_values(x, mask), near, offset, var)
+
+
+def _normalize_over_group(
+    x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float, long_sum: float, group: dist.ProcessGroup
+) -> tuple[Tensor, Statistics]:
+    """`normalize_batch` of a batch that is spread over a group. PyTorch only: in JAX it is the same function."""
+    with torch.no_grad():
+        near = _near_the_mean(x, None)
+        mean, var = _mean_and_var(x - spread(near, x), None)
+        m = torch.ones_like(near) * num_values(x, None)
+        m, shift, rest, var = merge(m, near, mean, var, group)
+    y = NormalizeOverGroup.apply(x - spread(shift, x), gamma, beta, rest, var, epsilon, m, group, long_sum)
+    return y, Statistics(m, shift, rest, var)
 
 
 def tangent(d, gamma, mask, mean, var, d_dot, gamma_dot, beta_dot, epsilon):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bn_common.checks import check_blenet, check_blenet_input, require
 from torch_bn.arrays import check_array, dtype_name, wide_dtype
+from torch_bn.devices import num_shards
 from torch_bn.layers import BatchNorm
 
 
@@ -94,7 +95,12 @@ class BLeNet(nn.Module):
         """
         check_array("x", x)
         check_blenet_input(
-            shape=x.shape, dtype=dtype_name(x.dtype), layout="NCHW", image=self.image_shape, train=self.training
+            shape=x.shape,
+            dtype=dtype_name(x.dtype),
+            layout="NCHW",
+            image=self.image_shape,
+            train=self.training,
+            shards=num_shards(getattr(self.conv[1], "group", None)),
         )
         if self.dtype is None:
             return self.fc(self.conv(x).flatten(1))

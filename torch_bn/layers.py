@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_common.checks import (
@@ -58,6 +59,8 @@ class BatchNorm(nn.Module):
     num_batches_tracked: Tensor | None
     long_sum: Mapping[str, int] | None = None
     """In place of `torch_bn.batch_norm`'s LONG_SUM."""
+    group: dist.ProcessGroup | None = None
+    """See `torch_bn.batch_norm`; set by `synchronize`."""
 
     def __init__(
         self,
@@ -243,6 +246,19 @@ class BatchNorm(nn.Module):
         return ", ".join(shown + [f"{name}={value}" for name, (value, usual) in others.items() if value != usual])
 
 
+def synchronize(module: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Have every `torch_bn.BatchNorm` in the module take its statistics over a group (None: all processes).
+
+    What `nn.SyncBatchNorm.convert_sync_batchnorm` does for PyTorch's own layers; changes the module in place, and
+    returns it. Under `DistributedDataParallel` the gradients are then those of the whole batch. PyTorch only: in JAX
+    the layers are made with an axis_name.
+    """
+    for layer in module.modules():
+        if isinstance(layer, BatchNorm):
+            layer.group = dist.group.WORLD if group is None else group
+    return module
+
+
 def options_of(layer: BatchNorm, mask: Tensor | None, tracked: Tensor | None) -> Options:
     """The attributes of a layer, as `batch_norm` takes them."""
     return Options(
@@ -253,6 +269,7 @@ def options_of(layer: BatchNorm, mask: Tensor | None, tracked: Tensor | None) ->
         mask=mask,
         tracked=tracked,
         long_sum=layer.long_sum,
+        group=layer.group,
     )
 
 

@@ -2,6 +2,7 @@
 
     python -m torch_bn.training                      10 epochs on Fashion-MNIST
     python -m torch_bn.training --data sample --epochs 2 --out runs/sample
+    torchrun --nproc-per-node 4 -m torch_bn.training --batch-size 256      four processes, a device each
 
 Same options, same order of the data, same run folder as train_jax.py. The data stay on the device as uint8.
 """
@@ -17,13 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from bn_common.checks import require
 from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
 from image_data import ImageDataset, epoch_batches, pixel_mean_and_std, steps_per_epoch
 from torch_bn.blenet import BLeNet
+from torch_bn.layers import synchronize
 from torch_bn.profiling import Profile
 
 EVAL_BATCH_SIZE = 1000
@@ -103,7 +106,13 @@ def make_optimizer(config: Config, steps_per_epoch: int, model: nn.Module) -> tu
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    share: float = 1.0,
 ) -> Metrics:
     """One step on the mean cross-entropy of a batch.
 
@@ -113,6 +122,8 @@ def train_step(
       x: images [B, C, H, W].
       labels: int64 [B].
       label_smoothing: a; the target is (1 - a) * one_hot(labels) + a / num_class.
+      share: of several processes under `DistributedDataParallel`, which averages their gradients: this one's examples
+        by an average process's.
 
     Returns:
       The metrics before the step; their loss is against the labels as they are.
@@ -120,7 +131,8 @@ def train_step(
     model.train()
     optimizer.zero_grad()
     logits = model(x)
-    nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing).backward()
+    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    (loss if share == 1 else loss * share).backward()
     optimizer.step()
     return _metrics(logits.detach(), labels)
 
@@ -152,14 +164,23 @@ def to_device(dataset: ImageDataset, device: torch.device) -> tuple[DeviceData, 
 
 
 def evaluate(model: nn.Module, data: DeviceData) -> Totals:
-    """Metrics over a whole data set."""
-    batches = torch.arange(len(data.labels), device=data.labels.device).split(EVAL_BATCH_SIZE)
+    """Metrics over a whole data set, of which each process takes its share."""
+    indices = torch.arange(len(data.labels), device=data.labels.device)
+    if dist.is_initialized():
+        for buffer in model.buffers():  # which differ only where each process has statistics of its own
+            dist.broadcast(buffer, 0)
+        indices = indices.tensor_split(dist.get_world_size())[dist.get_rank()]
+    batches = indices.split(EVAL_BATCH_SIZE)
     return totals([eval_step(model, *data.batch(indices)) for indices in batches])
 
 
 def totals(found: list[Metrics]) -> Totals:
-    """The sum of all batches' metrics, fetched from the device in one go."""
-    return Totals(*torch.tensor(list(zip(*found, strict=True)), dtype=torch.float64).sum(1).tolist())
+    """The sum of all batches' metrics, of all processes, fetched from the device in one go."""
+    columns = torch.tensor(list(zip(*found, strict=True)), dtype=torch.float64)
+    if dist.is_initialized():
+        columns = columns.sum(1, keepdim=True).to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(columns)
+    return Totals(*columns.sum(1).tolist())
 
 
 def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
@@ -180,17 +201,28 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
         eps=config.bn_eps,
         dtype=None if config.precision == "float32" else getattr(torch, config.precision),
     ).to(device)
+    processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    trained: nn.Module = model
+    if processes > 1:
+        if config.sync_bn == "global":
+            synchronize(model)
+        # With local, each process has statistics of its own; the first's are for all.
+        trained = DistributedDataParallel(model)
     optimizer, scheduler = make_optimizer(config, steps, model)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    run.say(f"1 x {name}, torch {torch.__version__}, data: {dataset.name}")
+    run.say(f"{processes} x {name}, torch {torch.__version__}, data: {dataset.name}")
+
+    size = len(np.array_split(np.arange(config.batch_size), processes)[rank])
+    share = size * processes / config.batch_size
 
     def feed(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch's batches."""
-        order = epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch)
+        batches = epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch)
+        order = (np.array_split(batch, processes)[rank] for batch in batches)
         if device.type in GATHERING:
             return (train_data.batch(torch.from_numpy(indices)) for indices in order)
         in_order = train_data.permuted(torch.from_numpy(np.concatenate(list(order))).to(device))
-        return (in_order.slice(step, config.batch_size) for step in range(steps))
+        return (in_order.slice(step, size) for step in range(steps))
 
     profile = Profile(run.path if config.profile else None, config.epochs * steps)
     for epoch in range(config.epochs):
@@ -199,7 +231,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
             for x, labels in feed(epoch):
                 learning_rate = optimizer.param_groups[0]["lr"]
                 with profile.step():
-                    found.append(train_step(model, optimizer, x, labels, label_smoothing=config.label_smoothing))
+                    smoothing = config.label_smoothing
+                    found.append(train_step(trained, optimizer, x, labels, label_smoothing=smoothing, share=share))
                 scheduler.step()
                 advance()
             train_totals = totals(found)
@@ -230,8 +263,10 @@ if __name__ == "__main__":
     from bn_common.command_line import Program, main
 
     def load(config: Config) -> Program:
-        """What there is to train with, unless the config is one for other devices."""
-        require(config.devices in (None, 1), "--devices", config.devices, "1: PyTorch's twin trains on one device")
-        return Program(train)
+        """The other processes, and what there is to train with."""
+        from torch_bn.processes import join, leave
+
+        process, watch = join(config, "python -m torch_bn.training")
+        return Program(train, process, watch, leave)
 
     main(load, framework="torch", prog="python -m torch_bn.training", description=__doc__ or "")

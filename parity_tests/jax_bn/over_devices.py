@@ -41,7 +41,7 @@ def batches(batch_size, dtype, steps=STEPS):
     return cut.astype(dtype)[..., None], sample.train_labels.astype(np.int32), order[:steps]
 
 
-def program(num_devices, form, dtype, batch_size, sync_bn="global"):
+def program(num_devices, form, dtype, batch_size, sync_bn="global", variables=None):
     """(the mesh, the model, the jitted step, the state that it begins with)."""
     devices = mesh.make_mesh(Config(devices=num_devices, batch_size=batch_size, sync_bn=sync_bn))
     axis_name = mesh.axis_of(devices)
@@ -58,7 +58,10 @@ def program(num_devices, form, dtype, batch_size, sync_bn="global"):
         return train_step(model, optimizer, state, x, labels, **options)
 
     shared = (mesh.SHARE,) * (2 if batch_size % devices.size == 0 else 3)
-    return devices, model, mesh.on_mesh(step, devices, (mesh.SAME, *shared)), init_state(model, optimizer, 0)
+    state = init_state(model, optimizer, 0)
+    if variables is not None:
+        state = TrainState(variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
+    return devices, model, mesh.on_mesh(step, devices, (mesh.SAME, *shared)), state
 
 
 def trained(num_devices, form, dtype, batch_size, steps=STEPS, **options):
@@ -75,13 +78,18 @@ def trained(num_devices, form, dtype, batch_size, steps=STEPS, **options):
             gradients = jax.device_get(state.opt_state)
     state = TrainState(*jax.device_get(state))
     logits = jax.jit(partial(model.clone(axis_name=None).apply, train=False))(state.variables, x[:100])
-    found = {name: np.asarray(v, np.float64) for name, v in flatten_dict(state.variables, sep="/").items()}
+    return as_run(np.array(losses), gradients, state.variables, logits)
+
+
+def as_run(losses, gradients, variables, logits):
+    """What `trained` gives, all in float64."""
+    found = {name: np.asarray(v, np.float64) for name, v in flatten_dict(dict(variables), sep="/").items()}
     for bias, mean in GAUGES.items():
         found[mean] = found[mean] - found.pop(bias)
     gradients = {name: np.asarray(v, np.float64) for name, v in flatten_dict(gradients, sep="/").items()}
     # A gauge's gradient is 0, or rounding noise.
     gradients = {name: v for name, v in gradients.items() if f"params/{name}" not in GAUGES}
-    return np.array(losses), gradients, found, np.asarray(logits, np.float64)
+    return losses, gradients, found, np.asarray(logits, np.float64)
 
 
 def distances(first, second):
