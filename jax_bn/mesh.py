@@ -43,6 +43,8 @@ def make_mesh(config: Config) -> Mesh:
     require(
         count <= len(devices), "--devices", count, f"1 to {len(devices)}, the {devices[0].platform} devices there are"
     )
+    joined = config.coordinator is not None or jax.process_count() == 1
+    require(joined, "--coordinator", None, f"auto: this is one of {jax.process_count()} processes")
     together = jax.process_count() == 1 or count == len(devices)
     require(together, "--devices", count, f"{len(devices)}, all that the processes have")
     config.check_shares(count)

@@ -304,7 +304,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     def eval_shared(variables: Variables, data: DeviceData, *batch: NDArray) -> Metrics:
         return jitted_eval(variables, data, *spread(batch, mesh))
 
-    profile = Profile(run.path if config.profile else None, config.epochs * steps)
+    profile = Profile(run.path if config.profile and run.writes else None, config.epochs * steps)
     for epoch in range(config.epochs):
         start_time, started, found = time.time(), time.perf_counter(), []
         epoch_data, batches = feed(epoch)

@@ -32,7 +32,8 @@ def pytest_addoption(parser):
 
 LONGEST = (
     "test_planted.py", "test_zoo.py", "test_batch_norm.py", "test_programs.py", "test_blenet.py", "test_lockstep.py",
-    "test_identify_glue.py", "test_options.py", "test_offline.py",
+    "test_identify_glue.py", "test_options.py", "test_processes.py", "test_mesh.py", "test_distributed.py",
+    "test_offline.py",
 )  # fmt: skip
 
 

@@ -119,6 +119,31 @@ def test_none_to_be_found(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_both_diverge(tmp_path):
+    """No process is taken for lost then: each says so in a line, and the run folder holds no NaN."""
+    args = [
+        "--data-dir",
+        small_folder(tmp_path / "data"),
+        "--batch-size",
+        100,
+        "--epochs",
+        3,
+        "--out",
+        tmp_path / "run",
+    ]
+    bad = ["--optimizer", "sgd", "--schedule", "constant", "--lr", 1e6, "--weight-decay", 1e6, "--warmup-epochs", 0]
+    processes = start("jax", tmp_path, [*args, *bad], **QUICKLY_COMPILED)
+    try:
+        assert [process.wait(300) for process in processes] == [1, 1]
+    finally:
+        end(processes)
+    for rank in range(2):
+        lines = [line for line in (tmp_path / f"err{rank}").read_text().splitlines() if not line.startswith("[Gloo]")]
+        assert len(lines) == 1, lines
+        assert "no longer finite in epoch" in lines[0]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 thorough = pytest.mark.thorough
 LOSSES = [(0, "KILL"), (1, "STOP"), pytest.param(1, "KILL", marks=thorough), pytest.param(0, "STOP", marks=thorough)]
 

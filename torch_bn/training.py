@@ -224,7 +224,7 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
         in_order = train_data.permuted(torch.from_numpy(np.concatenate(list(order))).to(device))
         return (in_order.slice(step, size) for step in range(steps))
 
-    profile = Profile(run.path if config.profile else None, config.epochs * steps)
+    profile = Profile(run.path if config.profile and run.writes else None, config.epochs * steps)
     for epoch in range(config.epochs):
         start_time, started, found = time.time(), time.perf_counter(), []
         with run.progress(epoch + 1, steps) as advance:
