@@ -156,7 +156,9 @@ def _closest(possible: list[Arrangement], a: NDArray, like: NDArray) -> Arrangem
 
 def _correlation(a: NDArray, b: NDArray) -> float:
     a, b = (np.where(np.isfinite(v), v, 0).ravel() for v in (a, b))
-    a, b = (np.concatenate([v.real, v.imag]).astype(np.float64) for v in (a, b))
+    if np.iscomplexobj(a) or np.iscomplexobj(b):  # of real numbers, zeros beside them would shift the mean
+        a, b = (np.concatenate([v.real, v.imag]) for v in (a, b))
+    a, b = a.astype(np.float64), b.astype(np.float64)
     a, b = a - a.mean(), b - b.mean()
     size = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / size if size else 0.0
