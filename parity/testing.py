@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from parity.report import Report, both_names
+from parity.report import Report
 
 if TYPE_CHECKING:  # `parity.testing` is imported before it is known that a test needs either framework
     from collections.abc import Callable, Mapping
@@ -64,5 +64,5 @@ def assert_parity(
 
 def message(report: Report) -> str:
     """What was recognised, where they differ first, and the table."""
-    found = [f"{d.code} at {both_names(d.layer, d.flax_layer)}: {d.evidence}" for d in report.diagnoses]
+    found = [f"{d.code} at {d.where}: {d.evidence}" for d in report.diagnoses]
     return "\n".join(["the two modules are not the same network", *found, report.summary, "", str(report)])

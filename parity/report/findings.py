@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -35,12 +36,36 @@ class Diagnosis:
       layer: PyTorch's name of the layer charged.
       evidence: one sentence with the numbers that show it.
       flax_layer: Flax's path of the layer charged, where there is one.
+      more: (PyTorch's name, Flax's path) of the layers behind it of which the same sentence is true.
     """
 
     code: str
     layer: str
     evidence: str
     flax_layer: str = ""
+    more: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def layers(self) -> list[str]:
+        """PyTorch's names of all layers charged."""
+        return [self.layer, *(torch_layer for torch_layer, _ in self.more)]
+
+    @property
+    def where(self) -> str:
+        """All of them, in words."""
+        return ", ".join(both_names(*names) for names in ((self.layer, self.flax_layer), *self.more))
+
+
+def together(diagnoses: Iterable[Diagnosis]) -> list[Diagnosis]:
+    """One diagnosis for what is the same mistake, in the same words, in several layers; in the order of the first."""
+    same: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
+    for d in diagnoses:
+        same.setdefault((d.code, d.evidence), {}).update(dict.fromkeys([(d.layer, d.flax_layer), *d.more]))
+    found = []
+    for (code, evidence), places in same.items():
+        (layer, flax_layer), *more = places
+        found.append(Diagnosis(code, layer, evidence, flax_layer, tuple(more)))
+    return found
 
 
 @dataclass(frozen=True)

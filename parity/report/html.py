@@ -92,8 +92,7 @@ def _verdict(report: Report) -> str:
 
 def _diagnoses(report: Report) -> str:
     items = [
-        f'<li><span class="code">{escape(d.code)}</span> at <code>{escape(both_names(d.layer, d.flax_layer))}</code>'
-        f"<br>{escape(d.evidence)}</li>"
+        f'<li><span class="code">{escape(d.code)}</span> at <code>{escape(d.where)}</code><br>{escape(d.evidence)}</li>'
         for d in report.diagnoses
     ]
     return f'<h2>What was recognised</h2><ol class="diagnoses">{"".join(items)}</ol>' if items else ""

@@ -70,9 +70,8 @@ class Report:
     @property
     def summary(self) -> str:
         """The result in one line."""
-        one_layer = len({diagnosis.layer for diagnosis in self.diagnoses}) < 2
-        named = (d.code if one_layer or not d.layer else f"{d.code} at {d.layer}" for d in self.diagnoses)
-        codes = ", ".join(dict.fromkeys(named))
+        one_layer = len({layer for diagnosis in self.diagnoses for layer in diagnosis.layers}) < 2
+        codes = ", ".join(dict.fromkeys(d.code if one_layer else _named(d) for d in self.diagnoses))
         first = self.first_divergence
         if first is not None:
             where = both_names(first.torch_layer, first.flax_layer)
@@ -94,10 +93,14 @@ class Report:
         """As plain Python values that are strict JSON.
 
         A float that JSON has no word for is the string "inf", "-inf" or "nan". Next to the fields stand "ok" (also in
-        each row of "layers") and "summary".
+        each row of "layers"), "summary", and in a diagnosis of several layers "layers",
+        PyTorch's names of all of them.
         """
         rows = [dataclasses.asdict(row) | {"ok": row.ok} for row in self.layers]
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        found = [dataclasses.asdict(d) | ({"layers": d.layers} if d.more else {}) for d in self.diagnoses]
+        for diagnosis in found:
+            del diagnosis["more"]
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"diagnoses": found}
         return plain({"ok": self.ok, "summary": self.summary, **fields, "layers": rows})
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
@@ -131,3 +134,10 @@ class Report:
         for part in parts(self, width, lines):
             console.print(part, soft_wrap=isinstance(part, Text) and not terminal)
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def _named(diagnosis: Diagnosis) -> str:
+    """The code, and where."""
+    more = len(diagnosis.more)
+    besides = f" and {more} more layer{'s' if more > 1 else ''}" if more else ""
+    return f"{diagnosis.code} at {diagnosis.layer}{besides}" if diagnosis.layer else diagnosis.code

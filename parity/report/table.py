@@ -25,8 +25,7 @@ def parts(report: Report, width: int, lines: box.Box) -> Iterator[Table | Text]:
     if report.layers:
         yield Text()
     for diagnosis in report.diagnoses:
-        where = both_names(diagnosis.layer, diagnosis.flax_layer)
-        yield Text.assemble((diagnosis.code, "bold red"), f" at {where}: {diagnosis.evidence}")
+        yield Text.assemble((diagnosis.code, "bold red"), f" at {diagnosis.where}: {diagnosis.evidence}")
     for note in report.notes:
         yield Text(f"note: {note}", style="dim")
     yield Text(report.summary, style="bold green" if report.ok else "bold red")

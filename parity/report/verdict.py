@@ -12,7 +12,7 @@ from parity.diagnosis.finding import Located
 from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED, UNEXPLAINED, is_one_sided
 from parity.pairing.layers import Pairing
 from parity.records.recording import NETWORK, PHASES, Recording
-from parity.report.findings import Diagnosis, Divergence, LayerRow
+from parity.report.findings import Diagnosis, Divergence, LayerRow, together
 from parity.report.report import Report
 
 MOST_BESIDES = 8
@@ -90,7 +90,7 @@ def report(
     besides += [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others[:MOST_BESIDES]]
     if len(others) > MOST_BESIDES:
         besides.append(f"besides, at {len(others) - MOST_BESIDES} more places what differs is not explained")
-    return Report(divergence, list(dict.fromkeys(chosen)), rows, [*notes, *besides, *_not_compared(rows)], details)
+    return Report(divergence, together(chosen), rows, [*notes, *besides, *_not_compared(rows)], details)
 
 
 def _why_not_compared(divergence: Divergence, torch: Recording) -> str:

@@ -7,12 +7,16 @@ import math
 import re
 import sys
 
+import flax.linen as linen
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
+import parity
 from parity import testing
 from parity.report import NETWORK, Diagnosis, Divergence, LayerRow, Report, both_names, number
+from parity.report.findings import together
 
 EVIDENCE = "PyTorch adds 1e-5 to the variance, Flax 1e-3: <b>fitted</b> & [bold]sure[/bold] to 2e-15"
 
@@ -288,3 +292,35 @@ def test_assert_parity_fails(monkeypatch):
     assert report.summary in message
     assert str(report) in message
     assert "__tracebackhide__" in testing.assert_parity.__code__.co_varnames
+
+
+def test_the_same_mistake_in_several_layers_is_one_diagnosis(tmp_path):
+    """In the table, as JSON and as HTML: with the list of the layers, not once for each."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(*(part for _ in range(4) for part in (torch.nn.Linear(5, 5), torch.nn.LayerNorm(5))))
+
+    class Wrong(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            for _ in range(4):
+                x = linen.LayerNorm(epsilon=1e-3)(linen.Dense(5)(x))
+            return x
+
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    report = parity.check(module, Wrong(), x)
+    (diagnosis,) = report.diagnoses
+    assert (diagnosis.code, diagnosis.layers) == ("epsilon", ["1", "3", "5", "7"])
+    where = "1 (LayerNorm_0), 3 (LayerNorm_1), 5 (LayerNorm_2), 7 (LayerNorm_3)"
+    assert f"epsilon at {where}: epsilon is 1e-05 in PyTorch, 0.001 in Flax" in str(report)
+    assert report.summary.endswith("epsilon at 1 and 3 more layers")
+    report.to_html(tmp_path / "report.html")
+    assert where in (tmp_path / "report.html").read_text()
+    (told,) = report.to_dict()["diagnoses"]
+    assert (told["layer"], told["layers"]) == ("1", diagnosis.layers)
+
+
+def test_two_sentences_are_two_diagnoses():
+    given = [Diagnosis("epsilon", "1", "a"), Diagnosis("epsilon", "2", "b"), Diagnosis("epsilon", "3", "a", "C")]
+    first, second = together(given)
+    assert (first.layers, first.more, second.layers) == (["1", "3"], (("3", "C"),), ["2"])
+    assert Report(diagnoses=[first, second]).summary.endswith("epsilon at 1 and 1 more layer, epsilon at 2")
