@@ -88,8 +88,8 @@ def lockstep(
     losses = loss or (torch_cross_entropy, flax_cross_entropy)
     with flax_side.environment(float64=True):
         called, target = given[0]
-        pairing, notes = _pair(torch_module, flax_module, called, layer_map)
-        runs = _Runs(torch_module, flax_module, flax_call, pairing, rule, lr, losses, dtype)
+        pairing, tables, notes = _pair(torch_module, flax_module, called, layer_map)
+        runs = _Runs(torch_module, flax_module, flax_call, pairing, tables, rule, lr, losses, dtype)
         fixed = find(partial(runs.torch, "float64"), _cast(_inputs(called), "float64"), _cast_array(target, "float64"))
         trajectory = Trajectory(
             optimizer if isinstance(optimizer, str) else "custom", lr, dtype, gauges=sorted(fixed.masks), notes=notes
@@ -157,22 +157,24 @@ def _cast_array(a: NDArray, dtype: str) -> NDArray:
     return a.astype(dtype) if a.dtype.kind == "f" else a.astype(np.int64) if a.dtype.kind in "iu" else a
 
 
-def _pair(torch_module: torch.nn.Module, flax_module: Any, called: Calls, layer_map) -> tuple[Pairing, list[str]]:
-    """The pairing, and what could not be seen."""
+def _pair(
+    torch_module: torch.nn.Module, flax_module: Any, called: Calls, layer_map
+) -> tuple[Pairing, dict[str, Any], list[str]]:
+    """The pairing, Flax's variables that are its own, and what could not be seen."""
     module = torch_layers.unwrapped(torch_module)[0]
     torch_ = torch_layers.of_module(module)
     found, flax = settle(module, torch_, flax_module, called, layer_map)
     left = [name for side in found.left() for name in side]
     if left:
         raise ValueError(f"{', '.join(left)} has no counterpart; allowed: modules with the same parameters")
-    return found, [f"{UNSEEN} ({side.unseen})" for side in (torch_, flax) if side.unseen]
+    return found, flax.tables, [f"{UNSEEN} ({side.unseen})" for side in (torch_, flax) if side.unseen]
 
 
 class _Runs:
     """Makes the runs of both sides, all from the same weights."""
 
     def __init__(
-        self, torch_module, flax_module, flax_call, pairing: Pairing, rule: PairedOptimizer, lr, losses, dtype
+        self, torch_module, flax_module, flax_call, pairing: Pairing, tables, rule: PairedOptimizer, lr, losses, dtype
     ) -> None:
         self.module, self.pairing, self.rule, self.lr = torch_layers.unwrapped(torch_module)[0], pairing, rule, lr
         self.losses, self.dtype, self.names = losses, dtype, {name for name, _, _ in pairing.tensors()}
@@ -182,7 +184,7 @@ class _Runs:
         self.module = torch_side.lifted(self.module, float64=False).cpu()
         torch_side.to_dtype(self.module, dtype)
         state = {n: v.numpy() for n, v in self.module.state_dict().items() if v.is_floating_point()}
-        self.variables = pairing.to_flax(state)
+        self.variables = tables | pairing.to_flax(state)
         torch_side.check_optimizer(self.module, self._factory)
         shapes = {name: a.shape for name, a in self.variables.items() if name.startswith("params/")}
         flax_side.check_transform(self.transform, shapes)

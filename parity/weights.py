@@ -116,6 +116,7 @@ def to_flax(
         for name, a in arrays.items()
         if flax_variables.would_round(a)
     ]
+    problems += _complex(flax)
     problems += misfits.wrong(found, given, flax, arrays, to="flax")
     problems += misfits.left_over_of_torch(found, given, arrays, torch_state.tied(state), is_module=whose is source)
     problems += [f"{full} is missing (for {f})" for full, f in misfits.missing_in_torch(found)]
@@ -128,7 +129,8 @@ def to_flax(
         name: arrays.get(given.counters.get(partner.get(path, ""), ""), np.zeros(()))
         for path, name in flax.counters.items()
     }
-    return flax_variables.packed(flax_module, {name: carried[name] for name in flax_names}, counters)
+    own = {name: a for name, a in flax.tables.items() if name.split("/")[0] in flax_layers.CARRIED}
+    return flax_variables.packed(flax_module, own | {name: carried[name] for name in flax_names}, counters)
 
 
 def to_torch(
@@ -183,7 +185,9 @@ def to_torch(
         found = settle_torch(module, target, given, called, layer_map)
     else:
         found, given = settle(module, target, flax_module, called, layer_map)
-    problems = misfits.wrong(found, target, given, arrays, to="torch")
+    problems = _complex(given)
+    arrays = {name: a for name, a in arrays.items() if name not in given.tables}
+    problems += misfits.wrong(found, target, given, arrays, to="torch")
     expected = {full for layer in given.layers for full in layer.tensors.values()} | set(given.counters.values())
     left = [*found.left()[1], *(name for name in arrays if name not in expected)]
     problems += [
@@ -212,6 +216,12 @@ def _check_single_layers(
             raise TypeError(f"the torch module is {module!r:.80}; allowed for {type(flax_module).__name__}: its like")
 
 
+def _complex(flax: Structure) -> list[str]:
+    """Parameters that would be left as the module makes them: what is complex is not carried."""
+    own = {name: a for name, a in flax.tables.items() if name.startswith("params/") and a.dtype.kind == "c"}
+    return [f"{name} is {a.dtype}; allowed: floating point" for name, a in own.items()]
+
+
 def _raise(problems: Sequence[str]) -> None:
     if problems:
         raise ValueError(f"{len(problems)} problem(s):\n  " + "\n  ".join(problems))
@@ -219,11 +229,16 @@ def _raise(problems: Sequence[str]) -> None:
 
 def _warn(arrays: Mapping[str, NDArray], *structures: Structure) -> None:
     """Of numbers that are no numbers, and of what could not be looked at."""
-    broken = [name for name, a in arrays.items() if a.dtype.kind != "i" and not np.isfinite(a.astype(np.float32)).all()]
+    broken = [name for name, a in arrays.items() if a.dtype.kind != "i" and not _is_finite(a)]
     told = [f"{', '.join(broken)} hold NaN or infinity"] if broken else []
     told += [f"{UNSEEN} ({found.unseen})" for found in structures if found.unseen]
     for sentence in told:
         warnings.warn(sentence, ParityWarning, stacklevel=3)
+
+
+def _is_finite(a: NDArray) -> bool:
+    # Numpy has no such function of bfloat16.
+    return bool(np.isfinite(a if a.dtype.kind in "fc" else a.astype(np.float32)).all())
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.records.evidence import Noise
+from parity.records.kinds import is_floating
 from parity.records.recording import NETWORK, Recording
 
 STEP = 1e-6
@@ -78,7 +79,7 @@ def nudged_variables(variables: Mapping[str, Any], step: float) -> dict[str, Any
         a = np.asarray(v, np.float64)
         return a * (1 + step * (np.arange(a.size).reshape(a.shape) % 2 * 2 - 1))
 
-    return {n: moved(v) if n.startswith("params/") else v for n, v in variables.items()}
+    return {n: moved(v) if n.startswith("params/") and is_floating(np.asarray(v)) else v for n, v in variables.items()}
 
 
 def _largest(recording: Recording) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class FlaxRuns:
         given = nudged_variables(self.variables, step) if step else variables or self.variables
         inputs = self.inputs.filled(nudged(self.inputs.arrays(), step)) if step else self.inputs
         if not float64:
-            given = {name: np.asarray(v).astype(self.shapes[name].dtype) for name, v in given.items()}
+            own = {name: a.dtype for name, a in self.shapes.items()}
+            given = {name: np.asarray(v).astype(own[name]) if name in own else v for name, v in given.items()}
             inputs = inputs.mapped(self._in_own_dtype)
         return flax_side.record(
             self.side,
@@ -123,6 +124,10 @@ class FlaxRuns:
                 # A collection of its own holds constants, which only the module knows.
                 known_here = {} if name.startswith(("params/", "batch_stats/")) else self._initial
                 self.variables[name] = known_here.get(name, _filler(name, v.shape))
+        for name in self.side.tables:
+            own = self._initial[name]
+            mine = (self.given or {}).get(name)
+            self.variables[name] = mine if mine is not None and np.shape(mine) == own.shape else own
         self.carried = {**self.variables, **{name: a for name, a in carried.items() if name in self.shapes}}
 
     def _unknown(self) -> list[str]:
@@ -141,9 +146,9 @@ class FlaxRuns:
         """The module's own variables; with those of a file or a dump of Flax's, if given."""
         self.variables = {**self._initial, **flax_side.own_variables(self.module)}
         if other is not None:
-            self.variables |= _checked(other.free.tensors, self.shapes, str(weights))
+            self.variables |= _checked(other.free.tensors, self.shapes, self.side.tables, str(weights))
         elif weights is not None:
-            self.variables |= _checked(read_weights(Path(weights)), self.shapes, str(weights))
+            self.variables |= _checked(read_weights(Path(weights)), self.shapes, self.side.tables, str(weights))
 
     def evidence(self) -> Evidence:
         """The run on its own."""
@@ -156,6 +161,10 @@ class FlaxRuns:
         about = flax_side.versions() | details(self.module, self.train, self.loss)
         about["parameters"] = self.own_dtype.name
         found = Evidence(free, given=self.given, details=about)
+        own = {name: self._initial[name].dtype for name in self.side.tables if name.startswith("params/")}
+        for name, dtype in own.items():
+            if dtype.kind == "c" and name not in (self.given or {}):
+                found.notes.append(f"{name} is {dtype}, which is not carried: it is the module's own")
         if unknown := self._unknown():
             found.notes.append(f"variables has names that Flax's module has not: {', '.join(unknown)}")
         called = {call.path for call in free.calls}
@@ -233,10 +242,12 @@ def _filler(name: str, shape: tuple[int, ...]) -> NDArray:
     return np.ones(shape) if is_one and len(shape) < 2 else np.zeros(shape)
 
 
-def _checked(given: Mapping[str, NDArray], shapes: Mapping[str, Any], name: str) -> Mapping[str, NDArray]:
+def _checked(
+    given: Mapping[str, NDArray], shapes: Mapping[str, Any], tables: Collection[str], name: str
+) -> Mapping[str, NDArray]:
     problems = [f"lacks {n}" for n in shapes if n not in given]
     problems += [f"has {n} of another shape" for n, v in shapes.items() if n in given and given[n].shape != v.shape]
-    problems += [f"has {n}, too" for n in given if n not in shapes]
+    problems += [f"has {n}, too" for n in given if n not in shapes and n not in tables]
     if problems:
         raise ValueError(f"--weights {name} {', '.join(problems)}; allowed: those of this module")
     return given

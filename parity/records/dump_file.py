@@ -7,8 +7,7 @@ The JSON file:
      "layers": [{"path", "kind", "class_name", "tensors": {local name: full name}, "statistics", "config", "is_called",
                  "calls": how many}],
      "runs": {"free": {"loss", "failure", "failed_in": [phase, path], "dropout_off", "dropouts": [[rate, position]],
-                       "output_names": [name], "complex_outputs": [I],
-                       "calls": [{"path", "index"}],
+                       "output_names": [name], "calls": [{"path", "index"}],
                        "glue": [{"path", "class_name", "position"}]},
               "forced": the same, or absent, "own": the same, or absent},
      "noise": [[phase, path, index, value]], "notes": [text], "answers": {full name: buffer}}
@@ -16,10 +15,10 @@ The JSON file:
 Layers stand in the order of the module's definition, calls in the order of execution. The arrays, each in the
 framework's own layout, are called RUN/tensor/FULL NAME, RUN/new_statistic/FULL NAME, RUN/gradient/FULL NAME,
 RUN/input/I, RUN/input_gradient/I, RUN/output/I, RUN/output_gradient/I, and RUN/call/N/ input/I, arrived/I,
-input_gradient/I, output, output_gradient for the N-th call; complex numbers as [..., 2]. exact/N is the output of the
-N-th call of "own" in float64, see `records/evidence.py`. state/N/FULL NAME is a parameter after N steps of training,
-answer/FULL NAME/FIELD what the optimiser answered for it (`records/answers.py`). What there is not (the gradient of an
-integer; what an older dump did not write) is absent.
+input_gradient/I, output, output_gradient for the N-th call. exact/N is the output of the N-th call of "own" in float64,
+see `records/evidence.py`. state/N/FULL NAME is a parameter after N steps of training, answer/FULL NAME/FIELD what the
+optimiser answered for it (`records/answers.py`). Complex numbers are [..., 2], under "NAME complex". What there is not
+(the gradient of an integer; what an older dump did not write) is absent.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from parity.records.evidence import Evidence
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
 
 FORMAT, VERSION = "parity dump", 1
+COMPLEX = " complex"
 LISTS = {"input": "inputs", "input_gradient": "input_gradients", "output": "outputs"}
 LISTS |= {"output_gradient": "output_gradients"}
 MAPS = {"tensor": "tensors", "new_statistic": "new_statistics", "gradient": "gradients"}
@@ -84,7 +84,7 @@ def save(dump: Evidence, path: str | Path) -> None:
     for name, response in dump.answers.items():
         fields = {field: getattr(response, field) for field in ANSWER}
         named |= {f"answer/{name}/{field}": a for field, a in fields.items() if a is not None}
-    content = safetensors.numpy.save({name: _as_file_has_it(a) for name, a in named.items()})
+    content = safetensors.numpy.save(dict(_as_file_has_it(name, a) for name, a in named.items()))
     dump.sha256 = hashlib.sha256(content).hexdigest()
     about = {
         "format": FORMAT,
@@ -117,7 +117,7 @@ def load(path: str | Path) -> Evidence:
         raise ValueError(f"{about_file} is no {FORMAT} of version {VERSION}; allowed: what `dump --out` wrote")
     if about["sha256"] != hashlib.sha256(content).hexdigest():
         raise ValueError(f"{arrays_file} is not the file that {about_file} was written with; allowed: both of one dump")
-    named = safetensors.numpy.load(content)
+    named = dict(_as_it_was(name, a) for name, a in safetensors.numpy.load(content).items())
     layers = {entry["path"]: _read_layer(entry) for entry in about["layers"]}
     runs = {name: _read_run(name, entry, about["framework"], layers, named) for name, entry in about["runs"].items()}
     for run in runs.values():
@@ -140,9 +140,15 @@ def load(path: str | Path) -> Evidence:
     )
 
 
-def _as_file_has_it(a: NDArray) -> NDArray:
-    """Complex numbers as [..., 2], which the format has no complex128 for."""
-    return np.stack([a.real, a.imag], -1) if a.dtype.kind == "c" else np.array(a, order="C")
+def _as_file_has_it(name: str, a: NDArray) -> tuple[str, NDArray]:
+    """Complex numbers as [..., 2], as the format has no complex128."""
+    if a.dtype.kind == "c":
+        return f"{name}{COMPLEX}", np.stack([a.real, a.imag], -1)
+    return name, np.array(a, order="C")
+
+
+def _as_it_was(name: str, a: NDArray) -> tuple[str, NDArray]:
+    return (name.removesuffix(COMPLEX), a[..., 0] + 1j * a[..., 1]) if name.endswith(COMPLEX) else (name, a)
 
 
 def _answer(named: Mapping[str, NDArray], name: str, buffer: float | None) -> Response:
@@ -207,7 +213,6 @@ def _run(recording: Recording) -> dict[str, Any]:
         "dropout_off": recording.dropout_off,
         "dropouts": recording.dropouts,
         "output_names": recording.output_names,
-        "complex_outputs": [i for i, a in enumerate(recording.outputs) if a.dtype.kind == "c"],
         "calls": [{"path": call.path, "index": call.index} for call in recording.calls],
         "glue": [dataclasses.asdict(glue) for glue in recording.glue],
     }
@@ -230,8 +235,6 @@ def _read_run(
     for key, attribute in LISTS.items():
         setattr(recording, attribute, _list(own, key))
     recording.output_names = entry.get("output_names", [])
-    for i in entry.get("complex_outputs", []):
-        recording.outputs[i] = recording.outputs[i] @ np.array([1, 1j])
     recording.output_gradients += [None] * (len(recording.outputs) - len(recording.output_gradients))
     for n, call in enumerate(entry["calls"]):
         lists: dict[str, Any] = {attribute: _list(own, f"call/{n}/{key}") for key, attribute in CALL_LISTS.items()}

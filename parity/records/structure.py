@@ -36,6 +36,7 @@ class Structure:
       flattened: path of a layer -> what its input was before it was flattened.
       feeders: path of a layer -> of the layer whose output it takes as it is; None if no run has shown them.
       ordered: whether the order of the layers means anything.
+      tables: full name -> array of what is the module's own: no floating point, or in no collection that is carried.
       unseen: why a run did not show what stands behind a flatten; "" where it did, or nothing can.
     """
 
@@ -45,6 +46,7 @@ class Structure:
     flattened: dict[str, Flattened] = field(default_factory=dict)
     feeders: dict[str, str] | None = None
     ordered: bool = True
+    tables: dict[str, Any] = field(default_factory=dict)
     unseen: str = ""
 
 

@@ -148,12 +148,17 @@ def _look(side: Side, inputs: Inputs, *, train: bool) -> _Seen:
         else:
             variables = side.initial(inputs, train=train)
             jax.eval_shape(apply, shapes)
-    variables = {name: v for name, v in variables.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    side.tables = [name for name, v in variables.items() if not _is_floating(v)]
+    variables = {name: v for name, v in variables.items() if _is_floating(v)}
     return _Seen(called, feeders, variables, any(trace != traces[0] for trace in traces))
 
 
 def _shape(a: NDArray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype))
+
+
+def _is_floating(variable: Any) -> bool:
+    return bool(jnp.issubdtype(variable.dtype, jnp.floating))
 
 
 def trace_state() -> Any:
@@ -189,6 +194,10 @@ def of_module(side: Side, guess: Guess) -> Structure:
             variables = side.initial(guess.flax, train=False)
             jax.eval_shape(lambda xs: side.apply(variables, xs, train=False, intercept=intercept, seed=0)[0], shapes)
     structure = _structure(side, variables, called)
+    if structure.tables:
+        with environment(float64=False):
+            initial = side.initial(guess.flax, train=False)
+        structure.tables = {name: np.asarray(initial[name]) for name in structure.tables}
     own = {layer.path for layer in structure.layers}
     structure.feeders = {path: before for path, before in feeders.items() if path in own and before in own}
     return structure
@@ -223,11 +232,13 @@ def _defined(node: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
 def _structure(side: Any, variables: Mapping[str, Any], called: list[tuple[str, Any]]) -> Structure:
     carried = {name: tuple(np.shape(v)) for name, v in variables.items() if name.split("/")[0] in CARRIED}
     counters = {name for name, shape in carried.items() if kinds.is_counter(name, shape)}
-    floating = {name: variables[name] for name in carried if name not in counters}
+    floating = {name: variables[name] for name in carried if name not in counters and _is_floating(variables[name])}
+    tables = {name: v for name, v in variables.items() if name not in floating and name not in counters}
     layers = layers_of(side, floating, called)
     for layer in layers.values():
         layer.config = {**layer.config, **_convention(dict(called).get(layer.path))}
-    return Structure(list(layers.values()), {name: carried[name] for name in floating}, _counters(counters))
+    shapes = {name: carried[name] for name in floating}
+    return Structure(list(layers.values()), shapes, _counters(counters), tables=tables)
 
 
 def _convention(module: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class LinenSide:
 
     def __init__(self, module: nn.Module, flax_call: Callable | None = None) -> None:
         self.module, self.flax_call, self.is_opened, self.lifts = module, flax_call, False, False
+        self.tables: list[str] = []
 
     def _bound(self, train: bool) -> tuple[nn.Module, dict[str, Any]]:
         """The module and the keywords of its call. A flag that is set as an attribute is set there."""

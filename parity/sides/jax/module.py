@@ -61,10 +61,12 @@ class Side(Protocol):
     Attributes:
       is_opened: it is run as if there were no jit and no checkpoint in it, see `_opened`.
       lifts: in float64 its layers compute in float64 where they say 16 bits.
+      tables: names of variables that are no floating point, which nothing trains; see `structure`.
     """
 
     is_opened: bool
     lifts: bool
+    tables: list[str]
 
     def apply(
         self, variables: Variables, inputs: Inputs, *, train: bool, intercept: Intercept, seed: int

@@ -21,6 +21,7 @@ class NnxSide:
 
     def __init__(self, module: nnx.Module, flax_call: Callable | None = None) -> None:
         self.flax_call, self.is_opened, self.lifts = flax_call, False, False
+        self.tables: list[str] = []
         self.graph, state = nnx.split(module)
         self.state = dict(nnx.to_flat_state(state))
         self.names = {path: _nnx_name(path, variable) for path, variable in self.state.items()}

@@ -46,10 +46,9 @@ class FlaxRun:
         nudge: np.random.Generator | None = None,
     ) -> None:
         every = {n: _as(v, dtype) for n, v in variables.items()}
-        self.tree = unflatten_dict(
-            {n.removeprefix("params/"): v for n, v in every.items() if n.startswith("params/")}, sep="/"
-        )
-        self.statistics = {n: v for n, v in every.items() if not n.startswith("params/")}
+        trained = {n: v for n, v in every.items() if n.startswith("params/") and jnp.issubdtype(v.dtype, jnp.floating)}
+        self.tree = unflatten_dict({n.removeprefix("params/"): v for n, v in trained.items()}, sep="/")
+        self.statistics = {n: v for n, v in every.items() if n not in trained}
         self.state, self.take_step = transform.init(self.tree), step
         self.dtype, self.fields, self.nudge = dtype, dict(fields or {}), nudge
 

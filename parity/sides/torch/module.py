@@ -124,8 +124,11 @@ def without_dropout(
 
 
 def to_dtype(module: nn.Module, dtype: str) -> None:
-    """Convert floating parameters and buffers to "float32" or "float64", in place."""
-    module.to(getattr(torch, dtype))
+    """Convert floating parameters and buffers to "float32" or "float64", in place.
+
+    `module.to` would make real numbers of complex ones.
+    """
+    {"float32": module.float, "float64": module.double}[dtype]()
 
 
 def has_dropout(module: nn.Module) -> bool:

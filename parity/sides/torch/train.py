@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from parity.records.inputs import Inputs
 from parity.records.side import Snapshot, check_loss, nudged
-from parity.sides.torch.module import lifted, loss_of, numpy, without_dropout
+from parity.sides.torch.module import lifted, loss_of, numpy, to_dtype, without_dropout
 from parity.sides.torch.record import default_dtype
 
 
@@ -46,7 +46,8 @@ class TorchRun:
         nudge: np.random.Generator | None = None,
     ) -> None:
         self.dtype = getattr(torch, dtype)
-        self.module = lifted(module, float64=False).cpu().to(self.dtype).train(train)
+        self.module = lifted(module, float64=False).cpu().train(train)
+        to_dtype(self.module, dtype)
         made = factory(list(self.module.parameters()))
         self.optimizer, self.scheduler = made if isinstance(made, tuple) else (made, None)
         self.loss, self.train, self.buffers, self.nudge = loss, train, buffers, nudge
