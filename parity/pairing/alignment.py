@@ -28,6 +28,8 @@ Partners = dict[str, str]
 SAME_KIND, LIKE_KIND, LEFT, ALONE = 10.0, 4.0, -1.0, -3.0
 # What is worth how much in the assignment within a class; a word of a name is worth 1. The order, all in all, less.
 BY_KIND, BY_FEEDER, BY_ORDER = 2.0, 3.0, 0.5
+# Names that are all the same on both sides outweigh who feeds whom, which a mistake may change.
+BY_NAME = 3 * BY_FEEDER
 FORBIDDEN = -1e9
 
 
@@ -123,6 +125,7 @@ class Alignment:
         worth = np.array(names.alike([t.path for t in ts], [f.path for f in fs]))
         worth = worth + np.array([[self._worth(t, f) for f in fs] for t in ts])
         worth -= BY_ORDER * _apart(ts, fs, positions)
+        worth += BY_NAME * names.equal([t.path for t in ts], [f.path for f in fs])
         rows, columns = linear_sum_assignment(np.maximum(worth, FORBIDDEN), maximize=True)
         return {
             ts[i].path: fs[j].path

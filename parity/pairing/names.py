@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 # Words that mean the same in names of layers.
 WORDS = {"bn": "norm", "batchnorm": "norm", "layernorm": "norm", "ln": "norm", "groupnorm": "norm", "dense": "linear"}
 WORDS |= {"fc": "linear", "embed": "embedding", "emb": "embedding", "q": "query", "k": "key", "v": "value"}
@@ -107,6 +110,19 @@ def alike(torch: Sequence[str], flax: Sequence[str]) -> list[list[float]]:
         return total
 
     return [[said(x, y) for y in b] for x in a]
+
+
+def equal(torch: Sequence[str], flax: Sequence[str]) -> NDArray[np.bool_]:
+    """[torch][flax]: which have one name, where all layers that look alike have; else nowhere.
+
+    Names of numbers alone say the order only, as those that linen gives do.
+    """
+    a, b = ([words_of(path) for path in side] for side in (torch, flax))
+    same = np.array([[x == y for y in b] for x in a], bool).reshape(len(a), len(b))
+    alone = any(all(word.isdigit() for word in x) for x in a)
+    automatic = any(AUTOMATIC.fullmatch(re.split(r"[./]", path)[-1]) for path in flax)
+    whole = (same.sum(axis=0) == 1).all() and (same.sum(axis=1) == 1).all()
+    return same if whole and not alone and not automatic else np.zeros_like(same)
 
 
 def _counts(side: Sequence[Name]) -> dict[str, list[int]]:

@@ -243,6 +243,17 @@ def test_a_matrix_in_out_beside_one_out_in(width):
         assert [(d.code, d.layer) for d in report.diagnoses] == [("kernel-transposed", "proj")]
 
 
+def test_names_that_are_all_the_same_win_over_who_feeds_whom():
+    """A norm feeds the branch of its own block (pre-norm), or of the next one (post-norm)."""
+    paths = [f"blocks.{i}.{part}" for i in range(3) for part in ("norm", "fc1", "fc2")]
+    late = [f"blocks_{i}/{part}" for i in range(3) for part in ("fc1", "fc2", "norm")]
+    feeds = {f"blocks.{i}.fc1": f"blocks.{i}.norm" for i in range(3)}
+    feeds_next = {f"blocks_{i}/fc1": f"blocks_{i - 1}/norm" for i in range(1, 3)}
+    torch_side, flax_side = structure(paths, feeders=feeds), structure(late, feeders=feeds_next, is_torch=False)
+    found = {p.torch.path: p.flax.path for p in pair(torch_side, flax_side).layers}
+    assert found == {path: path.replace(".", "_", 1).replace(".", "/") for path in paths}
+
+
 def test_a_word_that_counts_something_else_on_the_other_side():
     """A stage's layers are its layers here, and the stages there; so are blocks."""
     t = [f"layers.{i}.blocks.{j}" for i in range(3) for j in range(3)]
