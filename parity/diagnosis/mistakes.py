@@ -68,6 +68,7 @@ TABLE = (
     Mistake("pool-kind", "forward", "pool", "maximum for average"),
     Mistake("pool-count-padding", "forward", "pool", "padding counted in the average on one side"),
     Mistake("norm-after-activation", "forward", "", "batch norm on the wrong side of the activation"),
+    Mistake("norm-position", "forward", "", "a norm before a branch for one behind its sum: pre-norm, post-norm"),
     Mistake("dropout-active", "forward", "dropout", "dropout left on in prediction"),
     Mistake("flatten-order", "forward", "flatten", "C, H, W for H, W, C behind a flatten"),
     Mistake("concat-order", "forward", "", "blocks of channels joined or shuffled in another order"),

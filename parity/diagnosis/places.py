@@ -19,6 +19,7 @@ from parity.diagnosis.mistakes import UNEXPLAINED, is_one_sided, phase_of
 from parity.diagnosis.norm import family as norms
 from parity.diagnosis.norm.sources import NormSide
 from parity.diagnosis.norm_after_activation import NormOrder
+from parity.diagnosis.norm_position import NormPosition
 from parity.diagnosis.parameters.conversion import of_layout
 from parity.diagnosis.product import family as products
 from parity.diagnosis.product.fits import ProductSide
@@ -83,8 +84,9 @@ class Diagnosis:
                 found += self._layer(call, pair, mine, position)
         if any(d.key == NETWORK and d.quantity == "output" for d in self.failing):
             found += self._last_glue()
-        order = NormOrder(self.translation, self.forced, self.free, self._tolerance)
-        return in_order(with_lone_layers(order.findings(found), self.translation, self.forced, self.free))
+        found = NormOrder(self.translation, self.forced, self.free, self._tolerance).findings(found)
+        found = NormPosition(self.translation, self.forced, self._tolerance).findings(found)
+        return in_order(with_lone_layers(found, self.translation, self.forced, self.free))
 
     def _tensor(self, difference: Difference) -> str | None:
         """Of which tensor, by its full name in PyTorch, a difference is the gradient."""

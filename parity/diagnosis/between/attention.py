@@ -19,7 +19,7 @@ from parity.diagnosis.between.chains import Source, Target
 from parity.diagnosis.between.masks import EVERY, Mask, candidates
 from parity.diagnosis.between.projections import ORDERS, Arrays, Heads, projections
 from parity.diagnosis.family import Family, Property, unlike
-from parity.diagnosis.finding import Finding
+from parity.diagnosis.finding import Finding, told_apart
 
 Array = NDArray[Any]
 
@@ -283,9 +283,10 @@ def _scale_distance(a: Attention, b: Attention) -> float:
 
 
 def _scale_findings(a: Attention, b: Attention) -> list[Finding]:
+    numbers = told_apart(a.scale, b.scale)
     texts = [
-        f"{one.scale:.6g}" + (f" = 1/sqrt({one.size})" if abs(one.relative - 1) < 1e-6 and one.size > 1 else "")
-        for one in (a, b)
+        number + (f" = 1/sqrt({one.size})" if abs(one.relative - 1) < 1e-6 and one.size > 1 else "")
+        for number, one in zip(numbers, (a, b), strict=True)
     ]
     return [Finding("attention-scale", f"PyTorch multiplies queries times keys by {texts[0]}, Flax by {texts[1]}")]
 

@@ -1,6 +1,17 @@
 """The corpus of planted mistakes."""
 
-from parity_tests.parity.planted import attentions, glue, kernels, lone, networks, norms, outputs, training, unets
+from parity_tests.parity.planted import (
+    attentions,
+    glue,
+    kernels,
+    lone,
+    networks,
+    norms,
+    outputs,
+    positions,
+    training,
+    unets,
+)
 from parity_tests.parity.planted.chain import Case, Planted
 
 CASES: list[Case] = [
@@ -12,6 +23,7 @@ CASES: list[Case] = [
     *lone.cases(),
     *outputs.cases(),
     *unets.cases(),
+    *positions.cases(),
     *networks.cases(),
 ]
 
