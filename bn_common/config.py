@@ -57,7 +57,7 @@ class Config:
     """What convolutions and linear layers are computed in, and what lies between them. Parameters, their gradients, the
     statistics of batch norm and the loss are float32 in either case, as with PyTorch's autocast."""
     devices: int | None = None
-    """Devices that share each batch, >= 1. None: all there are."""
+    """Devices that share each batch, >= 1. None: all there are; for PyTorch's twin, the processes of torchrun."""
     coordinator: str | None = None
     """Train with other processes, each with its own devices: HOST:PORT where process 0 listens, or auto for what JAX
     finds of SLURM, Cloud TPU or Kubernetes. None: alone. (PyTorch's twin is started by torchrun.)"""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
+from collections.abc import Iterator
 
 import jax
 from jax._src import clusters, distributed  # what finds the processes, and their store: there are no public names
@@ -14,7 +16,7 @@ from bn_common.watch import Watch
 
 # Until all are there.
 SECONDS_TO_JOIN = 120
-# JAX's own heartbeats abort the process without a name; the watch is to be sooner. JAX only.
+# JAX's own bounds abort the process without a name; ours are to be sooner. JAX only.
 SECONDS_OF_JAX = 600
 
 
@@ -38,15 +40,16 @@ def join(config: Config, prog: str) -> tuple[int, Watch | None]:
             raise RuntimeError("none is found")
         host, _, port = address.rpartition(":")
         place = host.strip("[]"), int(port)
-        jax.distributed.initialize(
-            address if index == 0 else _relay(place),
-            count,
-            index,
-            own_devices,
-            initialization_timeout=SECONDS_TO_JOIN,
-            heartbeat_timeout_seconds=SECONDS_OF_JAX,
-            shutdown_timeout_seconds=SECONDS_TO_JOIN,
-        )
+        with _in_time(f"{prog}: error: at {address} not all {count} processes have met in {SECONDS_TO_JOIN} seconds"):
+            jax.distributed.initialize(
+                address if index == 0 else _relay(place),
+                count,
+                index,
+                own_devices,
+                initialization_timeout=SECONDS_OF_JAX,
+                heartbeat_timeout_seconds=SECONDS_OF_JAX,
+                shutdown_timeout_seconds=SECONDS_OF_JAX,
+            )
     except (RuntimeError, ValueError) as error:
         allowed = "HOST:PORT of process 0, or auto where SLURM, Cloud TPU or Kubernetes has started the processes"
         raise ValueError(f"--coordinator is {config.coordinator} ({error}); allowed: {allowed}") from error
@@ -64,6 +67,26 @@ def join(config: Config, prog: str) -> tuple[int, Watch | None]:
 def leave() -> None:
     """Wait for the others, and say goodbye; they are watched until then."""
     jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _in_time(otherwise: str) -> Iterator[None]:
+    """End the process with that line and status 2 after SECONDS_TO_JOIN.
+
+    JAX only: there what comes too late aborts the process. PyTorch raises an exception.
+    """
+
+    def give_up() -> None:
+        os.write(2, f"{otherwise}; allowed: --coordinator with the address of process 0, and all started\n".encode())
+        os._exit(2)
+
+    timer = threading.Timer(SECONDS_TO_JOIN, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _relay(coordinator: tuple[str, int]) -> str:

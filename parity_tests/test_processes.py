@@ -119,6 +119,37 @@ def test_none_to_be_found(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# The program, but for how long it waits for the others.
+ALONE = """
+import importlib, runpy, sys
+module, wing, *sys.argv = sys.argv[1:]
+importlib.import_module(f"{wing}.processes").SECONDS_TO_JOIN = 4
+runpy.run_path(module, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_other_does_not_come(program, rank, tmp_path):
+    """One line, status 2, before any work."""
+    address, given = ("127.0.0.1", str(free_port())), ["--data", "sample", "--out", str(tmp_path / "run")]
+    path, wing = ("train_jax.py", "jax_bn") if program == "jax" else ("torch_bn/training.py", "torch_bn")
+    if program == "jax":
+        given += ["--coordinator", ":".join(address), "--num-processes", "2", "--process-id", str(rank)]
+    names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+    own = dict(zip(names, (*address, "2", str(rank), str(rank)), strict=True)) if program == "torch" else {}
+    command = [sys.executable, "-c", ALONE, path, wing, path, *given]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    said = [line for line in lines if ": error: " in line]
+    assert said == (lines[-1:] if program == "torch" else lines)  # PyTorch's socket says more, in its own words
+    assert "2" in said[0]
+    assert "; allowed: " in said[0]
+    assert len(said[0]) < 300
+    assert not (tmp_path / "run").exists()
+
+
 def test_both_diverge(tmp_path):
     """No process is taken for lost then: each says so in a line, and the run folder holds no NaN."""
     args = [

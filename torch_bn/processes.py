@@ -46,7 +46,8 @@ def join(config: Config, prog: str) -> tuple[int, Watch | None]:
             timeout=within,
         )
     except RuntimeError as error:
-        raise ValueError(f"the number of processes that have come is below {count} ({error}); allowed: all") from error
+        what = f"the number of processes that have come in {SECONDS_TO_JOIN} seconds is below {count}"
+        raise ValueError(f"{what} ({str(error).splitlines()[0]:.100}); allowed: all") from error
 
     def find() -> tuple[str, int]:
         return os.environ["MASTER_ADDR"], int(store.get("watch"))

@@ -1,0 +1,97 @@
+"""Three processes that watch each other, without any framework: a loss is named by all others, and an end is none."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SILENCE = 3.0
+PROGRAM = """
+import pathlib, sys, time
+from bn_common.watch import Watch
+
+index, folder, seconds = int(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3])
+
+def publish(port):
+    (folder / "new").write_text(str(port))
+    (folder / "new").rename(folder / "port")
+
+def find():
+    while not (folder / "port").exists():
+        time.sleep(0.05)
+    return "127.0.0.1", int((folder / "port").read_text())
+
+watch = Watch(index, 3, publish, find, "prog", silence=3.0)
+print("watching", flush=True)
+time.sleep(seconds)
+watch.leave()
+print("left", flush=True)
+"""
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Starts them; each works for so many seconds."""
+    processes = []
+
+    def start(*seconds):
+        for index, each in enumerate(seconds):
+            command = [sys.executable, "-c", PROGRAM, str(index), str(tmp_path), str(each)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            processes.append(subprocess.Popen(command, cwd=ROOT, **pipes))
+        for process in processes:
+            assert process.stdout.readline() == "watching\n"
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ends(process, within):
+    """(status, standard output, standard error) of a process that ends in time."""
+    out, err = process.communicate(timeout=within)
+    return process.returncode, out, err
+
+
+def test_none_is_lost(three):
+    """Whoever is done first waits for the others, longer than the silence that is allowed."""
+    for process in three(0, SILENCE + 1, 0.5):
+        assert ends(process, 60) == (0, "left\n", "")
+
+
+@pytest.mark.parametrize("victim", range(3))
+@pytest.mark.parametrize("how", ["KILL", "STOP"])
+def test_one_is_lost(three, how, victim):
+    processes = three(100, 100, 100)
+    time.sleep(1)
+    processes[victim].send_signal(getattr(signal, f"SIG{how}"))
+    what = "has ended" if how == "KILL" else "has not answered for 3 seconds"
+    for index, process in enumerate(processes):
+        if index != victim:
+            expected = f"prog: stopped: process {victim} {what}; process {index} ends\n"
+            assert ends(process, SILENCE + 20) == (1, "", expected)
+
+
+def test_a_short_stop_is_no_loss(three):
+    processes = three(4, 4, 4)
+    processes[1].send_signal(signal.SIGSTOP)
+    time.sleep(SILENCE / 2)
+    processes[1].send_signal(signal.SIGCONT)
+    for process in processes:
+        assert ends(process, 60) == (0, "left\n", "")
+
+
+def test_who_is_done_may_not_be_missed_either(three):
+    """One waits for the others at the end, and is killed: they have not been told that it may go."""
+    processes = three(0, 100, 100)
+    time.sleep(2.5)
+    processes[0].kill()
+    for index in (1, 2):
+        expected = f"prog: stopped: process 0 has ended; process {index} ends\n"
+        assert ends(processes[index], 30) == (1, "", expected)
