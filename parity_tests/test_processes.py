@@ -20,8 +20,11 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(program, folder, args, *, slurm=False, **environment):
-    """Two processes; their standard output and error go to files in the folder. slurm: JAX finds them itself."""
+def start(program, folder, args, *, slurm=False, devices=1, **environment):
+    """Two processes, JAX's with so many devices each; their standard output and error go to files in the folder.
+
+    slurm: JAX finds them itself.
+    """
     address = ("127.0.0.1", str(free_port()))
     processes = []
     for rank in range(2):
@@ -30,10 +33,10 @@ def start(program, folder, args, *, slurm=False, **environment):
             # The number of the job gives the port.
             names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
             own = dict(zip(names, (address[1], "localhost", "2", str(rank), str(rank)), strict=True))
-            own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+            own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         elif program == "jax":
             more = ["--coordinator", ":".join(address), "--num-processes", "2", "--process-id", str(rank)]
-            own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+            own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         else:
             more, names = [], ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "OMP_NUM_THREADS")
             own = dict(zip(names, (*address, "2", str(rank), str(rank), "1"), strict=True))
@@ -108,6 +111,26 @@ def test_torchrun(tmp_path):
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert words in done.stderr
         assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.thorough
+def test_two_devices_each(tmp_path):
+    """Shares of 7, 7, 7 and 6: the run of four devices, but for the order in which four terms are added."""
+    args = ["--data-dir", small_folder(tmp_path / "data"), "--epochs", 1, "--batch-size", 27]
+    args += ["--optimizer", "sgd", "--lr", 0.1]
+    processes = start("jax", tmp_path, [*args, "--out", tmp_path / "two"], devices=2, **QUICKLY_COMPILED)
+    try:
+        assert [process.wait(300) for process in processes] == [0, 0], (tmp_path / "err0").read_text()
+    finally:
+        end(processes)
+    command = [sys.executable, *PROGRAMS["jax"], *map(str, args), "--out", str(tmp_path / "one")]
+    one = os.environ | QUICKLY_COMPILED | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    subprocess.run(command, cwd=ROOT, env=one, check=True, capture_output=True, timeout=300)
+    one_line, two_line = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "two"))
+    for key in ("step", "train_accuracy", "test_accuracy"):
+        assert one_line[key] == two_line[key]
+    for key in ("loss", "test_loss"):
+        assert two_line[key] == pytest.approx(one_line[key], abs=bounds.FLOAT32_LOGITS_200_SGD_STEPS)
 
 
 def test_none_to_be_found(tmp_path):
