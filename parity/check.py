@@ -46,7 +46,8 @@ def check(
       flax_module: a linen module or an `nnx.Module`; of a FlaxPreTrainedModel of Hugging Face's, its module.
       *inputs: numpy arrays in PyTorch's layout, as the PyTorch module takes them; also None, numbers, and tuples,
         lists, dicts and dataclasses of arrays. Floating arrays of rank 3 and more go to Flax channels last, but for
-        those that go straight into a layer that has its channels last in PyTorch too (linear, layer norm, attention).
+        those that go straight into a layer that has its channels last in PyTorch too (linear, layer norm, attention),
+        and additive masks.
       keywords: {name: array} of what `forward` takes by name, {"input_ids": ids, "attention_mask": mask}; Flax's
         `__call__` is given the same names. Where it calls them otherwise, or takes them in order, flax_inputs says so.
       train: train or eval mode. In training, dropout is switched off on both sides.

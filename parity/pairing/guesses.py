@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.pairing.layouts import goes_last
 from parity.records import kinds
 from parity.records.inputs import Inputs
 from parity.records.kinds import Shape
@@ -102,5 +103,5 @@ def given_guesses(inputs: Inputs, flax_inputs: Inputs | None) -> list[Guess]:
     """Inputs that the caller gives; floating ones of rank 3 and more are channels last in Flax."""
     if flax_inputs is not None:
         return [Guess(inputs, flax_inputs)]
-    moved = inputs.mapped(lambda a: np.moveaxis(a, 1, -1) if a.ndim >= 3 and a.dtype.kind == "f" else a)
+    moved = inputs.mapped(lambda a: np.moveaxis(a, 1, -1) if goes_last(a) else a)
     return [Guess(inputs, moved), Guess(inputs, inputs)]

@@ -57,3 +57,18 @@ def behind_flatten(channels: int, *spatial: int) -> Layout:
         return a.reshape(*spatial, channels, -1).transpose(-1, -2, *range(count)).reshape(a.shape[1], -1)
 
     return Layout(to_flax, to_torch)
+
+
+MASKED = -1e3
+"""What an additive mask has in the places that it takes out is not larger: -1e4 in half precision, else -1e9 or so."""
+
+
+def goes_last(a: NDArray) -> bool:
+    """Whether axis 1 of this input of PyTorch's is the last in Flax: of floating arrays of rank 3 and more, but masks.
+
+    An additive mask of attention, such as [B, 1, T, T], is 0 and one large negative number, and the same on both sides.
+    """
+    if a.dtype.kind != "f" or a.ndim < 3:
+        return False
+    others = np.unique(a[a != 0])
+    return not (len(others) == 1 and others[0] <= MASKED)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from parity.pairing.arrangements import LAST, SAME, SWAP, Arrangement, Slot, fitting, result, usual
 from parity.pairing.layers import Pairing
+from parity.pairing.layouts import goes_last
 from parity.pairing.outputs import Outputs, partners, told
 from parity.records import kinds
 from parity.records.distance import error_of
@@ -165,7 +166,7 @@ def _correlation(a: NDArray, b: NDArray) -> float:
 
 
 def flat_layout_inputs(inputs: Inputs, torch: Recording | None = None) -> Inputs:
-    """The network's inputs in Flax's layout: floating arrays of rank 3 and more channels last.
+    """The network's inputs in Flax's layout: floating arrays of rank 3 and more channels last, see `goes_last`.
 
     With PyTorch's recording, those that go straight into a layer that has its channels last in PyTorch too (linear,
     layer norm, attention) stay as they are.
@@ -175,7 +176,7 @@ def flat_layout_inputs(inputs: Inputs, torch: Recording | None = None) -> Inputs
     def stays(a: NDArray) -> bool:
         return any(x.shape == a.shape and error_of(x, a) <= 1e-6 for call in readers for x in call.inputs)
 
-    return inputs.mapped(lambda a: np.moveaxis(a, 1, -1) if a.dtype.kind == "f" and a.ndim >= 3 and not stays(a) else a)
+    return inputs.mapped(lambda a: np.moveaxis(a, 1, -1) if goes_last(a) and not stays(a) else a)
 
 
 def translated(torch: Recording, flax: Recording, pairing: Pairing) -> Translation:

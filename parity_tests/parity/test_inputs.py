@@ -425,3 +425,34 @@ def test_jax_arrays_and_bfloat16_are_arrays():
     report = parity.check(nn.Conv2d(3, 4, 3), linen.Conv(4, (3, 3), padding="VALID"), x)
     assert report.ok, report
     assert not jax.config.jax_enable_x64
+
+
+class TorchMasked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, mask):
+        q, k, v = (layer(x)[:, None] for layer in (self.query, self.key, self.value))
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0]
+
+
+class FlaxMasked(linen.Module):
+    @linen.compact
+    def __call__(self, x, mask):
+        q, k, v = (linen.Dense(8, name=name)(x)[:, :, None] for name in ("query", "key", "value"))
+        bias = mask if mask.dtype != bool else jnp.where(mask, 0.0, -jnp.inf)
+        return linen.dot_product_attention(q, k, v, bias=bias)[:, :, 0]
+
+
+@pytest.mark.parametrize("constant", [-1e4, -1e9, np.finfo(np.float32).min, -np.inf, bool])
+def test_an_additive_mask_stays_as_it_is(constant):
+    """[B, 1, T, T] on both sides, whatever stands for what is taken out."""
+    x, seen = RNG.normal(size=(2, 5, 8)).astype(np.float32), np.tri(5, dtype=bool)[None, None]
+    mask = seen if constant is bool else np.where(seen, 0, constant).astype(np.float32)
+    for options in ({"keywords": {"mask": mask}}, {}):
+        inputs = [x] if options else [x, mask]
+        report = parity.check(TorchMasked(), FlaxMasked(), *inputs, **options)
+        assert report.ok, report
+        parity.to_flax(TorchMasked(), FlaxMasked(), inputs=inputs, **options)
