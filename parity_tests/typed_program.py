@@ -62,12 +62,15 @@ def compare(
         optimizers=(lambda p: torch.optim.Adam(p, 1e-3), transform),
     )
     assert_type(assert_parity(torch_model, flax_model, x, train=False, steps=0), parity.Report)
+    parity.check(torch_model, flax_model, x, None, 3, {"x": [x]}, keywords={"mask": x}, flax_inputs={"x": x})
     assert_type(parity.assert_parity(torch_model, flax_model, [x, x], loss=losses()), parity.Report)
     return trained.summary
 
 
 def carry(torch_model: torch.nn.Module, flax_model: flax.linen.Module) -> dict[str, Tensor]:
     variables = weights.to_flax(torch_model, flax_model, layer_map={"0": "Conv_0"})
+    named = {"input_ids": np.zeros((1, 2), np.int64), "attention_mask": None}
+    parity.to_flax(torch_model, flax_model, inputs=named, flax_inputs=[named["input_ids"], None], flax_call=called)
     print(variables["params"])
     state = weights.to_torch(variables, torch_model)
     assert_type(state, dict[str, Tensor])
