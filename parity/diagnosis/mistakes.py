@@ -78,6 +78,7 @@ TABLE = (
     Mistake("attention-scale", "forward", "", "1/sqrt(d) left out, or another factor"),
     Mistake("attention-mask", "forward", "", "the causal mask left out or one off, padding seen, a mask inverted"),
     Mistake("softmax-axis", "forward", "", "softmax over another axis"),
+    Mistake("position-ids", "forward", "", "positions that count padding, or begin at another number"),
     Mistake("output-taken-early", "forward", "", "an output of the network taken before or behind another layer"),
     # the network's input
     Mistake("input-layout", "forward", "", "NHWC read as NCHW, height and width exchanged"),

@@ -12,6 +12,7 @@ from parity.comparison.differences import Difference
 from parity.diagnosis import tied
 from parity.diagnosis.between import family as between
 from parity.diagnosis.between import input as inputs
+from parity.diagnosis.between import integers
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.finding import PHASE_ORDER, Finding, Located, in_order
 from parity.diagnosis.lone_layers import with_lone_layers
@@ -121,7 +122,7 @@ class Diagnosis:
             # An image may be integers 0..255 on one side and 0..1 on the other: what one has as floats are no labels.
             if truth.dtype.kind != "f" and arrived.dtype.kind != "f":
                 if not np.array_equal(truth, arrived):
-                    found.append(Finding("unexplained", f"the integers that arrive at {call.path} differ"))
+                    found += integers.findings(call.path, truth, arrived, self._masks())
                 continue
             if arrived.shape == truth.shape and np.abs(arrived - truth).max(initial=0) <= tolerance * np.abs(truth).max(
                 initial=0

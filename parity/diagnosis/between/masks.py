@@ -41,9 +41,9 @@ def candidates(inputs: Sequence[Source], count: int, queries: int, keys: int) ->
     """
     found: list[Mask] = []
     plain = list(_triangles(queries, keys))
-    padding = [mask for source in inputs for mask in _padding(source, count, queries, keys)]
-    both = [Mask(f"{a.text} of {b.text}", a.keep & b.keep) for a in plain[1:] for b in padding]
-    for mask in [*plain, *padding, *both]:
+    hidden = [mask for source in inputs for mask in padding(source, count, queries, keys)]
+    both = [Mask(f"{a.text} of {b.text}", a.keep & b.keep) for a in plain[1:] for b in hidden]
+    for mask in [*plain, *hidden, *both]:
         if not any((mask.keep == other.keep).all() for other in found):
             found.append(mask)
     return found
@@ -66,7 +66,7 @@ def _triangles(queries: int, keys: int) -> Iterator[Mask]:
             yield Mask(f"the last {window} position{'s' * (window > 1)}{name}", keep[None])
 
 
-def _padding(source: Source, count: int, queries: int, keys: int) -> Iterator[Mask]:
+def padding(source: Source, count: int, queries: int, keys: int) -> Iterator[Mask]:
     """What one input of the network says: positions to see, or to hide."""
     a = np.asarray(source.value)
     if a.ndim == 1 and len(a) == count and a.dtype.kind in "iu" and 0 < a.max(initial=0) <= keys:

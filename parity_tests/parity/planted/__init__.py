@@ -2,6 +2,7 @@
 
 from parity_tests.parity.planted import (
     attentions,
+    counted,
     glue,
     kernels,
     lone,
@@ -24,6 +25,7 @@ CASES: list[Case] = [
     *outputs.cases(),
     *unets.cases(),
     *positions.cases(),
+    *counted.cases(),
     *networks.cases(),
 ]
 
