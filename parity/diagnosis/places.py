@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.differences import Difference
-from parity.diagnosis import tied
+from parity.diagnosis import attention_layer, tied
 from parity.diagnosis.between import family as between
 from parity.diagnosis.between import input as inputs
 from parity.diagnosis.between import integers
@@ -193,6 +193,8 @@ class Diagnosis:
         elif pair.kind in kinds.PRODUCTS:
             found = products.findings(pair.kind, *self._product(call, pair, mine), tolerance=tolerance)
             found = [of_layout(f, pair.kind) for f in found]
+        elif pair.kind == "attention":
+            found = self._attention(call, pair, mine, tolerance)
         else:
             found = self._norm_of_no_name(call, pair, mine, tolerance)
         found += self._left(pair, found)
@@ -230,6 +232,21 @@ class Diagnosis:
         if pair.kind == "group_norm":
             return norms.group_norm_findings(torch, flax, tolerance=tolerance)
         return norms.layer_norm_findings(torch, flax, tolerance=tolerance)
+
+    def _attention(self, call: Call, pair: LayerPair, mine: Call, tolerance: float) -> list[Finding]:
+        """What lies between the projections of a library's attention, where both sides have the same weights."""
+        expected = self.translation.pairing.to_flax(self.torch.tensors)
+        tensors = {local: expected.get(full) for local, full in pair.flax.tensors.items()}
+        alike = all(
+            a is not None and error_of(self.forced.tensors[full], a) <= tolerance
+            for a, full in zip(tensors.values(), pair.flax.tensors.values(), strict=True)
+        )
+        given = [self.translation.input(call, i) for i in range(len(call.inputs))]
+        outputs = self.translation.output(call), mine.output
+        if not alike or outputs[0].shape != outputs[1].shape:
+            return []
+        arrays = {name: a for name, a in tensors.items() if a is not None}
+        return attention_layer.findings(given, outputs, arrays, self._masks(), tolerance)
 
     def _norm_of_no_name(self, call: Call, pair: LayerPair, mine: Call, tolerance: float) -> list[Finding]:
         """What is found of a layer of no known kind that has a norm's parameters, and whose numbers are a norm's."""

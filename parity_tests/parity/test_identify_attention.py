@@ -1,9 +1,13 @@
 """Attention by hand between its projections: each mistake in either wing, silence on correct pairs, near misses."""
 
+import flax.linen as linen
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import parity
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.between.family import findings
 
@@ -232,3 +236,48 @@ def test_what_is_no_other_axis(swap):
     whole = weighted(*heads(u), lambda a: a.flatten(-2).softmax(-1).reshape(a.shape))
     assert codes(given(u), right, whole, swap) == ["unexplained"]
     assert codes(given(u), right, weighted(*heads(u), torch.sigmoid), swap) == ["unexplained"]
+
+
+class Library(nn.Module):
+    """nn.MultiheadAttention, which hides what its mask says; Flax's shows it."""
+
+    def __init__(self, diagonal=1, padding=True):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.diagonal, self.padding = diagonal, padding
+
+    def forward(self, x, shown):
+        hidden = None if self.diagonal is None else torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(self.diagonal)
+        y = self.attention(x, x, x, attn_mask=hidden, key_padding_mask=~shown if self.padding else None)
+        return y[0]
+
+
+class LinenLibrary(linen.Module):
+    inverted: bool = False
+    biased: float = 0.0
+
+    @linen.compact
+    def __call__(self, x, shown):
+        mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None, None] & shown[:, None, None]
+        mask = ~mask if self.inverted else mask
+        x = x + self.biased * jnp.roll(x, 1, 1)
+        return linen.MultiHeadDotProductAttention(HEADS)(x, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("module", "flax_module", "expected"),
+    [
+        (Library(), LinenLibrary(), []),
+        (Library(diagonal=None), LinenLibrary(), ["attention-mask"]),
+        (Library(diagonal=2), LinenLibrary(), ["attention-mask"]),
+        (Library(padding=False), LinenLibrary(), ["attention-mask"]),
+        (Library(), LinenLibrary(biased=0.5), ["unexplained"]),
+    ],
+)
+def test_a_librarys_attention(module, flax_module, expected):
+    """Its projections are inside; where it is given something else, that is told and no mask."""
+    x = np.random.default_rng(0).normal(size=(N, LENGTH, WIDTH)).astype(np.float32)
+    given = (x, IDS != 0)
+    report = parity.check(module, flax_module, *given, flax_inputs=given, train=False)
+    assert [d.code for d in report.diagnoses] == expected
+    assert report.ok == (not expected)
