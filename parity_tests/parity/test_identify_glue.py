@@ -321,6 +321,15 @@ def test_a_factor_is_no_activation(factor, swap):
     assert codes(named(sources(u), *sides, swap)) == [("activation", "activation")]
 
 
+@pytest.mark.parametrize(
+    ("factor", "text"), [(0.25, "0.25 = 1/sqrt(16)"), (16.0, "16 = sqrt(256)"), (0.3, "0.3"), (-0.5, "-0.5")]
+)
+def test_a_factor_that_is_a_root_of_a_width(factor, text):
+    u = maps()
+    (found,) = named(sources(u), u, factor * u)
+    assert found.evidence == f"PyTorch multiplies by 1, Flax by {text}"
+
+
 @pytest.mark.parametrize("excess", [1e-4, 1e-6, 3e-7, 3e-8])
 @SWAP
 def test_a_factor_of_nearly_one_is_no_factor_of_one(excess, swap):

@@ -235,7 +235,16 @@ def _gain(a: Chain, b: Chain) -> Finding:
         gains = told_apart(a.gain, b.gain)
         texts = [_applied(c) + (f" times {text}" if c.gain != 1 else "") for c, text in zip((a, b), gains, strict=True)]
         return Finding("unexplained", f"PyTorch applies {texts[0]}, Flax {texts[1]}")
-    return Finding("unexplained", "PyTorch multiplies by {}, Flax by {}".format(*told_apart(a.gain, b.gain)))
+    numbers = [f"{text}{_root(chain.gain)}" for text, chain in zip(told_apart(a.gain, b.gain), (a, b), strict=True)]
+    return Finding("unexplained", f"PyTorch multiplies by {numbers[0]}, Flax by {numbers[1]}")
+
+
+def _root(value: float) -> str:
+    """What a factor is the root of (0.25 = 1/sqrt(16)), as the width of a layer goes into factors; else nothing."""
+    for text, square in (("sqrt({})", value * value), ("1/sqrt({})", 1 / (value * value))):
+        if value > 0 and square >= 2 and abs(square - round(square)) <= 1e-6 * square and square < 1e5:
+            return f" = {text.format(round(square))}"
+    return ""
 
 
 def _layouts(a: Chain, b: Chain, rank: int) -> Finding:
