@@ -49,6 +49,18 @@ def in_flax(dtype, losses, gradients, state):
     return as_run(losses, gradients["params"], variables, np.zeros(1))
 
 
+def check_distances(apart, dtype):
+    """The bounds between the wings on one device."""
+    if dtype == "float64":
+        assert apart["gradients"] <= bounds.FLOAT64
+        assert apart["losses"] <= bounds.FLOAT64_LOSSES_200_STEPS
+        assert max(apart["parameters"], apart["statistics"]) <= bounds.FLOAT64_PARAMETERS_200_STEPS
+    else:
+        assert apart["gradients"] <= bounds.FLOAT32_GRADIENTS
+        assert apart["parameters"] <= bounds.FLOAT32_PARAMETERS_200_SGD_STEPS
+        assert max(apart["losses"], apart["statistics"]) <= bounds.FLOAT32_LOGITS_200_SGD_STEPS
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.usefixtures("two_devices")
 def test_both_wings_over_two(dtype, tmp_path, monkeypatch):
@@ -64,16 +76,16 @@ def test_both_wings_over_two(dtype, tmp_path, monkeypatch):
         variables = weights.to_flax(over_processes.initial_model(dtype), jax_bn.BLeNet(fig_size=FIG_SIZE))
         devices = trained(2, "layers", dtype, BATCH_SIZE, variables=variables)
     for other in (one, (*devices[:3], np.zeros(1))):
-        apart = distances(other, processes)
-        if dtype == "float64":
-            assert apart["gradients"] <= bounds.FLOAT64
-            assert apart["losses"] <= bounds.FLOAT64_LOSSES_200_STEPS
-            assert max(apart["parameters"], apart["statistics"]) <= bounds.FLOAT64_PARAMETERS_200_STEPS
-        else:
-            assert apart["gradients"] <= bounds.FLOAT32_GRADIENTS
-            assert apart["parameters"] <= bounds.FLOAT32_PARAMETERS_200_SGD_STEPS
-            assert max(apart["losses"], apart["statistics"]) <= bounds.FLOAT32_LOGITS_200_SGD_STEPS
+        check_distances(distances(other, processes), dtype)
     for kind in over_processes.NORMS:
         result = Result(*(found[f"norm/{kind}/{i}"] for i in range(6)))
         monkeypatch.setitem(WINGS, "processes", lambda *_, result=result, **__: result)
         check("processes", over_processes.inputs(kind, dtype), dtype, train=True, unbiased_moving_var=True)
+    # Each with its own statistics: what `DistributedDataParallel` does, and --sync-bn local in JAX.
+    local = {k.removeprefix("local/"): v for k, v in found.items() if k.startswith("local/")}
+    parts = {part: {k.removeprefix(part): v for k, v in local.items() if part in k} for part in ("state/", "gradient/")}
+    local = in_flax(dtype, local["losses"], parts["gradient/"], parts["state/"])
+    with jax.enable_x64(dtype == "float64"):
+        devices = trained(2, "layers", dtype, BATCH_SIZE, variables=variables, sync_bn="local")
+    check_distances(distances((*devices[:3], np.zeros(1)), local), dtype)
+    assert distances(processes, local)["losses"] > 1e-3

@@ -18,11 +18,12 @@ import jax_bn.training
 import torch_bn.training
 from bn_common import run_folder
 from bn_common.config import Config
-from jax_bn import mesh, training
+from jax_bn import BLeNet, mesh, training
 from parity.comparison import bounds
 from parity_tests.jax_bn.over_devices import FORMS, batches, distances, program, trained
 from parity_tests.test_options import trained as train_loop
 from parity_tests.test_same_bytes import assert_same_bytes
+from parity_tests.wings import promoting
 
 ROOT = Path(__file__).parents[2]
 # Even shares, and shares that differ; on each device enough images for the form for CPUs.
@@ -190,6 +191,33 @@ def test_the_loop_with_slices(loop, tmp_path, monkeypatch):
         rounding = bounds.FLOAT32_LOGITS_200_SGD_STEPS if loop == "jax" else 0
         assert other["loss"] == pytest.approx(one["loss"], abs=rounding, rel=0)
         assert other["test_loss"] == pytest.approx(one["test_loss"], abs=rounding, rel=0)
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_step_on_accelerators_gathers_nothing(platform):
+    """Lowered for them on this machine: a slice of the images, where fetching them would be a gather."""
+    devices, in_order = mesh.make_mesh(Config(devices=2)), training.DeviceData(*[mesh.SHARE] * 2, *[mesh.SAME] * 2)
+    model = BLeNet(fig_size=12, platform=platform, axis_name=mesh.AXIS)
+    optimizer = promoting(optax.sgd(0.1))
+    state = training.init_state(model, optimizer, 0)
+    data = training.DeviceData(np.zeros((64, 12, 12), np.uint8), np.zeros(64, np.int32), np.float32(0), np.float32(1))
+    texts = []
+    for read, kinds in (
+        (lambda data, k: data.slice(k, 4), (in_order, mesh.SAME)),
+        (lambda data, indices: data.batch(indices), (mesh.SAME, mesh.SHARE)),
+    ):
+
+        def step(state, data, where, read=read):
+            x, labels = read(data, where)
+            return training.train_step(model, optimizer, state, x, labels, axis_name=mesh.AXIS)
+
+        where = np.int32(1) if kinds[0] is in_order else np.arange(8, dtype=np.int32)
+        traced = mesh.on_mesh(step, devices, (mesh.SAME, *kinds)).trace(state, data, where)
+        texts.append(traced.lower(lowering_platforms=(platform,)).as_text())
+    # Of images; what is as small as labels and statistics does not matter.
+    assert [bool(re.search(r"stablehlo\.gather.*ui8", text)) for text in texts] == [False, True]
+    assert "stablehlo.dynamic_slice" in texts[0]
 
 
 def test_shares():

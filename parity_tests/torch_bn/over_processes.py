@@ -22,10 +22,10 @@ def initial_model(dtype):
     return torch_bn.BLeNet(channels=1, fig_size=FIG_SIZE, num_class=10).to(getattr(torch, dtype))
 
 
-def trained(model, dtype, batch_size):
+def trained(model, dtype, batch_size, *, synchronized=True):
     """The loss of every step, and the gradients of the first by name."""
     processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    parallel = DistributedDataParallel(synchronize(model)) if processes > 1 else model
+    parallel = DistributedDataParallel(synchronize(model) if synchronized else model) if processes > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     x, labels, order = batches(batch_size, dtype)
     losses, gradients = [], {}
@@ -82,10 +82,16 @@ def main():
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, {name: v.tobytes() for name, v in state.items()})
     assert all(one == every[0] for one in every)
+    local = initial_model(dtype)
+    local_losses, local_gradients = trained(local, dtype, batch_size, synchronized=False)
+    found = {f"local/gradient/{name}": v for name, v in local_gradients.items()} | {"local/losses": local_losses}
+    found |= {f"local/state/{name}": v.numpy() for name, v in local.state_dict().items()}
     norms = {f"norm/{kind}/{i}": v for kind in NORMS for i, v in enumerate(one_batch_norm(kind, dtype))}
     if dist.get_rank() == 0:
         gradients = {f"gradient/{name}": v for name, v in gradients.items()}
-        np.savez(path, losses=losses, **{f"state/{name}": v for name, v in state.items()}, **gradients, **norms)
+        np.savez(
+            path, losses=losses, **{f"state/{name}": v for name, v in state.items()}, **gradients, **norms, **found
+        )
     dist.barrier()
     dist.destroy_process_group()
 
