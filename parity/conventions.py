@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from parity.evidence.guessed import settle
-from parity.pairing.layers import LayerPair, Pairing
+from parity.pairing.pairs import LayerPair, Pairing
 from parity.records.inputs import calls
 from parity.records.structure import Structure
 from parity.sides.torch import layers as torch_layers

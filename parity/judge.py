@@ -28,7 +28,8 @@ from parity.diagnosis.mistakes import UNEXPLAINED
 from parity.diagnosis.optimizer.family import findings as optimizer_findings
 from parity.diagnosis.parameters.conversion import conversion_findings
 from parity.diagnosis.product.rounded import precision_findings
-from parity.pairing.layers import Pairing, pairing_of
+from parity.pairing.layers import pairing_of
+from parity.pairing.pairs import Pairing
 from parity.pairing.translation import Translation, translated
 from parity.records.answers import matched
 from parity.records.evidence import Evidence

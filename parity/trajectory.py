@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.evidence.guessed import settle
-from parity.pairing.layers import Pairing
+from parity.pairing.pairs import Pairing
 from parity.pairing.translation import flat_layout_inputs
 from parity.records.inputs import Calls, Inputs, calls
 from parity.records.side import Snapshot

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from parity.conventions import conventions, notes
 from parity.evidence.guessed import settle, settle_torch
 from parity.pairing import problems as misfits
-from parity.pairing.layers import Pairing
 from parity.pairing.layouts import OIHW, OUT_IN, SAME, Layout, behind_flatten
+from parity.pairing.pairs import Pairing
 from parity.pairing.rules import register
 from parity.records.inputs import calls
 from parity.records.structure import UNSEEN, Structure

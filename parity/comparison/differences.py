@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from parity.comparison.kept import kept_difference
 from parity.pairing.arrangements import SAME, Slot, fitting, result
-from parity.pairing.layers import LayerPair, Pairing
+from parity.pairing.pairs import LayerPair, Pairing
 from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.distance import error_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.pairing.arrangements import Slot, result
-from parity.pairing.layers import Pairing
+from parity.pairing.pairs import Pairing
 from parity.pairing.translation import Translation
 from parity.records.recording import Recording
 

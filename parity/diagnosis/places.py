@@ -25,8 +25,8 @@ from parity.diagnosis.parameters.conversion import of_layout
 from parity.diagnosis.product import family as products
 from parity.diagnosis.product.fits import ProductSide
 from parity.pairing.arrangements import Slot
-from parity.pairing.layers import LayerPair
 from parity.pairing.outputs import told
+from parity.pairing.pairs import LayerPair
 from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.distance import error_of

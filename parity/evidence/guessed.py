@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from parity.pairing.flattening import reorder_behind_flattens
 from parity.pairing.guesses import given_guesses, guesses
-from parity.pairing.layers import Pairing, pair
+from parity.pairing.layers import pair
+from parity.pairing.pairs import Pairing
 from parity.records.inputs import Calls
 from parity.records.recording import Layer
 from parity.records.structure import Flattened, Guess, Structure

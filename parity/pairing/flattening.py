@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.pairing import rules
-from parity.pairing.layers import LayerPair, Pairing
+from parity.pairing.pairs import LayerPair, Pairing
 from parity.records import kinds
 from parity.records.structure import Flattened, Structure
 

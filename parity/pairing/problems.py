@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.pairing.layers import Pairing
+from parity.pairing.pairs import Pairing
 from parity.records import kinds
 from parity.records.structure import Structure
 

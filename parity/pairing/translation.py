@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.pairing.arrangements import LAST, SAME, SWAP, Arrangement, Slot, fitting, result, usual
-from parity.pairing.layers import Pairing
 from parity.pairing.layouts import goes_last
 from parity.pairing.outputs import Outputs, partners, told
+from parity.pairing.pairs import Pairing
 from parity.records import kinds
 from parity.records.distance import error_of
 from parity.records.inputs import Inputs

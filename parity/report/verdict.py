@@ -10,7 +10,7 @@ from parity.comparison.bounds import FORWARD_BOUND
 from parity.comparison.differences import Difference
 from parity.diagnosis.finding import Located
 from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED, UNEXPLAINED, is_one_sided
-from parity.pairing.layers import Pairing
+from parity.pairing.pairs import Pairing
 from parity.records.recording import NETWORK, PHASES, Recording
 from parity.report.findings import Diagnosis, Divergence, LayerRow, together
 from parity.report.report import Report

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from parity.diagnosis.finding import Finding, Located
 from parity.diagnosis.parameters import family as parameters
-from parity.pairing.layers import LayerPair, Pairing
+from parity.pairing.pairs import LayerPair, Pairing
 from parity.pairing.translation import Translation
 from parity.records.recording import Recording
 

@@ -1,0 +1,94 @@
+"""What belongs together on both sides, layers and their tensors, and what is left over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.pairing import rules
+from parity.pairing.rules import TensorPair
+from parity.records import kinds
+from parity.records.recording import Layer
+
+
+@dataclass
+class LayerPair:
+    """A layer on both sides, and its tensors; the names are local ("weight", "kernel")."""
+
+    torch: Layer
+    flax: Layer
+    tensors: list[TensorPair]
+    torch_left: list[str]
+    flax_left: list[str]
+
+    @property
+    def kind(self) -> str:
+        """The kind; PyTorch's where they differ and it is known."""
+        return kinds.common(self.torch.kind, self.flax.kind)
+
+
+@dataclass
+class Pairing:
+    """All layers that have a partner, in PyTorch's order, and what has none.
+
+    Attributes:
+      layers: the pairs.
+      torch_alone, flax_alone: layers without a partner.
+      loose: (PyTorch's full name, Flax's full name, pair) of tensors whose layers are no pair.
+    """
+
+    layers: list[LayerPair]
+    torch_alone: list[Layer] = field(default_factory=list)
+    flax_alone: list[Layer] = field(default_factory=list)
+    loose: list[tuple[str, str, TensorPair]] = field(default_factory=list)
+
+    def tensors(self) -> list[tuple[str, str, TensorPair]]:
+        """(PyTorch's full name, Flax's full name, pair) of every tensor that both sides have."""
+        found = [
+            (pair.torch.tensors[t.torch_name], pair.flax.tensors[t.flax_name], t)
+            for pair in self.layers
+            for t in pair.tensors
+        ]
+        return found + self.loose
+
+    def to_flax(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """PyTorch's tensors, gradients or moments by Flax's full names, in Flax's layout."""
+        # Not by np.ascontiguousarray, which makes an array of one number of a number.
+        return {f: np.array(pair.to_flax(tensors[t]), order="C") for t, f, pair in self.tensors() if t in tensors}
+
+    def to_torch(self, variables: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Flax's arrays by PyTorch's full names, in PyTorch's layout; a tensor that lacks a part is left out."""
+        renamed = [pair._replace(torch_name=t, flax_name=f) for t, f, pair in self.tensors()]
+        return {n: np.array(a, order="C") for n, a in rules.to_torch_arrays(renamed, variables).items()}
+
+    def left(self) -> tuple[list[str], list[str]]:
+        """Full names of the tensors without a partner, on either side."""
+        used_torch, used_flax = {t for t, _, _ in self.loose}, {f for _, f, _ in self.loose}
+        torch = [pair.torch.tensors[n] for pair in self.layers for n in pair.torch_left]
+        flax = [pair.flax.tensors[n] for pair in self.layers for n in pair.flax_left]
+        # Constants may stand in the other side's code; Flax's variables must be given.
+        others = (layer for layer in self.torch_alone if not layer.is_constant)
+        torch += [full for layer in others for full in layer.tensors.values()]
+        flax += [full for layer in self.flax_alone for full in layer.tensors.values()]
+        return [n for n in torch if n not in used_torch], [n for n in flax if n not in used_flax]
+
+    def with_flatten(self, torch_path: str, shape: Sequence[int]) -> None:
+        """That linear layer (or norm) stands behind a flatten of `shape`: (C, *spatial)."""
+        for pair in self.layers:
+            if pair.torch.path == torch_path:
+                each = pair.kind in kinds.NORMS
+                pair.tensors = [
+                    rules.each_with_flatten(t, shape)
+                    if each
+                    else rules.with_flatten(t, shape)
+                    if _is_matrix(pair, t)
+                    else t
+                    for t in pair.tensors
+                ]
+
+
+def _is_matrix(pair: LayerPair, tensor: TensorPair) -> bool:
+    return kinds.WEIGHT.fullmatch(tensor.torch_name) is not None and pair.kind == "linear"
