@@ -114,7 +114,7 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by
         flax_runs = FlaxRuns(flax_module, inputs, **options)
         if optimizers is not None:
             flax_runs.check_optimizer(optimizers[1])
-        translation = flax_runs.carry(torch.free, question.layer_map, question.variables)
+        translation = flax_runs.carry(torch.free, question.layer_map, question.variables, torch_runs.random)
         flax = flax_runs.evidence()
         # What the judge asks for besides: the modules' own dtype, Flax layer by layer, how much is rounding.
         judge = Judge(torch, flax, translation)

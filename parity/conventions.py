@@ -64,7 +64,10 @@ def _settled(
 
 def _notes_of(pair: LayerPair, module: torch.nn.Module) -> list[str]:
     where = f"{pair.torch.path or 'the layer'} and {pair.flax.path or 'the layer'}"
-    layer = module.get_submodule(pair.torch.path)
+    # A part of a layer that is cut otherwise in Flax is no module.
+    layer = dict(module.named_modules()).get(pair.torch.path)
+    if layer is None:
+        return []
     torch_says, flax_says = torch_layers.convention(layer), flax_convention(pair.flax.config)
     return [
         f"{where}: {name} is {torch_says[key]} in PyTorch and {flax_says[key]} in Flax"

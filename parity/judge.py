@@ -30,6 +30,7 @@ from parity.diagnosis.parameters.conversion import conversion_findings
 from parity.diagnosis.product.rounded import precision_findings
 from parity.pairing.layers import pairing_of
 from parity.pairing.pairs import Pairing
+from parity.pairing.recut import cut
 from parity.pairing.translation import Translation, translated
 from parity.records.answers import matched
 from parity.records.evidence import Evidence
@@ -72,7 +73,7 @@ def stopped(torch: Evidence) -> Report:
     return verdict.report(None, [], [], torch.notes, stops=[stop], torch=torch.free, bound=lambda _: 0, details=about)
 
 
-class Judge:
+class Judge(cut.Sides):
     """Two sides side by side.
 
     Both on their own come first. Whoever can still run them looks whether the judge asks for more (`asks_for_layers`,
@@ -85,17 +86,18 @@ class Judge:
     """
 
     def __init__(self, torch: Evidence, flax: Evidence, translation: Translation) -> None:
-        self.torch, self.flax, self.translation = torch, flax, translation
         self.pairing: Pairing = translation.pairing
+        super().__init__(torch, flax, self.pairing.recuts)
+        self.translation = translation
         self.train = torch.details["mode"] == "train"
-        self.notes: list[str] = []
-        self.free = [*self._unseen(), *differences(translation, flax.free, train=self.train)]
-        self.free += [*self._unfit(), *self._loss(), *input_gradients(torch.free, flax.free)]
+        self.notes: list[str] = self.pairing.notes()
+        self.free = [*self._unseen(), *differences(translation, self.flax.free, train=self.train)]
+        self.free += [*self._unfit(), *self._loss(), *input_gradients(self.torch.free, self.flax.free)]
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
         self.notes += translation.moved_outputs(flax.free.named_outputs)
-        self.notes += common_dropout(translation, flax.free)
-        self.dropouts = dropout_findings(translation, flax.free)
+        self.notes += common_dropout(translation, self.flax.free)
+        self.dropouts = dropout_findings(translation, self.flax.free)
         self.dtypes = tuple(of.details.get("parameters", "float32") for of in (torch, flax))
         if hidden := [(side, d) for side, d in zip(("PyTorch's", "Flax's"), self.dtypes, strict=True) if d in HALF]:
             told = " and ".join(f"{side} parameters are {dtype}" for side, dtype in hidden)
@@ -279,7 +281,7 @@ class Judge:
         given = self.flax.given if self.flax.given is not None else self.flax.free.tensors
         if self.flax.given is None and not self.other_weights:
             return []
-        expected = self.pairing.to_flax(self.torch.free.tensors)
+        expected = self.pairing.moved(self.torch.free.tensors)
         return conversion_findings(self.translation, expected, given, self.torch.free, train=self.train)
 
     @cached_property

@@ -211,7 +211,8 @@ class _Runs:
         """What the last step left of the tensors that both sides have, by PyTorch's names and in its layout."""
         if isinstance(run, FlaxRun):
             return {kind: self.pairing.to_torch(named) for kind, named in run.snapshot().items()}
-        return {kind: {n: a for n, a in named.items() if n in self.names} for kind, named in run.snapshot().items()}
+        names = self.names | self.pairing.wholes()
+        return {kind: {n: a for n, a in named.items() if n in names} for kind, named in run.snapshot().items()}
 
     def all(self) -> dict[str, TorchRun | FlaxRun]:
         """By name; "64" in a name says float64, a dash that it is nudged."""

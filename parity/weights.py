@@ -98,7 +98,8 @@ def to_flax(
         Flax module takes.
 
     Warns:
-      ParityWarning: a tensor holds NaN or infinity, or it could not be seen what stands behind a flatten.
+      ParityWarning: a tensor holds NaN or infinity, or it could not be seen what stands behind a flatten; or layers are
+        cut otherwise on the other side (query, key and value in one), and no numbers show how: it says the guess.
     """
     source = torch_module_or_state_dict
     called = calls(inputs, keywords, flax_inputs, flax_call)
@@ -117,12 +118,12 @@ def to_flax(
         if flax_variables.would_round(a)
     ]
     problems += _complex(flax)
-    problems += misfits.wrong(found, given, flax, arrays, to="flax")
+    problems += misfits.wrong(found, arrays, to="flax")
     problems += misfits.left_over_of_torch(found, given, arrays, torch_state.tied(state), is_module=whose is source)
     problems += [f"{full} is missing (for {f})" for full, f in misfits.missing_in_torch(found)]
-    _raise(problems)
+    _raise(problems, found)
     carried = found.to_flax(arrays)
-    _warn(arrays, given, flax)
+    _warn(found, arrays, given, flax)
     flax_names = [full for layer in flax.layers for full in layer.tensors.values()]
     partner = {pair.flax.path: pair.torch.path for pair in found.layers}
     counters = {
@@ -168,7 +169,8 @@ def to_torch(
         problems. Or the variables' order is lost, and needed.
 
     Warns:
-      ParityWarning: an array holds NaN or infinity, or it could not be seen what stands behind a flatten.
+      ParityWarning: an array holds NaN or infinity, or it could not be seen what stands behind a flatten; or a guess,
+        see `to_flax`.
     """
     called = calls(inputs, keywords, flax_inputs, flax_call)
     variables, holder = flax_variables.opened(variables)
@@ -187,7 +189,7 @@ def to_torch(
         found, given = settle(module, target, flax_module, called, layer_map)
     problems = _complex(given)
     arrays = {name: a for name, a in arrays.items() if name not in given.tables}
-    problems += misfits.wrong(found, target, given, arrays, to="torch")
+    problems += misfits.wrong(found, arrays, to="torch")
     expected = {full for layer in given.layers for full in layer.tensors.values()} | set(given.counters.values())
     left = [*found.left()[1], *(name for name in arrays if name not in expected)]
     problems += [
@@ -195,8 +197,8 @@ def to_torch(
     ]
     state = module.state_dict()
     problems += misfits.missing_in_flax(found, target, torch_state.tied(state))
-    _raise(problems)
-    _warn(arrays, target, given)
+    _raise(problems, found)
+    _warn(found, arrays, target, given)
     carried = found.to_torch(arrays)
     partner = {pair.torch.path: pair.flax.path for pair in found.layers}
     for path, name in target.counters.items():
@@ -222,16 +224,18 @@ def _complex(flax: Structure) -> list[str]:
     return [f"{name} is {a.dtype}; allowed: floating point" for name, a in own.items()]
 
 
-def _raise(problems: Sequence[str]) -> None:
+def _raise(problems: Sequence[str], found: Pairing) -> None:
     if problems:
-        raise ValueError(f"{len(problems)} problem(s):\n  " + "\n  ".join(problems))
+        told = [*problems, *([found.hint] if found.hint else [])]
+        raise ValueError(f"{len(problems)} problem(s):\n  " + "\n  ".join(told))
 
 
-def _warn(arrays: Mapping[str, NDArray], *structures: Structure) -> None:
-    """Of numbers that are no numbers, and of what could not be looked at."""
+def _warn(found: Pairing, arrays: Mapping[str, NDArray], *structures: Structure) -> None:
+    """Of numbers that are no numbers, of what could not be looked at, and of guesses."""
     broken = [name for name, a in arrays.items() if a.dtype.kind != "i" and not _is_finite(a)]
     told = [f"{', '.join(broken)} hold NaN or infinity"] if broken else []
-    told += [f"{UNSEEN} ({found.unseen})" for found in structures if found.unseen]
+    told += [f"{UNSEEN} ({structure.unseen})" for structure in structures if structure.unseen]
+    told += [f"{'; '.join(found.notes())}: look whether it is so"] if found.is_guessed else []
     for sentence in told:
         warnings.warn(sentence, ParityWarning, stacklevel=3)
 

@@ -172,10 +172,11 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Di
             if gradient is not None and truth is not None:
                 error = error_of(gradient, truth, floor)
                 found.append(Difference("backward", call.key, flax_key[0], "input gradient", error))
+    compared = {call.path for call, flax_key in keys if flax_key in calls}
     for torch_name, flax_name, t in translation.pairing.tensors():
         owner = next((p for p in translation.pair_of.values() if torch_name in p.torch.tensors.values()), None)
         if (
-            (owner is None or not owner.torch.is_called)
+            (owner is None or owner.torch.path not in compared)
             and torch_name in torch.gradients
             and flax_name in flax.gradients
         ):

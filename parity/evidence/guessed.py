@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from parity.evidence.jax import FlaxRuns
+from parity.evidence.torch import TorchRuns
 from parity.pairing.flattening import reorder_behind_flattens
 from parity.pairing.guesses import given_guesses, guesses
-from parity.pairing.layers import pair
+from parity.pairing.layers import pair, unpaired
 from parity.pairing.pairs import Pairing
 from parity.records.inputs import Calls
-from parity.records.recording import Layer
+from parity.records.recording import Layer, Recording
 from parity.records.structure import Flattened, Guess, Structure
 from parity.sides import jax as flax_side
 from parity.sides.jax import layers as flax_layers
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from flax import linen, nnx
 
+LOG = logging.getLogger(__name__)
 MOST_ATTEMPTS = 200
 
 
@@ -46,7 +52,10 @@ def settle(
     called: Calls,
     layer_map: Mapping[str, str] | None,
 ) -> tuple[Pairing, Structure]:
-    """The pairing on the first inputs that both modules take and on which all shapes fit; else the closest."""
+    """The pairing on the first inputs that both modules take and on which all shapes fit; else the closest.
+
+    Where layers are cut otherwise on the other side, both modules are run with random weights to see how.
+    """
     side = flax_side.side_of(flax_module, called.flax_call)
     runner = None if module is None else torch_layers.Runner(module, torch_)
     best: tuple[int, Pairing, Structure, Guess] | None = None
@@ -61,7 +70,7 @@ def settle(
         run = None if runner is None else runner.run(guess)
         torch_.layers, torch_.feeders = _in_order(original, run), None if run is None else run.feeders
         found = _paired(torch_, flax, layer_map)
-        count = _misfits(found)
+        count = unpaired(found) or len(found.recuts)
         unchanged = best is not None and best[2].shapes == flax.shapes
         if best is None or count < best[0]:
             best = count, found, flax, guess
@@ -77,17 +86,70 @@ def settle(
             f"flax_module takes none of the inputs that {suggested}; allowed: inputs=[...], numpy arrays in PyTorch's "
             f"layout that it does take, or flax_inputs, or flax_call. It says: {type(error).__name__}: {error}"
         ) from error
-    _, found, flax, guess = best
+    count, found, flax, guess = best
+    trial = None if module is None else _Trial(module, flax_module, guess, torch_, called.flax_call)
+    distance = trial if count else None
     run = None if runner is None else runner.run(guess)
     torch_.layers, torch_.feeders = _in_order(original, run), None if run is None else run.feeders
     if runner is not None and run is not None:
         torch_.flattened = runner.flattened(guess, run)
         if not torch_layers.may_be_flattened(run.calls, {x.path: x.kind for x in torch_.layers}, guess):
-            return found, flax
+            return _paired(torch_, flax, layer_map, distance) if distance else found, flax
     flax.flattened = flax_layers.flattened(side, flax, guess)
     if run is None and not flax.flattened:
         _suppose_flattened(torch_)
-    return _paired(torch_, flax, layer_map), flax
+    return _paired(torch_, flax, layer_map, distance), flax
+
+
+class _Trial:
+    """How far apart both modules are with random weights, carried as a pairing says."""
+
+    def __init__(
+        self, module: torch.nn.Module, flax_module: Any, guess: Guess, torch_: Structure, flax_call: Callable | None
+    ) -> None:
+        self.module, self.flax_module, self.guess, self.torch_ = module, flax_module, guess, torch_
+        self.flax_call = flax_call
+
+    def __call__(self, found: Pairing) -> float:
+        return self.runs.distance(lambda: self.recording, found) if self.runs is not None else float("inf")
+
+    @functools.cached_property
+    def inputs(self) -> Guess:
+        """Random ones, such as no symmetry leaves alike; integers that every table of an embedding has."""
+        rng = np.random.default_rng(20150211)
+        tables = [
+            self.torch_.shapes[full][0]
+            for layer in self.torch_.layers
+            if layer.kind == "embedding"
+            for full in layer.tensors.values()
+        ]
+        torch, flax = [], []
+        given = self.guess.torch.arrays(), self.guess.flax.arrays()
+        for a, b in zip(*given, strict=False):
+            moved = a.ndim > 1 and b is not a
+            if len(given[0]) != len(given[1]) or (moved and b.shape != np.moveaxis(a, 1, -1).shape):
+                return self.guess  # in a layout of the user's own
+            if a.dtype.kind == "f":
+                a = rng.normal(size=a.shape).astype(a.dtype)
+            elif a.dtype.kind in "iu" and not a.any():
+                a = rng.integers(0, min(tables, default=1), a.shape).astype(a.dtype)
+            torch.append(a)
+            flax.append(np.moveaxis(a, 1, -1) if moved else a)
+        return Guess(self.guess.torch.filled(torch), self.guess.flax.filled(flax))
+
+    @functools.cached_property
+    def recording(self) -> Recording:
+        """PyTorch's run with random weights."""
+        return TorchRuns(self.module, self.inputs.torch, train=False, loss=None).random()
+
+    @functools.cached_property
+    def runs(self) -> FlaxRuns | None:
+        """Flax's runs on the same inputs; None if it does not take them."""
+        try:
+            return FlaxRuns(self.flax_module, self.inputs.flax, train=False, loss=None, flax_call=self.flax_call)
+        except Exception as error:  # whatever a stranger's module raises
+            LOG.info("Flax's module was not tried: %s: %s", type(error).__name__, error)
+            return None
 
 
 @_in_silence
@@ -148,12 +210,9 @@ def _suppose_flattened(structure: Structure) -> None:
             channels = None
 
 
-def _misfits(found: Pairing) -> int:
-    left = found.left()
-    return sum(not t.fits for pair in found.layers for t in pair.tensors) + len(left[0]) + len(left[1])
-
-
-def _paired(torch_: Structure, flax: Structure, layer_map: Mapping[str, str] | None) -> Pairing:
-    found = pair(torch_, flax, layer_map)
+def _paired(
+    torch_: Structure, flax: Structure, layer_map: Mapping[str, str] | None, distance: _Trial | None = None
+) -> Pairing:
+    found = pair(torch_, flax, layer_map, distance)
     reorder_behind_flattens(found, torch_, flax)
     return found

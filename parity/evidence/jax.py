@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from parity.comparison.forcing import Forcing, OwnInputs
 from parity.comparison.rounding import STEP, noise_of, nudged, nudged_variables
 from parity.evidence.about import details
+from parity.pairing.agreement import AGREES, distance
 from parity.pairing.layers import pair
+from parity.pairing.pairs import Pairing
+from parity.pairing.recut import cut
 from parity.pairing.translation import Translation
 from parity.records import kinds
 from parity.records.answers import ProbeError
@@ -95,24 +98,52 @@ class FlaxRuns:
     def _in_own_dtype(self, a: NDArray) -> NDArray:
         return a.astype(self.own_dtype) if a.dtype.kind == "f" else a
 
-    def carry(self, torch: Recording, layer_map: Mapping[str, str] | None, variables: Any = None) -> Translation:
+    def carry(
+        self,
+        torch: Recording,
+        layer_map: Mapping[str, str] | None,
+        variables: Any = None,
+        trial: Callable[[], Recording] | None = None,
+    ) -> Translation:
         """Take PyTorch's weights, or the user's own, which are examined; and say which layer, tensor and axis is which.
 
         What neither has is 0, a scale or variance 1.
+
+        Args:
+          torch: PyTorch's run.
+          layer_map: see `parity.check`.
+          variables: the user's own.
+          trial: PyTorch's run with random weights, by which it is seen how layers are cut; by default `torch`.
         """
+        distance_of = partial(self.distance, trial or (lambda: torch))
+        pairing = pair(of_recording(torch), of_layers(self.layers, self.shapes), layer_map, distance_of)
         self.given = None if variables is None else flax_side.flat_variables(variables)
-        pairing = pair(of_recording(torch), of_layers(self.layers, self.shapes), layer_map)
-        translation = Translation(torch, pairing)
+        return self._settled(torch, pairing)
+
+    def _settled(self, torch: Recording, pairing: Pairing) -> Translation:
+        self.layers = pairing.seen_in_flax(self.layers)
+        translation = Translation(cut.recording(torch, pairing.of_torch()), pairing)
         self._use(pairing.to_flax(torch.tensors))
         # Layer by layer, without gradients: in which order what is flattened arrives, and the network's output.
-        translation.settle(self.forced(translation, gradients=False))
+        translation.settle(cut.recording(self.forced(translation, gradients=False), pairing.of_flax()))
         if translation.hands_on_flattens():
-            translation.settle(self.forced(translation, gradients=False))
+            translation.settle(cut.recording(self.forced(translation, gradients=False), pairing.of_flax()))
         for path, shape in dict(translation.flattens()).items():
             pairing.with_flatten(path, shape)
         self._use(pairing.to_flax(torch.tensors))
         self.swapped = translation.swapped()
         return translation
+
+    def distance(self, trial: Callable[[], Recording], pairing: Pairing) -> float:
+        """How far apart both networks are with PyTorch's weights carried so; `trial` is its run with these."""
+        torch, layers = trial(), self.layers
+        self._use(pairing.to_flax(torch.tensors))
+        found = distance(torch, self.run(gradients=False))
+        if found > AGREES and Translation(cut.recording(torch, pairing.of_torch()), pairing).may_be_flattened():
+            self._settled(torch, pairing.copy())
+            found = min(found, distance(torch, self.run(gradients=False)))
+            self.layers = layers
+        return found
 
     def _use(self, carried: Mapping[str, Any]) -> None:
         """The variables of the next runs: the user's, else PyTorch's; what fits neither is filled in."""

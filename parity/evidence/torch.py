@@ -59,6 +59,11 @@ class TorchRuns:
                 raise own.failure.cause
         return found
 
+    def random(self) -> Recording:
+        """The run on its own with random weights: what it gives is chance, unless the other side is the same."""
+        module = torch_side.randomised(self.module)
+        return torch_side.record(module, self.inputs, train=self.train, float64=True, loss=None)
+
     def inputs_for_flax(self, free: Recording, given: Inputs | None) -> Inputs:
         """The inputs in Flax's layout; or those given in it, but for float32's rounding, which float64 would show."""
         usual = flat_layout_inputs(self.inputs, free)

@@ -17,8 +17,8 @@ class Arrangement(NamedTuple):
 
     Attributes:
       name: "same"; "last": axis 1 goes to the end; "swap": the first two axes (sequence and batch) are exchanged;
-        "flatten": the last axis is reordered from C, *spatial to *spatial, C.
-      sizes: of "flatten": (C, *spatial).
+        "flatten": the last axis is reordered from C, *spatial to *spatial, C; "heads": the last axis is two.
+      sizes: of "flatten": (C, *spatial); of "heads": (heads, features of each).
     """
 
     name: str
@@ -32,6 +32,8 @@ class Arrangement(NamedTuple):
             return np.swapaxes(a, 0, 1)
         if self.name == "flatten":
             return np.moveaxis(a.reshape(*a.shape[:-1], *self.sizes), a.ndim - 1, -1).reshape(a.shape)
+        if self.name == "heads":
+            return a.reshape(*a.shape[:-1], *self.sizes)
         return a
 
 
@@ -89,6 +91,8 @@ def fitting(
     first = usual(kind, a)
     every = [first]
     every += [flatten(sizes) for sizes in flattened if a.ndim == 2 and np.prod(sizes) == a.shape[-1]]
+    if a.ndim and tuple(shape[:-2]) == a.shape[:-1] and np.prod(shape[-2:]) == a.shape[-1]:
+        every.append(Arrangement("heads", tuple(shape[-2:])))
     if kind in kinds.CHANNELS_SECOND:
         every.append(SAME)
     else:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from parity.pairing import rules
 from parity.pairing.pairs import LayerPair, Pairing
 from parity.records import kinds
+from parity.records.kinds import Shape
 from parity.records.structure import Flattened, Structure
 
 
 def reorder_behind_flattens(pairing: Pairing, torch: Structure, flax: Structure) -> None:
     """Reorder the inputs of the layers that read the same numbers in another order on the other side."""
     for pair in pairing.layers:
-        _reorder(pair, torch, flax)
+        _reorder(pair, torch, flax, pairing.shapes[0])
 
 
-def _reorder(pair: LayerPair, torch: Structure, flax: Structure) -> None:
+def _reorder(pair: LayerPair, torch: Structure, flax: Structure, shapes: Mapping[str, Shape]) -> None:
     """Reorder the inputs of a layer that reads the same numbers in another order on the other side."""
     if pair.kind not in kinds.FLAT:
         return
@@ -24,7 +27,7 @@ def _reorder(pair: LayerPair, torch: Structure, flax: Structure) -> None:
     size = shape[0] * shape[1]
 
     def reads_all(tensor: rules.TensorPair) -> bool:
-        moved = torch.shapes[pair.torch.tensors[tensor.torch_name]]
+        moved = shapes[pair.torch.tensors[tensor.torch_name]]
         is_matrix = len(moved) == 2 and moved[1] == size and pair.kind == "linear"
         return tensor.fits and (is_matrix or (pair.kind != "linear" and moved == (size,)))
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from parity.pairing import rules
+from parity.pairing.agreement import closest
 from parity.pairing.alignment import LEFT, LIKE_KIND, SAME_KIND, Alignment, in_order, shapes_of
 from parity.pairing.names import similarity
 from parity.pairing.pairs import LayerPair, Pairing
+from parity.pairing.recut import cut
+from parity.pairing.recut.propose import candidates
 from parity.pairing.unordered import by_names
 from parity.records import kinds
 from parity.records.recording import Layer, Recording
@@ -20,12 +24,84 @@ from parity.records.structure import Structure, of_recording
 MISFIT = -2.0
 
 
+MOST_CUTS = 60
+"""How many ways to cut the layers are tried."""
+
+
 def pair(
     torch: Structure,
     flax: Structure,
     layer_map: Mapping[str, str] | None = None,
+    distance: Callable[[Pairing], float] | None = None,
 ) -> Pairing:
-    """Which layer and which tensor is which on the other side.
+    """Which layer and which tensor is which on the other side; of layers that are cut otherwise there, which part.
+
+    Layers are cut only where tensors are without partner as they are, and where all that is cut has one then. Which
+    cut it is, the numbers say: the first with which both networks agree.
+
+    Args:
+      torch: PyTorch's layers, in the order of execution where it is known.
+      flax: Flax's, likewise; where their order means nothing, their names decide.
+      layer_map: {PyTorch's dotted name: Flax's path} of layers that are paired otherwise than by themselves.
+      distance: how far apart both networks are with the weights carried so. None: no numbers are known, and only what
+        is certain without is cut.
+
+    Raises:
+      ValueError: a name in the map that is no layer; layers that only an order could tell apart, and there is none.
+    """
+    plain = pair_as_they_are(torch, flax, layer_map)
+    least = unpaired(plain)
+    if not least:
+        return plain
+    possible = list(_possible(torch, flax, dict(layer_map or {}), least))
+    fewest = min((unpaired(found) for found in possible), default=0)
+    possible = [found for found in possible if unpaired(found) == fewest]
+    if not possible:
+        return plain
+    if distance is None:
+        certain = (found for found in possible if all(recut.is_certain for recut in found.recuts))
+        plain.hint = f"it may be that {'; '.join(possible[0].notes())}; allowed: both modules, whose numbers show it"
+        return next(certain, plain)
+    chosen = closest(possible, distance)
+    if chosen is None:
+        chosen = possible[0]
+        chosen.is_guessed = not all(recut.is_certain for recut in chosen.recuts)
+    return chosen
+
+
+def _possible(torch: Structure, flax: Structure, layer_map: dict[str, str], least: int) -> Iterator[Pairing]:
+    """The pairings in which all that is cut has its partner, and less is left than without cuts."""
+    for recuts in itertools.islice(candidates(torch, flax), MOST_CUTS):
+        replaced = {path for recut in recuts for path in recut.replaced}
+        if replaced & {*layer_map, *layer_map.values()}:
+            continue
+        mine = cut.structure(torch, cut.of_side(recuts, "torch")), cut.structure(flax, cut.of_side(recuts, "flax"))
+        known = layer_map | {t: f for recut in recuts for t, f in recut.partners.items()}
+        found = pair_as_they_are(*mine, known)
+        found.recuts = recuts
+        new = {layer.path for recut in recuts for layer in recut.layers} - replaced
+        done = {
+            path
+            for p in found.layers
+            if not p.torch_left and not p.flax_left and all(t.fits for t in p.tensors)
+            for path in (p.torch.path, p.flax.path)
+        }
+        if unpaired(found) < least and new <= done:
+            yield found
+
+
+def unpaired(found: Pairing) -> int:
+    """How many tensors have no partner, or one of another shape."""
+    left = found.left()
+    return sum(not t.fits for pair in found.layers for t in pair.tensors) + len(left[0]) + len(left[1])
+
+
+def pair_as_they_are(
+    torch: Structure,
+    flax: Structure,
+    layer_map: Mapping[str, str] | None = None,
+) -> Pairing:
+    """Which layer and which tensor is which, no layer cut.
 
     What fits in its kind and shapes is aligned by names, feeders and order (see `parity.pairing.alignment`); then what
     does not fit but stands in the same place, as where a mistake has changed a shape; tensors that are left are paired
@@ -58,7 +134,10 @@ def pair(
     pairs.sort(key=lambda pair: order[pair.torch.path])
     paired = {p.torch.path for p in pairs}, {p.flax.path for p in pairs}
     pairing = Pairing(
-        pairs, [x for x in torch.layers if x.path not in paired[0]], [x for x in flax.layers if x.path not in paired[1]]
+        pairs,
+        [x for x in torch.layers if x.path not in paired[0]],
+        [x for x in flax.layers if x.path not in paired[1]],
+        shapes=(torch.shapes, flax.shapes),
     )
     _pair_loose(pairing, (torch.shapes, flax.shapes))
     _complete(pairing, torch, flax)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parity.pairing import rules
+from parity.pairing.recut import cut
+from parity.pairing.recut.cut import Recut
 from parity.pairing.rules import TensorPair
 from parity.records import kinds
+from parity.records.kinds import Shape
 from parity.records.recording import Layer
 
 
@@ -38,12 +41,48 @@ class Pairing:
       layers: the pairs.
       torch_alone, flax_alone: layers without a partner.
       loose: (PyTorch's full name, Flax's full name, pair) of tensors whose layers are no pair.
+      recuts: how the layers of either side were cut to be those of the other; all else is of the layers as cut.
+      is_guessed: that these are the cuts, no numbers have shown.
+      hint: how the layers may be cut, where there are no numbers to show it, and they are not.
+      shapes: of PyTorch's tensors and of Flax's, as cut.
     """
 
     layers: list[LayerPair]
     torch_alone: list[Layer] = field(default_factory=list)
     flax_alone: list[Layer] = field(default_factory=list)
     loose: list[tuple[str, str, TensorPair]] = field(default_factory=list)
+    recuts: list[Recut] = field(default_factory=list)
+    is_guessed: bool = False
+    hint: str = ""
+    shapes: tuple[Mapping[str, Shape], Mapping[str, Shape]] = ({}, {})
+
+    def of_torch(self) -> list[Recut]:
+        """How PyTorch's layers were cut."""
+        return cut.of_side(self.recuts, "torch")
+
+    def of_flax(self) -> list[Recut]:
+        """How Flax's layers were cut."""
+        return cut.of_side(self.recuts, "flax")
+
+    def wholes(self) -> set[str]:
+        """Full names of the tensors, on either side, that are carried in parts."""
+        return {name for recut in self.recuts for piece in recut.pieces for name in piece.wholes}
+
+    def seen_in_flax(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+        """Flax's layers as a run must see them: opened where their parts are the other side's layers."""
+        found = dict(layers)
+        for recut in self.of_flax():
+            found = cut.replaced(found, recut) if recut.is_seen else found
+        return found
+
+    def copy(self) -> Pairing:
+        """The same, to be changed by itself."""
+        return replace(self, layers=[replace(p, tensors=list(p.tensors)) for p in self.layers])
+
+    def notes(self) -> list[str]:
+        """What was cut, a line for each kind of cut."""
+        texts = dict.fromkeys(recut.text for recut in self.recuts if recut.text)
+        return [f"{text}{', as it is guessed' if self.is_guessed else ''}" for text in texts]
 
     def tensors(self) -> list[tuple[str, str, TensorPair]]:
         """(PyTorch's full name, Flax's full name, pair) of every tensor that both sides have."""
@@ -55,14 +94,20 @@ class Pairing:
         return found + self.loose
 
     def to_flax(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """PyTorch's tensors, gradients or moments by Flax's full names, in Flax's layout."""
+        """PyTorch's tensors or moments by Flax's full names, in Flax's layout."""
+        moved = self.moved(cut.apart(tensors, self.of_torch()))
+        return {name: np.array(a, order="C") for name, a in cut.together(moved, self.of_flax()).items()}
+
+    def moved(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """PyTorch's tensors by Flax's full names, in Flax's layout; on both sides as cut."""
         # Not by np.ascontiguousarray, which makes an array of one number of a number.
         return {f: np.array(pair.to_flax(tensors[t]), order="C") for t, f, pair in self.tensors() if t in tensors}
 
     def to_torch(self, variables: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Flax's arrays by PyTorch's full names, in PyTorch's layout; a tensor that lacks a part is left out."""
         renamed = [pair._replace(torch_name=t, flax_name=f) for t, f, pair in self.tensors()]
-        return {n: np.array(a, order="C") for n, a in rules.to_torch_arrays(renamed, variables).items()}
+        moved = rules.to_torch_arrays(renamed, cut.apart(variables, self.of_flax()))
+        return {n: np.array(a, order="C") for n, a in cut.together(moved, self.of_torch()).items()}
 
     def left(self) -> tuple[list[str], list[str]]:
         """Full names of the tensors without a partner, on either side."""

@@ -8,29 +8,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.pairing.pairs import Pairing
+from parity.pairing.recut import cut
+from parity.pairing.recut.cut import Recut
 from parity.records import kinds
 from parity.records.structure import Structure
 
 
-def wrong(found: Pairing, torch_: Structure, flax: Structure, arrays: Mapping[str, NDArray], *, to: str) -> list[str]:
+def wrong(found: Pairing, arrays: Mapping[str, NDArray], *, to: str) -> list[str]:
     """Tensors of a wrong dtype or shape, or not there."""
-    problems: dict[str, None] = {}
+    recuts = found.of_torch() if to == "flax" else found.of_flax()
+    problems, parts = _wrong_wholes(recuts, arrays)
+    arrays = cut.apart(arrays, recuts)
     for torch_name, flax_name, pair in found.tensors():
         name, target = (torch_name, flax_name) if to == "flax" else (flax_name, torch_name)
+        if name not in arrays and name in parts:
+            continue
         if name not in arrays:
             problems[f"{name} is missing (for {target})"] = None
             continue
         if to == "flax":
-            shape = pair.to_torch(np.empty(flax.shapes[flax_name], np.bool_)).shape
+            shape = pair.to_torch(np.empty(found.shapes[1][flax_name], np.bool_)).shape
             if pair.part is not None:
                 shape = (shape[0] * (pair.part[2] // (pair.part[1] - pair.part[0])), *shape[1:])
         else:
-            shape = pair.to_flax(np.empty(torch_.shapes[torch_name], np.bool_)).shape
+            shape = pair.to_flax(np.empty(found.shapes[0][torch_name], np.bool_)).shape
         if not kinds.is_floating(arrays[name]):
             problems[f"{name} is {arrays[name].dtype}; allowed: floating point (for {target})"] = None
         elif not pair.fits or arrays[name].shape != shape:
             problems[f"{name} has shape {arrays[name].shape}; allowed: {shape} (for {target})"] = None
     return list(problems)
+
+
+def _wrong_wholes(recuts: Sequence[Recut], arrays: Mapping[str, NDArray]) -> tuple[dict[str, None], set[str]]:
+    """What is wrong with the tensors that are carried in parts; and the names of the parts."""
+    problems: dict[str, None] = {}
+    parts: set[str] = set()
+    for piece in (piece for recut in recuts for piece in recut.pieces):
+        for name, shape in piece.wholes.items():
+            if name in parts:
+                continue
+            if name not in arrays:
+                problems[f"{name} is missing (for {', '.join(piece.parts)})"] = None
+            elif arrays[name].shape != shape:
+                problems[f"{name} has shape {arrays[name].shape}; allowed: {shape}"] = None
+        parts.update(piece.parts)
+    return problems, parts
 
 
 def missing_in_torch(found: Pairing) -> list[tuple[str, str]]:
@@ -59,7 +81,7 @@ def missing_in_torch(found: Pairing) -> list[tuple[str, str]]:
 
 def missing_in_flax(found: Pairing, torch_: Structure, tied: Mapping[str, Sequence[str]]) -> list[str]:
     """PyTorch's tensors that nothing fills, with the name that Flax's would have."""
-    carried = {name for name, _, _ in found.tensors()}
+    carried = found.wholes().union(name for name, _, _ in found.tensors())
     partner = {full: pair.flax for pair in found.layers for full in pair.torch.tensors.values()}
     problems = []
     for full in found.left()[0]:
@@ -95,7 +117,7 @@ def left_over_of_torch(
     is_module: bool,
 ) -> list[str]:
     """PyTorch's tensors that nothing takes; those of a shared weight count once, integers are no weights."""
-    carried = {name for name, _, _ in found.tensors()}
+    carried = found.wholes().union(name for name, _, _ in found.tensors())
     left = set(found.left()[0])
     if not is_module:  # a module's tensors outside of its layers are constants
         left |= {n for n in arrays if n not in torch_.shapes and n not in torch_.counters.values()}

@@ -104,6 +104,10 @@ class Translation:
             return []
         return self._shapes(self.torch.calls[: self.position[call.key]], call.inputs[0].shape[-1])
 
+    def may_be_flattened(self) -> bool:
+        """Whether a layer may read what was flattened."""
+        return any(self._before_flatten(c, self._kind(c)) for c in self.torch.calls if c.path in self.pair_of)
+
     def _channels_before(self) -> list[tuple[int, ...]]:
         size = self.torch.outputs[0].shape[-1] if self.torch.outputs and self.torch.outputs[0].ndim else 0
         return self._shapes(self.torch.calls, size)

@@ -50,9 +50,9 @@ def conversion_findings(
 ) -> list[Located]:
     """What is wrong with the user's own variables: each layer's against PyTorch's carried over."""
     found: list[Located] = []
-    order = {call.path: i for i, call in reversed(list(enumerate(torch.calls)))}
-    flattened = dict(translation.flattens())
     pairing: Pairing = translation.pairing
+    order = _places(pairing, torch)
+    flattened = dict(translation.flattens())
     for pair in pairing.layers:
         names = {t.flax_name: pair.flax.tensors[t.flax_name] for t in pair.tensors}
         mine = {local: np.asarray(given[full], np.float64) for local, full in names.items() if full in given}
@@ -70,7 +70,7 @@ def conversion_findings(
         )
         if any(f.code == "unexplained" for f in got) and (other := _whose(mine, pair, pairing, expected)):
             got = [Finding("unexplained", f"Flax's {pair.flax.path} holds the weights of PyTorch's {other}")]
-        position = order.get(pair.torch.path, len(order))
+        position = order[pair.torch.path]
         for f in got:
             # In training the moving variance is not looked at, only moved on.
             phase = "statistics" if f.code == "initial-variance" and train else "forward"
@@ -82,6 +82,15 @@ def conversion_findings(
             finding = Finding("unexplained", f"{flax_name} does not hold PyTorch's {torch_name}")
             found.append(Located("forward", order.get(layer, 0), layer, flax_name, finding, (layer, 0)))
     return found
+
+
+def _places(pairing: Pairing, torch: Recording) -> dict[str, float]:
+    """Where PyTorch's layers are called first; a part of one that is cut, before what is called next."""
+    order: dict[str, float] = {call.path: i for i, call in reversed(list(enumerate(torch.calls)))}
+    behind: float = len(torch.calls)
+    for pair in reversed(pairing.layers):
+        behind = order.setdefault(pair.torch.path, behind - 0.5)
+    return order
 
 
 def _whose(mine: Mapping[str, NDArray], pair: LayerPair, pairing: Pairing, expected: Mapping[str, NDArray]) -> str:

@@ -26,6 +26,22 @@ def lifted(module: nn.Module, *, float64: bool) -> nn.Module:
     return module.cpu().double() if float64 else module
 
 
+def randomised(module: nn.Module) -> nn.Module:
+    """A copy of the module in float64 with other weights, such as no symmetry leaves alike; the same each time."""
+    module, random = lifted(module, float64=True), torch.Generator().manual_seed(20150211)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.is_floating_point():
+                noise = torch.randn(p.shape, generator=random, dtype=p.dtype)
+                p.copy_(noise / (p.numel() / len(p)) ** 0.5 if p.ndim > 1 else p + 0.3 * noise)
+        for name, v in module.named_buffers():
+            if name.rpartition(".")[2] == "running_mean":
+                v.add_(0.3 * torch.randn(v.shape, generator=random, dtype=v.dtype))
+            elif name.rpartition(".")[2] == "running_var":
+                v.mul_(0.5 + torch.rand(v.shape, generator=random, dtype=v.dtype))
+    return module
+
+
 def numbers(output: Any) -> list[tuple[str, Tensor]]:
     """The tensors and numbers of an output with the names that they stand under, see `records.trees`."""
     found = [(trees.name_of(path), v) for path, v in trees.leaves(output)]
