@@ -62,6 +62,12 @@ TABLE = (
     Mistake("dilation", "forward", "", "another dilation"),
     Mistake("padding", "forward", "pool", "SAME for explicit padding, circular for zeros, none"),
     Mistake("matmul-precision", "forward", "", "TF32 or bfloat16 products"),
+    Mistake(
+        "weight-order",
+        "forward",
+        "",
+        "weights of one shape in each other's place: layers of a list or a stack, gates of a cell, keys and values",
+    ),
     # between two layers
     Mistake("activation", "forward", "activation", "tanh-GELU for GELU, SiLU for sigmoid, another slope, none"),
     Mistake("gate", "forward", "activation", "another activation in a gated unit, or of the other half"),

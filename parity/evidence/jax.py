@@ -122,6 +122,7 @@ class FlaxRuns:
 
     def _settled(self, torch: Recording, pairing: Pairing) -> Translation:
         self.layers = pairing.seen_in_flax(self.layers)
+        self.side.turns = frozenset(recut.turns for recut in pairing.of_flax()) - {0}
         translation = Translation(cut.recording(torch, pairing.of_torch()), pairing)
         self._use(pairing.to_flax(torch.tensors))
         # Layer by layer, without gradients: in which order what is flattened arrives, and the network's output.
@@ -136,13 +137,13 @@ class FlaxRuns:
 
     def distance(self, trial: Callable[[], Recording], pairing: Pairing) -> float:
         """How far apart both networks are with PyTorch's weights carried so; `trial` is its run with these."""
-        torch, layers = trial(), self.layers
+        torch, layers, turns = trial(), self.layers, self.side.turns
         self._use(pairing.to_flax(torch.tensors))
         found = distance(torch, self.run(gradients=False))
         if found > AGREES and Translation(cut.recording(torch, pairing.of_torch()), pairing).may_be_flattened():
             self._settled(torch, pairing.copy())
             found = min(found, distance(torch, self.run(gradients=False)))
-            self.layers = layers
+            self.layers, self.side.turns = layers, turns
         return found
 
     def _use(self, carried: Mapping[str, Any]) -> None:

@@ -75,6 +75,14 @@ class Pairing:
             found = cut.replaced(found, recut) if recut.is_seen else found
         return found
 
+    def key_in_torch(self, flax_key: tuple[str, int]) -> tuple[str, int] | None:
+        """PyTorch's call that belongs to this one of Flax's, as Flax's module makes it."""
+        for recut in self.of_flax():
+            if flax_key[0] in recut.replaced and recut.key is not None:
+                flax_key = recut.key(flax_key)
+        path = next((p.torch.path for p in self.layers if p.flax.path == flax_key[0]), None)
+        return None if path is None else (path, flax_key[1])
+
     def copy(self) -> Pairing:
         """The same, to be changed by itself."""
         return replace(self, layers=[replace(p, tensors=list(p.tensors)) for p in self.layers])

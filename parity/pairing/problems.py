@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from parity.pairing.pairs import Pairing
 from parity.pairing.recut import cut
 from parity.pairing.recut.cut import Recut
+from parity.pairing.rules import TensorPair
 from parity.records import kinds
+from parity.records.kinds import Shape
 from parity.records.structure import Structure
 
 
@@ -26,17 +28,24 @@ def wrong(found: Pairing, arrays: Mapping[str, NDArray], *, to: str) -> list[str
         if name not in arrays:
             problems[f"{name} is missing (for {target})"] = None
             continue
-        if to == "flax":
-            shape = pair.to_torch(np.empty(found.shapes[1][flax_name], np.bool_)).shape
-            if pair.part is not None:
-                shape = (shape[0] * (pair.part[2] // (pair.part[1] - pair.part[0])), *shape[1:])
-        else:
-            shape = pair.to_flax(np.empty(found.shapes[0][torch_name], np.bool_)).shape
+        shape = _allowed(torch_name, flax_name, pair, found, to)
         if not kinds.is_floating(arrays[name]):
             problems[f"{name} is {arrays[name].dtype}; allowed: floating point (for {target})"] = None
         elif not pair.fits or arrays[name].shape != shape:
             problems[f"{name} has shape {arrays[name].shape}; allowed: {shape} (for {target})"] = None
     return list(problems)
+
+
+def _allowed(torch_name: str, flax_name: str, pair: TensorPair, found: Pairing, to: str) -> Shape | str:
+    """The shape that fits the other side's tensor; in words where none does."""
+    there = found.shapes[1][flax_name] if to == "flax" else found.shapes[0][torch_name]
+    try:
+        shape = (pair.to_torch if to == "flax" else pair.to_flax)(np.empty(there, np.bool_)).shape
+    except ValueError:  # not of the rank that the usual layout is for
+        return f"one that fits {there}"
+    if to == "flax" and pair.part is not None:
+        return (shape[0] * (pair.part[2] // (pair.part[1] - pair.part[0])), *shape[1:])
+    return shape
 
 
 def _wrong_wholes(recuts: Sequence[Recut], arrays: Mapping[str, NDArray]) -> tuple[dict[str, None], set[str]]:

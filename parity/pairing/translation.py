@@ -31,9 +31,9 @@ class Translation:
         self.settled: list[tuple[int, int]] = []  # outputs of the network, as `results` has them
 
     def torch_call(self, flax_key: tuple[str, int]) -> Call | None:
-        """PyTorch's call that belongs to this call of Flax."""
-        path = self.torch_path.get(flax_key[0])
-        return None if path is None else self.calls.get((path, flax_key[1]))
+        """PyTorch's call that belongs to this call of Flax, as Flax's module makes it or as its layers are cut."""
+        key = self.pairing.key_in_torch(flax_key)
+        return None if key is None else self.calls.get(key)
 
     def input(self, call: Call, i: int, arrived: Any = None) -> NDArray:
         """The i-th input of PyTorch's call in Flax's layout; `arrived` is Flax's, for its shape."""

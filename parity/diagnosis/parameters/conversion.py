@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from parity.diagnosis.finding import Finding, Located
 from parity.diagnosis.parameters import family as parameters
+from parity.diagnosis.parameters.exchanged import exchanged
 from parity.pairing.pairs import LayerPair, Pairing
 from parity.pairing.translation import Translation
 from parity.records.recording import Recording
@@ -50,6 +51,7 @@ def conversion_findings(
 ) -> list[Located]:
     """What is wrong with the user's own variables: each layer's against PyTorch's carried over."""
     found: list[Located] = []
+    moved: dict[str, str] = {}
     pairing: Pairing = translation.pairing
     order = _places(pairing, torch)
     flattened = dict(translation.flattens())
@@ -70,6 +72,7 @@ def conversion_findings(
         )
         if any(f.code == "unexplained" for f in got) and (other := _whose(mine, pair, pairing, expected)):
             got = [Finding("unexplained", f"Flax's {pair.flax.path} holds the weights of PyTorch's {other}")]
+            moved[pair.torch.path] = other
         position = order[pair.torch.path]
         for f in got:
             # In training the moving variance is not looked at, only moved on.
@@ -81,7 +84,7 @@ def conversion_findings(
             layer = torch_name.rpartition(".")[0]
             finding = Finding("unexplained", f"{flax_name} does not hold PyTorch's {torch_name}")
             found.append(Located("forward", order.get(layer, 0), layer, flax_name, finding, (layer, 0)))
-    return found
+    return exchanged(found, moved, pairing)
 
 
 def _places(pairing: Pairing, torch: Recording) -> dict[str, float]:

@@ -49,6 +49,8 @@ class Recut:
       is_certain: nothing but this is possible. Else the numbers must say that it is right.
       is_seen: the new layers are modules, whose calls a run sees once the old ones are not taken for one layer.
       calls: what becomes of a call of a replaced layer; by default it is left out, as there is nothing to compare.
+      key: where each call of a replaced layer is one of a new layer: which; then `calls` is not asked.
+      turns: how many layers are stacked in one, whose calls are seen once their loop is made turn by turn; else 0.
     """
 
     framework: Literal["torch", "flax"]
@@ -60,6 +62,17 @@ class Recut:
     is_certain: bool = False
     is_seen: bool = False
     calls: Callable[[Call], list[Call]] = field(default=lambda call: [], compare=False)
+    key: Callable[[tuple[str, int]], tuple[str, int]] | None = None
+    turns: int = 0
+
+    def calls_of(self, call: Call) -> list[Call]:
+        """What becomes of a call."""
+        if call.path not in self.replaced:
+            return [call]
+        if self.key is None:
+            return self.calls(call)
+        path, index = self.key(call.key)
+        return [replace(call, path=path, index=index)]
 
 
 def apart(arrays: Mapping[str, NDArray], recuts: Iterable[Recut], *, gradients: bool = False) -> dict[str, NDArray]:
@@ -132,7 +145,7 @@ def _recording(run: Recording, recut: Recut) -> Recording:
     calls: list[Call] = []
     places = [0]  # how many calls there are now before each of the old ones
     for call in run.calls:
-        calls += recut.calls(call) if call.path in recut.replaced else [call]
+        calls += recut.calls_of(call)
         places.append(len(calls))
     return replace(
         run,
@@ -178,7 +191,7 @@ def _noise(given: Noise, recuts: Sequence[Recut]) -> Noise:
 def _exact(given: Mapping[tuple[str, int], NDArray], recuts: Sequence[Recut]) -> dict[tuple[str, int], NDArray]:
     calls = [Call(path, index, [], output) for (path, index), output in given.items()]
     for recut in recuts:
-        calls = [new for call in calls for new in (recut.calls(call) if call.path in recut.replaced else [call])]
+        calls = [new for call in calls for new in recut.calls_of(call)]
     return {call.key: call.output for call in calls}
 
 

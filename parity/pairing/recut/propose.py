@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from parity.pairing.alignment import Alignment
-from parity.pairing.recut import linear
+from parity.pairing.recut import linear, stack
 from parity.pairing.recut.attention import opened_in_flax, opened_in_torch
 from parity.pairing.recut.cut import Recut, of_side, structure
 from parity.records.recording import Layer
@@ -34,9 +34,10 @@ def candidates(torch: Structure, flax: Structure) -> Iterator[list[Recut]]:
     sides = Sides(torch, flax)
     base = _opened(sides)
     sides = sides.cut(base)
-    for splits in _splits(sides):
-        if base or splits:
-            yield [*base, *splits]
+    for stacks in _stacks(sides):
+        for splits in _splits(sides.cut(stacks)):
+            if base or stacks or splits:
+                yield [*base, *stacks, *splits]
 
 
 def _opened(sides: Sides) -> list[Recut]:
@@ -46,6 +47,13 @@ def _opened(sides: Sides) -> list[Recut]:
         return []
     in_torch = [opened_in_torch(layer, sides.torch) for layer in attentions[0]]
     return [*(recut for recut in in_torch if recut is not None), *map(opened_in_flax, attentions[1])]
+
+
+def _stacks(sides: Sides) -> Iterator[list[Recut]]:
+    """Layers that are kept in one; first as if there were none."""
+    yield []
+    yield from stack.alternatives(sides.flax, sides.torch, "flax")
+    yield from stack.alternatives(sides.torch, sides.flax, "torch")
 
 
 def _splits(sides: Sides) -> Iterator[list[Recut]]:

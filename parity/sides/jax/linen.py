@@ -24,6 +24,7 @@ class LinenSide:
     def __init__(self, module: nn.Module, flax_call: Callable | None = None) -> None:
         self.module, self.flax_call, self.is_opened, self.lifts = module, flax_call, False, False
         self.tables: list[str] = []
+        self.turns: frozenset[int] = frozenset()
 
     def _bound(self, train: bool) -> tuple[nn.Module, dict[str, Any]]:
         """The module and the keywords of its call. A flag that is set as an attribute is set there."""
@@ -44,7 +45,8 @@ class LinenSide:
         nested = unflatten_dict(variables, sep="/")
         mutable = sorted({"batch_stats", *nested} - {"params"})
         lifts = self.lifts and jnp.result_type(float) == jnp.float64
-        with opened(self.is_opened), nn.intercept_methods(linen_interceptor(intercept, lifts=lifts)):
+        interceptor = linen_interceptor(intercept, lifts=lifts)
+        with opened(self.is_opened, self.turns), nn.intercept_methods(interceptor):
             if self.flax_call is not None:
                 out = call_flax_call(self.flax_call, self.module, nested, inputs, train)
             else:
@@ -59,7 +61,7 @@ class LinenSide:
 
     def initial(self, inputs, *, train):
         """See `Side`."""
-        with opened(self.is_opened):
+        with opened(self.is_opened, self.turns):
             if self.flax_call is not None:
                 proxy: Any = _Initialising(self.module)
                 call_flax_call(self.flax_call, proxy, {}, inputs, train)

@@ -59,12 +59,14 @@ class Side(Protocol):
     """A Flax module as a function.
 
     Attributes:
-      is_opened: it is run as if there were no jit and no checkpoint in it, see `_opened`.
+      is_opened: it is run as if there were no jit and no checkpoint in it, see `opened`.
+      turns: scans of so many turns are run as loops.
       lifts: in float64 its layers compute in float64 where they say 16 bits.
       tables: names of variables that are no floating point, which nothing trains; see `structure`.
     """
 
     is_opened: bool
+    turns: frozenset[int]
     lifts: bool
     tables: list[str]
 
@@ -112,30 +114,32 @@ def named_call(call: Callable, module: Any) -> Callable:
 
 
 @contextlib.contextmanager
-def opened(is_opened: bool) -> Iterator[None]:
+def opened(is_opened: bool, turns: Container[int] = ()) -> Iterator[None]:
     """For a while jit and checkpoint (remat) do nothing, so that what is called inside them can be seen and replaced.
 
     JAX and Flax have no public way to look into either. A scan stays what it is: there a layer is one call, with the
-    variables of all its turns.
+    variables of all its turns; but for scans of as many turns as are given.
     """
-    if not is_opened:
+    if not is_opened and not turns:
         yield
         return
     scan = jax.lax.scan
 
-    def closed_scan(*args: Any, **kwargs: Any) -> Any:
-        with jax.disable_jit(False):
-            return scan(*args, **kwargs)
+    def closed_scan(f: Any, init: Any, xs: Any = None, length: Any = None, *args: Any, **kwargs: Any) -> Any:
+        count = len(jax.tree.leaves(xs)[0]) if length is None else length
+        with jax.disable_jit(count in turns):
+            return scan(f, init, xs, length, *args, **kwargs)
 
     def nothing(function: Any = None, **_: Any) -> Any:
         return nothing if function is None else function
 
     exchanged = (jax, "checkpoint", nothing), (jax, "remat", nothing), (jax.lax, "scan", closed_scan)
     with contextlib.ExitStack() as stack:
-        for module, name, function in exchanged:
+        for module, name, function in exchanged if is_opened else exchanged[-1:]:
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, function)
-        stack.enter_context(jax.disable_jit())
+        if is_opened:
+            stack.enter_context(jax.disable_jit())
         yield
 
 

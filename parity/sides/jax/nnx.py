@@ -22,6 +22,7 @@ class NnxSide:
     def __init__(self, module: nnx.Module, flax_call: Callable | None = None) -> None:
         self.flax_call, self.is_opened, self.lifts = flax_call, False, False
         self.tables: list[str] = []
+        self.turns: frozenset[int] = frozenset()
         self.graph, state = nnx.split(module)
         self.state = dict(nnx.to_flat_state(state))
         self.names = {path: _nnx_name(path, variable) for path, variable in self.state.items()}
@@ -43,7 +44,7 @@ class NnxSide:
             for _, child in nnx.iter_modules(module):
                 lift_layer(child)
         flags = flag_of(type(module).__call__, train)  # before it is exchanged
-        with opened(self.is_opened), _patched(module, intercept):
+        with opened(self.is_opened, self.turns), _patched(module, intercept):
             if self.flax_call is not None:
                 nested = nnx.state(module)
                 out = call_flax_call(self.flax_call, module, nested, inputs, train)

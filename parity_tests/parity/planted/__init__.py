@@ -8,6 +8,7 @@ from parity_tests.parity.planted import (
     lone,
     networks,
     norms,
+    orders,
     outputs,
     positions,
     training,
@@ -26,6 +27,7 @@ CASES: list[Case] = [
     *unets.cases(),
     *positions.cases(),
     *counted.cases(),
+    *orders.cases(),
     *networks.cases(),
 ]
 
