@@ -282,7 +282,8 @@ class Judge(cut.Sides):
         if self.flax.given is None and not self.other_weights:
             return []
         expected = self.pairing.moved(self.torch.free.tensors)
-        return conversion_findings(self.translation, expected, given, self.torch.free, train=self.train)
+        halves = self.pairing.halves(self.sides[0].given.free.tensors)
+        return conversion_findings(self.translation, expected, given, self.torch.free, halves, train=self.train)
 
     @cached_property
     def _precision(self) -> list[Located]:

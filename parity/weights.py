@@ -170,7 +170,7 @@ def to_torch(
 
     Warns:
       ParityWarning: an array holds NaN or infinity, or it could not be seen what stands behind a flatten; or a guess,
-        see `to_flax`.
+        see `to_flax`; or Flax has one tensor where PyTorch has two (the biases of an LSTM): it says where it goes.
     """
     called = calls(inputs, keywords, flax_inputs, flax_call)
     variables, holder = flax_variables.opened(variables)
@@ -198,7 +198,7 @@ def to_torch(
     state = module.state_dict()
     problems += misfits.missing_in_flax(found, target, torch_state.tied(state))
     _raise(problems, found)
-    _warn(found, arrays, target, given)
+    _warn(found, arrays, target, given, loses=found.loses())
     carried = found.to_torch(arrays)
     partner = {pair.torch.path: pair.flax.path for pair in found.layers}
     for path, name in target.counters.items():
@@ -230,12 +230,13 @@ def _raise(problems: Sequence[str], found: Pairing) -> None:
         raise ValueError(f"{len(problems)} problem(s):\n  " + "\n  ".join(told))
 
 
-def _warn(found: Pairing, arrays: Mapping[str, NDArray], *structures: Structure) -> None:
-    """Of numbers that are no numbers, of what could not be looked at, and of guesses."""
+def _warn(found: Pairing, arrays: Mapping[str, NDArray], *structures: Structure, loses: Sequence[str] = ()) -> None:
+    """Of numbers that are no numbers, of what could not be looked at, of guesses, and of what is not brought back."""
     broken = [name for name, a in arrays.items() if a.dtype.kind != "i" and not _is_finite(a)]
     told = [f"{', '.join(broken)} hold NaN or infinity"] if broken else []
     told += [f"{UNSEEN} ({structure.unseen})" for structure in structures if structure.unseen]
     told += [f"{'; '.join(found.notes())}: look whether it is so"] if found.is_guessed else []
+    told += loses
     for sentence in told:
         warnings.warn(sentence, ParityWarning, stacklevel=3)
 

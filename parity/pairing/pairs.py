@@ -64,6 +64,28 @@ class Pairing:
         """How Flax's layers were cut."""
         return cut.of_side(self.recuts, "flax")
 
+    def loses(self) -> list[str]:
+        """What the way back to PyTorch does not bring back."""
+        return [recut.loses for recut in self.of_torch() if recut.loses]
+
+    def rounded(self) -> set[str]:
+        """Flax's tensors that are sums of PyTorch's: in float32 these are rounded."""
+        sums = {part for recut in self.of_torch() for p in recut.pieces if p.gradient is not None for part in p.parts}
+        parts = {f for t, f, _ in self.tensors() if t in sums}
+        pieces = [piece for recut in self.of_flax() for piece in recut.pieces]
+        return parts.union(name for piece in pieces if parts & set(piece.parts) for name in piece.wholes)
+
+    def halves(self, tensors: Mapping[str, NDArray]) -> dict[str, dict[str, NDArray]]:
+        """Flax's names -> {what may have been forgotten of PyTorch's tensors, which are not cut: as it is then}."""
+        partner = {t: f for t, f, _ in self.tensors()}
+        found: dict[str, dict[str, NDArray]] = {}
+        for piece in (piece for recut in self.of_torch() for piece in recut.pieces):
+            if piece.halves is not None and all(name in tensors for name in piece.wholes):
+                for forgotten, parts in piece.halves([tensors[name] for name in piece.wholes]).items():
+                    for part, a in zip(piece.parts, parts, strict=True):
+                        found.setdefault(partner[part], {})[forgotten] = a
+        return found
+
     def wholes(self) -> set[str]:
         """Full names of the tensors, on either side, that are carried in parts."""
         return {name for recut in self.recuts for piece in recut.pieces for name in piece.wholes}

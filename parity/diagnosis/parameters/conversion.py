@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.diagnosis.finding import Finding, Located
+from parity.diagnosis.parameters import cells
 from parity.diagnosis.parameters import family as parameters
 from parity.diagnosis.parameters.exchanged import exchanged
 from parity.pairing.pairs import LayerPair, Pairing
@@ -46,10 +47,20 @@ def conversion_findings(
     expected: Mapping[str, NDArray],
     given: Mapping[str, Any],
     torch: Recording,
+    halves: Mapping[str, Mapping[str, NDArray]],
     *,
     train: bool,
 ) -> list[Located]:
-    """What is wrong with the user's own variables: each layer's against PyTorch's carried over."""
+    """What is wrong with the user's own variables: each layer's against PyTorch's carried over.
+
+    Args:
+      translation: between the two sides.
+      expected: PyTorch's tensors, carried over, by Flax's names.
+      given: the user's.
+      torch: PyTorch's run.
+      halves: see `Pairing.halves`.
+      train: train or eval mode.
+    """
     found: list[Located] = []
     moved: dict[str, str] = {}
     pairing: Pairing = translation.pairing
@@ -63,7 +74,11 @@ def conversion_findings(
         if all(n in mine and mine[n].shape == a.shape and _same(mine[n], a) for n, a in truth.items()):
             continue
         got = (
-            _attention(truth, mine)
+            cells.findings(
+                truth, mine, pair.flax.config["gates"], {n: halves[full] for n, full in names.items() if full in halves}
+            )
+            if "gates" in pair.flax.config
+            else _attention(truth, mine)
             if pair.kind == "attention"
             else [
                 of_layout(f, pair.kind)

@@ -26,6 +26,7 @@ class Piece(NamedTuple):
       apart: the wholes' arrays -> the parts'.
       together: the parts' arrays -> the wholes', bit for bit where `apart` only moves numbers.
       gradient: of the gradients by the wholes, those by the parts; None: as `apart` does, which only moves numbers.
+      halves: {a whole's local name: the parts as they are where it was forgotten}.
     """
 
     wholes: Mapping[str, Shape]
@@ -33,6 +34,7 @@ class Piece(NamedTuple):
     apart: Move
     together: Move
     gradient: Move | None = None
+    halves: Callable[[Sequence[NDArray[Any]]], Mapping[str, Sequence[NDArray[Any]]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Recut:
       is_seen: the new layers are modules, whose calls a run sees once the old ones are not taken for one layer.
       calls: what becomes of a call of a replaced layer; by default it is left out, as there is nothing to compare.
       key: where each call of a replaced layer is one of a new layer: which; then `calls` is not asked.
+      loses: what the way back does not bring back, in a sentence; "" where it brings back all, bit for bit.
       turns: how many layers are stacked in one, whose calls are seen once their loop is made turn by turn; else 0.
     """
 
@@ -64,6 +67,7 @@ class Recut:
     calls: Callable[[Call], list[Call]] = field(default=lambda call: [], compare=False)
     key: Callable[[tuple[str, int]], tuple[str, int]] | None = None
     turns: int = 0
+    loses: str = ""
 
     def calls_of(self, call: Call) -> list[Call]:
         """What becomes of a call."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from parity.pairing.alignment import Alignment
-from parity.pairing.recut import linear, stack
+from parity.pairing.recut import linear, recurrent, stack
 from parity.pairing.recut.attention import opened_in_flax, opened_in_torch
 from parity.pairing.recut.cut import Recut, of_side, structure
 from parity.records.recording import Layer
@@ -34,10 +34,11 @@ def candidates(torch: Structure, flax: Structure) -> Iterator[list[Recut]]:
     sides = Sides(torch, flax)
     base = _opened(sides)
     sides = sides.cut(base)
-    for stacks in _stacks(sides):
-        for splits in _splits(sides.cut(stacks)):
-            if base or stacks or splits:
-                yield [*base, *stacks, *splits]
+    for cells in [*recurrent.alternatives(*sides)] or [[]]:
+        for stacks in _stacks(sides.cut(cells)):
+            for splits in _splits(sides.cut([*cells, *stacks])):
+                if base or cells or stacks or splits:
+                    yield [*base, *cells, *stacks, *splits]
 
 
 def _opened(sides: Sides) -> list[Recut]:

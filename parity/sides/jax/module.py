@@ -216,7 +216,33 @@ def environment(*, float64: bool) -> Iterator[None]:
         stack.enter_context(jax.numpy_rank_promotion("allow"))
         if float64:
             stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
+            stack.callback(setattr, jax.lax, "scan", jax.lax.scan)
+            jax.lax.scan = _widened(jax.lax.scan)
         yield
+
+
+def _widened(scan: Callable) -> Callable:
+    """A scan whose carry begins in float32, as a recurrent cell's zeros do, and goes on in float64."""
+
+    @functools.wraps(scan)
+    def widened(f: Any, init: Any, xs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return scan(f, init, xs, *args, **kwargs)
+        except TypeError:  # the carry must keep its dtype
+            carry: Any = jax.eval_shape(lambda c, xs: f(c, jax.tree.map(lambda v: v[0], xs))[0], init, xs)
+            before, after = ([v.shape for v in jax.tree.leaves(tree)] for tree in (init, carry))
+            if before != after:
+                raise
+            wide = jax.tree.map(lambda v, like: v.astype(like.dtype) if _is_wider(v, like) else v, init, carry)
+            if not any(map(_is_wider, jax.tree.leaves(init), jax.tree.leaves(carry))):
+                raise
+            return scan(f, wide, xs, *args, **kwargs)
+
+    return widened
+
+
+def _is_wider(value: Any, like: Any) -> bool:
+    return value.dtype == jnp.float32 and like.dtype == jnp.float64
 
 
 def is_array(value: Any) -> bool:
