@@ -190,7 +190,7 @@ class Diagnosis:
         found: list[Finding]
         if pair.kind in kinds.NORMS:
             found = self._norm(call, pair, mine, tolerance)
-        elif pair.kind in kinds.PRODUCTS:
+        elif pair.kind in kinds.PRODUCTS and self._has_kernel(pair):
             found = products.findings(pair.kind, *self._product(call, pair, mine), tolerance=tolerance)
             found = [of_layout(f, pair.kind) for f in found]
         elif pair.kind == "attention":
@@ -205,6 +205,11 @@ class Diagnosis:
             Located(_phase(f, quantities), position, call.path, pair.flax.path, f, call.key)
             for f in dict.fromkeys(found)
         ]
+
+    def _has_kernel(self, pair: LayerPair) -> bool:
+        """Whether the kernel of both sides is a tensor; that of a weight norm is made of two."""
+        both = self._tensors(pair, self.torch, True)["before"], self._tensors(pair, self.forced, False)["before"]
+        return all({"kernel", "scale"} & tensors.keys() for tensors in both)
 
     def _left(self, pair: LayerPair, found: Sequence[Finding]) -> list[Finding]:
         """Parameters that one side only has."""

@@ -26,11 +26,18 @@ def _flip(a: NDArray, axes: Sequence[int]) -> NDArray:
     return np.flip(a, tuple(axes))
 
 
+def _each_output(a: NDArray) -> NDArray:
+    if any(n != 1 for n in a.shape[1:]):
+        raise ValueError(f"shape is {a.shape}; allowed: a number for each index of axis 0")
+    return a
+
+
 SAME = Layout(lambda a: a, lambda a: a)
 OUT_IN = _permuted(lambda rank: _of_rank(rank, 2, (1, 0)))  # [out, in] <-> [in, out]
 OIHW = _permuted(lambda rank: (*range(2, rank), 1, 0))  # [O, I, *k] <-> [*k, I, O], any number of spatial axes
 CHANNELS_LAST = _permuted(lambda rank: (0, *range(2, rank), 1))  # [N, C, *k] <-> [N, *k, C]
 FIRST_LAST = _permuted(lambda rank: (*range(1, rank), 0))  # [C, *k] <-> [*k, C]
+EACH_OUTPUT = Layout(_each_output, lambda a: a)  # [O, 1, ...] <-> [O]: the lengths of a weight norm
 # PyTorch's transposed convolution is the derivative of a convolution, Flax's a convolution of the dilated input: what
 # one multiplies with the first kernel element the other multiplies with the last.
 TRANSPOSED = Layout(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from parity.pairing.layouts import (
     CHANNELS_LAST,
+    EACH_OUTPUT,
     FIRST_LAST,
     OIHW,
     OUT_IN,
@@ -90,6 +91,10 @@ _Q, _K, _V, _OUT = (
 )
 
 RULES: list[Rule] = [
+    Rule("linear", "weight_g", "scale", (EACH_OUTPUT,)),  # of a weight norm, which keeps length and direction apart
+    Rule("linear", "weight_v", "kernel", _LINEAR),
+    Rule("conv", "weight_g", "scale", (EACH_OUTPUT,)),
+    Rule("conv", "weight_v", "kernel", _CONV),
     Rule("linear", "weight", _WEIGHT, _LINEAR),
     Rule("linear", _WEIGHT, _WEIGHT, (*_LINEAR, SAME)),  # by another name a hand-written one may be [in, out]
     Rule("linear", _SHIFT, _SHIFT),

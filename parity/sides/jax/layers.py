@@ -23,7 +23,7 @@ from parity.records.marks import channel_counts, code, read_code
 from parity.records.recording import Failure, Layer
 from parity.records.structure import Flattened, Guess, Structure, natural
 from parity.sides.jax.linen import LinenSide, linen_interceptor
-from parity.sides.jax.module import Side, environment
+from parity.sides.jax.module import INSIDE, Side, environment
 from parity.sides.jax.module import flat as flat_dict
 from parity.sides.jax.nnx import nnx_state
 
@@ -58,6 +58,7 @@ def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[s
         if attention is not None:
             path, local = attention, rest.removeprefix(f"{attention}/") if attention else rest
         own.setdefault(path, {})[local] = full
+    _with_scales(own, {path: m.feature_axes for path, m in modules.items() if isinstance(m, nn.WeightNorm)})
     # What is kept in collections of the module's own are constants, which only it knows.
     own = {path: t for path, t in own.items() if any(full.split("/")[0] in CARRIED for full in t.values())}
     order = [path for path in dict.fromkeys(path for path, _ in called) if path in own]
@@ -83,6 +84,23 @@ def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[s
         )
         layers[path].is_called &= not layers[path].is_constant
     return layers
+
+
+def _with_scales(own: dict[str, dict[str, str]], axes: Mapping[str, Any] | None = None) -> None:
+    """The scales that linen's WeightNorm keeps of the layers within it, as tensors of these layers.
+
+    Args:
+      own: path -> {local name: full name}; changed.
+      axes: which axes each WeightNorm scales along, where it is known: those of the outputs alone are understood.
+    """
+    for path in [path for path, tensors in own.items() if any(INSIDE in local for local in tensors)]:
+        for local in [local for local in own[path] if INSIDE in local]:
+            *inner, kernel, scale = local.split(INSIDE)
+            target = "/".join(filter(None, (path.rpartition("/")[0], *inner)))
+            if target in own and kernel == "kernel" and (axes is None or axes.get(path) in (-1, (-1,))):
+                own[target][scale] = own[path].pop(local)
+        if not own[path]:
+            del own[path]
 
 
 def structure(side: Side, inputs: Inputs | Sequence[Any], *, train: bool) -> tuple[dict[str, Layer], dict[str, Any]]:
@@ -264,6 +282,7 @@ def of_variables(shapes: Mapping[str, Shape]) -> Structure:
         if full not in counters:
             path, _, local = full.partition("/")[2].rpartition("/")
             own.setdefault(path, {})[local] = full
+    _with_scales(own)
     for path in _attentions(own):
         prefix = f"{path}/" if path else ""
         for part in [p for p in own if p.startswith(prefix) and p != path]:
@@ -288,10 +307,10 @@ def flat_in_order(variables: Any) -> dict[str, Any]:
     """Variables by full name, in the order that they have: that of creation, unless JAX has sorted them."""
     if isinstance(variables, nnx.State):
         return nnx_state(variables)
-    flat = flatten_dict({name: v for name, v in variables.items() if isinstance(v, Mapping)}, sep="/")
-    if any(isinstance(v, Mapping) for v in flat.values()):  # a FrozenDict
-        flat = flat_dict(variables)
-    return {name: nn.unbox(v) for name, v in flat.items()}
+    found = flatten_dict({name: v for name, v in variables.items() if isinstance(v, Mapping)})
+    if any(isinstance(v, Mapping) for v in found.values()):  # a FrozenDict
+        return flat_dict(variables)
+    return {"/".join(str(key).replace("/", INSIDE) for key in path): nn.unbox(v) for path, v in found.items()}
 
 
 def _attentions(own: Mapping[str, Any]) -> list[str]:

@@ -8,10 +8,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 from jax import Array
 
-from parity.sides.jax.module import FLAGS, Intercept, call_flax_call, flag_of, flat, lift_layer, named_call, opened
+from parity.sides.jax.module import (
+    FLAGS,
+    Intercept,
+    call_flax_call,
+    flag_of,
+    flat,
+    lift_layer,
+    named_call,
+    nested,
+    opened,
+)
 
 
 def _rngs(seed: int) -> dict[str, Array]:
@@ -42,19 +51,19 @@ class LinenSide:
 
     def apply(self, variables, inputs, *, train, intercept, seed):
         """See `Side`."""
-        nested = unflatten_dict(variables, sep="/")
-        mutable = sorted({"batch_stats", *nested} - {"params"})
+        given = nested(variables)
+        mutable = sorted({"batch_stats", *given} - {"params"})
         lifts = self.lifts and jnp.result_type(float) == jnp.float64
         interceptor = linen_interceptor(intercept, lifts=lifts)
         with opened(self.is_opened, self.turns), nn.intercept_methods(interceptor):
             if self.flax_call is not None:
-                out = call_flax_call(self.flax_call, self.module, nested, inputs, train)
+                out = call_flax_call(self.flax_call, self.module, given, inputs, train)
             else:
                 module, flags = self._bound(train)
                 options = {**inputs.keywords, **flags}
-                out = module.apply(nested, *inputs.args, **options, rngs=_rngs(seed), mutable=mutable)
+                out = module.apply(given, *inputs.args, **options, rngs=_rngs(seed), mutable=mutable)
         updated: Mapping[str, Any] = {}
-        if self.flax_call is None or _is_pair_with_state(out, nested):
+        if self.flax_call is None or _is_pair_with_state(out, given):
             out, updated = out
         kept = {name: v for name, v in variables.items() if not name.startswith("params/")}
         return out, kept | {name: v for name, v in flat(updated).items() if not name.startswith("params/")}

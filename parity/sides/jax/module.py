@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from flax.linen import attention as linen_attention
 from flax.nnx.nn import attention as nnx_attention
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from parity.records import trees
 from parity.records.inputs import Inputs
@@ -85,9 +85,21 @@ def flag_of(function: Callable, train: bool) -> dict[str, bool]:
     return {name: train != opposite for name, opposite in FLAGS.items() if name in names}
 
 
+INSIDE = "|"
+"""In a flat name, for a "/" inside of one name, as linen's WeightNorm has it: "Dense_0/kernel/scale"."""
+
+
 def flat(variables: Mapping[str, Any]) -> Variables:
     """Nested collections as one flat dict."""
-    return dict(flatten_dict(dict(nn.unbox(_plain(variables))), sep="/"))
+    found = flatten_dict(dict(nn.unbox(_plain(variables))))
+    return {"/".join(str(key).replace("/", INSIDE) for key in path): v for path, v in found.items()}
+
+
+def nested(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse."""
+    return unflatten_dict(
+        {tuple(key.replace(INSIDE, "/") for key in name.split("/")): v for name, v in variables.items()}
+    )
 
 
 def _plain(tree: Any) -> Any:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import unflatten_dict
 from numpy.typing import NDArray
 
 from parity.sides.jax import layers
+from parity.sides.jax.module import nested
 from parity.sides.jax.nnx import NnxSide
 from parity.sides.jax.side import own_variables
 from parity.sides.module import inner_module
@@ -36,7 +36,7 @@ def opened(variables: Any) -> tuple[Any, nn.Module | nnx.Module | None]:
     if isinstance(variables, nnx.Module):
         return nnx.state(variables), variables
     if (module := inner_module(variables)) is not variables:
-        return unflatten_dict(own_variables(variables), sep="/"), module
+        return nested(own_variables(variables)), module
     if not isinstance(variables, Mapping | nnx.State):
         raise TypeError(f"the variables are {type(variables).__name__}; allowed: a dict of collections, an nnx.State")
     return variables, None
@@ -76,5 +76,5 @@ def packed(module: nn.Module | nnx.Module, arrays: Mapping[str, NDArray], counte
                 if side.names[path] in leaves
             ]
         )
-    variables = unflatten_dict(leaves, sep="/")
+    variables = nested(leaves)
     return {collection: variables.get(collection, {}) for collection in ("params", "batch_stats")}

@@ -19,7 +19,7 @@ from parity.records.kinds import Shape
 from parity.records.marks import channel_counts, code, read_code
 from parity.records.recording import Failure, Layer
 from parity.records.structure import Flattened, Guess, Structure
-from parity.sides.torch.module import COUNTER, is_tensor
+from parity.sides.torch.module import COUNTER, copied, is_tensor
 from parity.sides.torch.record import default_dtype, layers_of
 
 LOG = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ def of_state(shapes: Mapping[str, Shape]) -> Structure:
         path, _, local = full.rpartition(".")
         if kinds.is_counter(local, shape):
             continue
+        if match := re.fullmatch(r"(?:(.*)\.)?parametrizations\.(\w+)\.original([01])", full):
+            path, local = match[1] or "", f"{match[2]}_{'gv'[int(match[3])]}"
         parent, _, last = path.rpartition(".")
         if last == "out_proj" and parent in attentions:
             path, local = parent, f"out_proj.{local}"
@@ -139,7 +141,7 @@ class Runner:
 
     def __init__(self, module: nn.Module, structure: Structure) -> None:
         self.structure = structure
-        self.real = copy.deepcopy(module).cpu().float().eval()
+        self.real = copied(module).cpu().float().eval()
         self.meta: nn.Module | None = copy.deepcopy(self.real).to("meta")
 
     def run(self, guess: Guess) -> Run | None:

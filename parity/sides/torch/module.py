@@ -22,8 +22,29 @@ COUNTER = "num_batches_tracked"
 
 def lifted(module: nn.Module, *, float64: bool) -> nn.Module:
     """A copy of the module, in float64 on the CPU if that is asked for. The module itself stays as it is."""
-    module = copy.deepcopy(module)
+    module = copied(module)
     return module.cpu().double() if float64 else module
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy; of what a run has left in it, as `torch.nn.utils.weight_norm` leaves its weight, the numbers alone."""
+    left = [v for child in module.modules() for v in vars(child).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(module, {id(v): v.detach().clone() for v in left})
+
+
+def weight_normed(module: nn.Module) -> dict[str, str]:
+    """{"weight_g": "parametrizations.weight.original0", "weight_v": ...}: the two that a weight norm makes a weight of.
+
+    The names are those of the older `torch.nn.utils.weight_norm`.
+    """
+    if not nn.utils.parametrize.is_parametrized(module):
+        return {}
+    return {
+        f"{name}_{letter}": f"parametrizations.{name}.original{i}"
+        for name, steps in module.parametrizations.items()  # type: ignore[union-attr, operator]
+        if len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm"
+        for i, letter in enumerate("gv")
+    }
 
 
 def randomised(module: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from parity.sides.torch.module import (
     loss_of,
     numbers,
     numpy,
+    weight_normed,
     without_dropout,
 )
 from parity.sides.torch.precision import Rounds
@@ -62,12 +63,20 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
         names = class_names(type(child))
         statistics = frozenset(name for name in own if not isinstance(own[name], nn.Parameter))
         kind = kind_of(names, {name: tuple(v.shape) for name, v in own.items()}, statistics)
+        normed = weight_normed(child)
+        own |= {name: _tensors(child, recurse=True)[local] for name, local in normed.items()}
+        if normed:
+            inside.append(f"{path}.parametrizations." if path else "parametrizations.")
+            kind = kind_of(names, {name: tuple(v.shape) for name, v in own.items()}, statistics)
         if kind == "attention":
             own = _tensors(child, recurse=True)
             inside.append(f"{path}." if path else "")
         if not own:
             continue
-        below = any(_tensors(grandchild, recurse=True) for grandchild in child.children()) and kind != "attention"
+        children = [
+            grandchild for name, grandchild in child.named_children() if not (normed and name == "parametrizations")
+        ]
+        below = any(_tensors(grandchild, recurse=True) for grandchild in children) and kind != "attention"
         config = {name: getattr(child, name, None) for name in CONFIG}
         config = {name: value for name, value in config.items() if isinstance(value, int | float | str | tuple)}
         if kind == "linear" and type(child).forward is not nn.Linear.forward and _is_in_out(child, own):
@@ -76,7 +85,7 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
             path,
             kind,
             type(child).__name__,
-            {name: f"{path}.{name}" if path else name for name in own},
+            {name: f"{path}.{normed.get(name, name)}" if path else normed.get(name, name) for name in own},
             statistics,
             config,
             is_called=not below,
