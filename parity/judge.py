@@ -47,7 +47,7 @@ def of_dumps(torch: Evidence, flax: Evidence, layer_map: Mapping[str, str] | Non
     """Two dumps side by side; the run in single-layer mode counts only where it was fed this very dump."""
     if flax.details.get("fed_by") != torch.sha256:
         flax.forced = None
-    pairing = pairing_of(torch.free, flax.free, layer_map)
+    pairing = pairing_of(torch.free, flax.free, layer_map, same_weights=True)
     translation = translated(torch.free, flax.forced or flax.free, pairing)
     judge = Judge(torch, flax, translation)
     given = [made.details["inputs"] for made in (torch, flax)]

@@ -167,7 +167,10 @@ def _pair(
     left = [name for side in found.left() for name in side]
     if left:
         raise ValueError(f"{', '.join(left)} has no counterpart; allowed: modules with the same parameters")
-    return found, flax.tables, [f"{UNSEEN} ({side.unseen})" for side in (torch_, flax) if side.unseen]
+    if found.loses():
+        raise ValueError(f"{'; '.join(found.loses())}: two make two steps where one makes one; allowed: one bias")
+    told = [f"{UNSEEN} ({side.unseen})" for side in (torch_, flax) if side.unseen]
+    return found, flax.tables, [*told, *(found.notes() if found.is_guessed else [])]
 
 
 class _Runs:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from parity.pairing import rules
-from parity.pairing.agreement import closest
+from parity.pairing.agreement import AGREES, closest
 from parity.pairing.alignment import LEFT, LIKE_KIND, SAME_KIND, Alignment, in_order, shapes_of
 from parity.pairing.names import similarity
 from parity.pairing.pairs import LayerPair, Pairing
@@ -17,6 +17,7 @@ from parity.pairing.recut import cut
 from parity.pairing.recut.propose import candidates
 from parity.pairing.unordered import by_names
 from parity.records import kinds
+from parity.records.distance import error_of
 from parity.records.recording import Layer, Recording
 from parity.records.structure import Structure, of_recording
 
@@ -24,7 +25,7 @@ from parity.records.structure import Structure, of_recording
 MISFIT = -2.0
 
 
-MOST_CUTS = 60
+MOST_CUTS = 32
 """How many ways to cut the layers are tried."""
 
 
@@ -233,13 +234,21 @@ def _pair_loose(pairing: Pairing, shapes) -> None:
                 flax.remove(fitting[0].flax_name)
 
 
-def pairing_of(torch: Recording, flax: Recording, layer_map: Mapping[str, str] | None = None) -> Pairing:
-    """Which layer of two recordings is which.
+def pairing_of(
+    torch: Recording, flax: Recording, layer_map: Mapping[str, str] | None = None, *, same_weights: bool = False
+) -> Pairing:
+    """Which layer of two recordings is which; `same_weights`: by these it is seen how layers are cut.
 
     Raises:
       ValueError: a name in layer_map that is no layer.
     """
-    return pair(of_recording(torch), of_recording(flax), layer_map)
+
+    def distance(found: Pairing) -> float:
+        moved = found.moved(cut.apart(torch.tensors, found.of_torch()))
+        given = cut.apart(flax.tensors, found.of_flax())
+        return float(np.mean([n not in given or error_of(given[n], a) > AGREES for n, a in moved.items()]))
+
+    return pair(of_recording(torch), of_recording(flax), layer_map, distance if same_weights else None)
 
 
 def _complete(found: Pairing, torch: Structure, flax: Structure) -> None:

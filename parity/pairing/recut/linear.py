@@ -93,12 +93,11 @@ def orders(outputs: Sequence[int], heads: Sequence[int]) -> Iterator[Order]:
     count = len(outputs)
     groups = [h for h in dict.fromkeys((*heads, outputs[0])) if h > 1 and outputs[0] % h == 0]
     ways = [0, *(groups if len(set(outputs)) == 1 else [])]
-    for parts in itertools.permutations(range(count)):
-        for way in ways:
-            words = (
-                "one behind the other" if not way else "by turns" if way == outputs[0] else f"in each of {way} heads"
-            )
-            yield Order(parts, way, words)
+    usual, *others = itertools.permutations(range(count))
+    every = [*((usual, way) for way in ways), *((parts, 0) for parts in others)]
+    for parts, way in [*every, *((parts, way) for parts in others for way in ways[1:])]:
+        where = "by turns" if way == outputs[0] else f"in each of {way} heads"
+        yield Order(parts, way, where if way else "one behind the other")
 
 
 def split(

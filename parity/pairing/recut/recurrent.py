@@ -79,7 +79,8 @@ def of_torch(layer: Layer, structure: Structure) -> Recut | None:
     hidden = " but for that of the gate n, which stays what it is" if gru else ""
     loses = f"{layer.path}: Flax has one bias where PyTorch has two; bias_ih takes it, and bias_hh is 0{hidden}"
     text = f"the cells of {layer.path}, gate by gate"
-    text += f"; bias in Flax is bias_ih + bias_hh{hidden.replace('that', 'bias_hh')}" if biased else ""
+    hidden_too = hidden.replace("that", "bias_hh")
+    text += f"; bias in Flax is bias_ih + bias_hh{hidden_too}, and makes half their step" if biased else ""
     return Recut("torch", (layer.path,), tuple(made), tuple(pieces), text=text, loses=loses if biased else "")
 
 
