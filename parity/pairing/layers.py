@@ -211,7 +211,9 @@ def _may_be_same(t: str, f: str, torch_owner: Mapping[str, Layer], flax_owner: M
     is_shift = [kinds.SHIFT.fullmatch(name) is not None for name in names]
     is_scale = [kinds.SCALE.fullmatch(name) or kinds.WEIGHT.fullmatch(name) for name in names]
     crossed = (is_shift[0] and is_scale[1]) or (is_scale[0] and is_shift[1])
-    return not crossed and kinds.like(torch_owner[t].kind, flax_owner[f].kind)
+    locals_ = {full: local for local, full in torch_owner[t].tensors.items()}
+    made_of = locals_[t].startswith(kinds.MADE_OF)
+    return not crossed and not made_of and kinds.like(torch_owner[t].kind, flax_owner[f].kind)
 
 
 def _pair_loose(pairing: Pairing, shapes) -> None:

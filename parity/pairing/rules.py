@@ -274,7 +274,7 @@ def _by_shape(
         (difflib.SequenceMatcher(None, t, f).ratio(), t, f)
         for t in torch_left
         for f in flax_left
-        if _fitting(torch_shapes[t], flax_shapes[f], layouts) is not None
+        if _fitting(torch_shapes[t], flax_shapes[f], layouts) is not None and not t.startswith(kinds.MADE_OF)
     ]
     if kind != "other":
         torch_counts, flax_counts = Counter(t for _, t, _ in fitting), Counter(f for _, _, f in fitting)

@@ -67,6 +67,9 @@ Shape = tuple[int, ...]
 IN_OUT = "in_out"
 """In a linear layer's config: PyTorch's matrix is [in, out], as Flax's."""
 
+MADE_OF = "parametrizations."
+"""In PyTorch, the beginning of the names of tensors that a layer makes its own of: they are no weights of the kind."""
+
 COUNTERS = re.compile(r"(.*_)?(num_batches_tracked|num_batches|counter|step|steps)", re.IGNORECASE)
 """Names of counters, which hold no weights. They are scalars."""
 

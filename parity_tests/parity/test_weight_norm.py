@@ -111,3 +111,14 @@ def test_mistakes_beside_a_weight_norm_are_named():
     report = parity.check(mine, Dense(), X, variables=variables)
     assert [d.layer for d in report.diagnoses] == ["0"], str(report)
     assert not parity.check(conv(nn.utils.parametrizations.weight_norm), Conv("VALID"), IMAGES).ok
+
+
+@pytest.mark.parametrize("name", ["spectral_norm", "orthogonal"])
+def test_what_another_parametrisation_makes_its_weight_of_is_no_weight(name):
+    torch.manual_seed(0)
+    wrap = getattr(nn.utils.parametrizations, name)
+    mine = nn.Sequential(wrap(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)).eval()
+    for source in mine, mine.state_dict():
+        with pytest.raises(ValueError, match=r"0.parametrizations.weight.original is left over"):
+            weights.to_flax(source, Dense(normed=False), inputs=[X])
+    assert not parity.check(mine, Dense(normed=False), X, train=False).ok

@@ -83,6 +83,8 @@ def of_state(shapes: Mapping[str, Shape]) -> Structure:
             continue
         if match := re.fullmatch(r"(?:(.*)\.)?parametrizations\.(\w+)\.original([01])", full):
             path, local = match[1] or "", f"{match[2]}_{'gv'[int(match[3])]}"
+        elif match := re.fullmatch(rf"(?:(.*)\.)?({re.escape(kinds.MADE_OF)}.*)", full):
+            path, local = match[1] or "", match[2]
         parent, _, last = path.rpartition(".")
         if last == "out_proj" and parent in attentions:
             path, local = parent, f"out_proj.{local}"

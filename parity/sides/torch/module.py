@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from parity.records import trees
+from parity.records.kinds import MADE_OF
 from parity.records.side import LARGE, check_loss, loss_weights
 
 COUNTER = "num_batches_tracked"
@@ -32,19 +33,23 @@ def copied(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(v): v.detach().clone() for v in left})
 
 
-def weight_normed(module: nn.Module) -> dict[str, str]:
-    """{"weight_g": "parametrizations.weight.original0", "weight_v": ...}: the two that a weight norm makes a weight of.
+def parametrised(module: nn.Module) -> dict[str, str]:
+    """The tensors that a module makes its own of, as `torch.nn.utils.parametrize` has it: local name -> name within it.
 
-    The names are those of the older `torch.nn.utils.weight_norm`.
+    Those of a weight norm are weight_g and weight_v, as in the older `torch.nn.utils.weight_norm`; of all others the
+    names begin with `kinds.MADE_OF`, as only the module knows what it makes of them.
     """
     if not nn.utils.parametrize.is_parametrized(module):
         return {}
-    return {
-        f"{name}_{letter}": f"parametrizations.{name}.original{i}"
-        for name, steps in module.parametrizations.items()  # type: ignore[union-attr, operator]
-        if len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm"
-        for i, letter in enumerate("gv")
-    }
+    every: Any = module.parametrizations
+    found = {f"{name}.{n}": f"parametrizations.{name}.{n}" for name, steps in every.items() for n in _floating(steps)}
+    normed = [n for n, steps in every.items() if len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm"]
+    letters = {f"{name}.original{i}": f"{name}_{letter}" for name in normed for i, letter in enumerate("gv")}
+    return {letters.get(name, f"{MADE_OF}{name}"): full for name, full in found.items()}
+
+
+def _floating(module: nn.Module) -> list[str]:
+    return [n for n, v in (*module.named_parameters(), *module.named_buffers()) if v.is_floating_point()]
 
 
 def randomised(module: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from parity.sides.torch.module import (
     loss_of,
     numbers,
     numpy,
-    weight_normed,
+    parametrised,
     without_dropout,
 )
 from parity.sides.torch.precision import Rounds
@@ -59,22 +59,20 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
     for path, child in module.named_modules():
         if any(path.startswith(prefix) for prefix in inside):
             continue
-        own = _tensors(child, recurse=False)
+        own, made_of = _tensors(child, recurse=False), parametrised(child)
+        if made_of:
+            own |= {name: _tensors(child, recurse=True)[local] for name, local in made_of.items()}
+            inside.append(f"{path}.parametrizations." if path else "parametrizations.")
         names = class_names(type(child))
         statistics = frozenset(name for name in own if not isinstance(own[name], nn.Parameter))
         kind = kind_of(names, {name: tuple(v.shape) for name, v in own.items()}, statistics)
-        normed = weight_normed(child)
-        own |= {name: _tensors(child, recurse=True)[local] for name, local in normed.items()}
-        if normed:
-            inside.append(f"{path}.parametrizations." if path else "parametrizations.")
-            kind = kind_of(names, {name: tuple(v.shape) for name, v in own.items()}, statistics)
         if kind == "attention":
             own = _tensors(child, recurse=True)
             inside.append(f"{path}." if path else "")
         if not own:
             continue
         children = [
-            grandchild for name, grandchild in child.named_children() if not (normed and name == "parametrizations")
+            grandchild for name, grandchild in child.named_children() if not (made_of and name == "parametrizations")
         ]
         below = any(_tensors(grandchild, recurse=True) for grandchild in children) and kind != "attention"
         config = {name: getattr(child, name, None) for name in CONFIG}
@@ -85,7 +83,7 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
             path,
             kind,
             type(child).__name__,
-            {name: f"{path}.{normed.get(name, name)}" if path else normed.get(name, name) for name in own},
+            {name: f"{path}.{made_of.get(name, name)}" if path else made_of.get(name, name) for name in own},
             statistics,
             config,
             is_called=not below,
