@@ -48,8 +48,8 @@ class Net(linen.Module):
 
 OPTIMIZERS = {
     "sgd": (lambda p: torch.optim.SGD(p, 0.05), optax.sgd(0.05)),
-    # Which makes whole steps of the noise in the gradient of the bias before the norm.
-    "adam": (lambda p: torch.optim.Adam(p, 0.01), optax.adam(0.01)),
+    # With an epsilon below it, it makes whole steps of the noise in the gradient of the bias before the norm.
+    "adam": (lambda p: torch.optim.Adam(p, 0.01, eps=1e-30), optax.adam(0.01, eps=1e-30)),
 }
 
 
