@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +32,9 @@ SHA256 = {
     "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
 TIMEOUT_SECONDS = 15.0
+# The whole is 31 MB, its largest file 26: a server that sends more, or by drops, is not waited for.
+LARGEST_FILE = 1 << 26
+DEADLINE_SECONDS = 600.0
 _CHUNK = 1 << 16
 
 Progress = Callable[[str, int, int | None], None]
@@ -42,6 +47,8 @@ def download(
     progress: Progress | None = None,
     mirrors: Sequence[str] | None = None,
     sha256: Mapping[str, str] = SHA256,
+    anew: bool = False,
+    seconds: float | None = None,
 ) -> None:
     """Download what is missing of the four files into `folder`.
 
@@ -54,23 +61,51 @@ def download(
       progress: see `Progress`.
       mirrors: addresses that hold the files, tried in order (default: `MIRRORS`).
       sha256: file name -> checksum.
+      anew: what is there is damaged, and replaced where its checksum is wrong.
+      seconds: for all of it (default: `DEADLINE_SECONDS`); what has come by then is resumed by the next call.
 
     Raises:
-      OSError: no mirror gave a file, or the folder can't be written; the message holds each reason.
+      OSError: no mirror gave a file, a file is larger than `LARGEST_FILE`, the time is over, or the folder can't be
+        written; the message holds each reason.
     """
     folder, mirrors = Path(folder), MIRRORS if mirrors is None else mirrors
+    seconds = DEADLINE_SECONDS if seconds is None else seconds
+    deadline = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        for name, checksum in sha256.items():
-            if find_file(folder, name.removesuffix(".gz")) is None:
-                _download_from_any([f"{mirror}/{name}" for mirror in mirrors], folder / name, checksum, progress)
+
+    def all_of_it() -> None:
+        with _locked(folder, deadline):
+            for name, checksum in sha256.items():
+                there = find_file(folder, name.removesuffix(".gz"))
+                if there is None or (anew and _sha256(there) != checksum):
+                    urls = [f"{mirror}/{name}" for mirror in mirrors]
+                    _download_from_any(urls, folder / name, checksum, progress, deadline)
+
+    # Beside: looking up a name, connecting and reading a line each may hang for as long as the other side likes.
+    error: list[BaseException] = []
+
+    def beside() -> None:
+        try:
+            all_of_it()
+        except BaseException as found:
+            error.append(found)
+
+    thread = threading.Thread(target=beside, daemon=True)
+    thread.start()
+    thread.join(seconds + 1)  # it looks at the clock itself wherever it can
+    if thread.is_alive():
+        raise OSError(f"{mirrors[0]}: not finished after {seconds:g} seconds")
+    if error:
+        raise error[0]
 
 
-def _download_from_any(urls: Sequence[str], path: Path, checksum: str, progress: Progress | None) -> None:
+def _download_from_any(
+    urls: Sequence[str], path: Path, checksum: str, progress: Progress | None, deadline: float
+) -> None:
     reasons = []
     for url in urls:
         try:
-            return _download_file(url, path, checksum, progress)
+            return _download_file(url, path, checksum, progress, deadline)
         # urllib: URLError, HTTPError and time-outs are OSErrors; a broken transfer or a bad address is not.
         except (OSError, HTTPException, ValueError) as error:
             reasons.append(f"{url}: {error}")
@@ -78,15 +113,30 @@ def _download_from_any(urls: Sequence[str], path: Path, checksum: str, progress:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, deadline: float) -> Iterator[None]:
     """Hold the folder's lock: one process downloads, the others wait and then find the files."""
     with open(folder / ".lock", "w") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        while fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                _check_time(deadline)
+                time.sleep(0.05)
         yield
 
 
-def _download_file(url: str, path: Path, checksum: str, progress: Progress | None) -> None:
+def _check_time(deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise TimeoutError("the time for the download is over")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _download_file(url: str, path: Path, checksum: str, progress: Progress | None, deadline: float) -> None:
+    _check_time(deadline)
     part = path.with_name(f"{path.name}.part")
     done = part.stat().st_size if part.exists() else 0
     total = None
@@ -98,17 +148,24 @@ def _download_file(url: str, path: Path, checksum: str, progress: Progress | Non
             if response.headers.get("Content-Length"):
                 total = done + int(response.headers["Content-Length"])
             with open(part, "ab" if done else "wb") as file:
-                while chunk := response.read(_CHUNK):
-                    file.write(chunk)
+                # What there is, not a whole chunk: by drops that would take longer than any time-out.
+                while chunk := response.read1(_CHUNK):
+                    _check_time(deadline)
                     done += len(chunk)
+                    if done > LARGEST_FILE:
+                        break
+                    file.write(chunk)
                     if progress:
                         progress(path.name, done, total)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the part is as long as the file already, or longer; the checksum tells
             raise
+    if done > LARGEST_FILE:
+        part.unlink()
+        raise OSError(f"found more than {LARGEST_FILE} bytes; expected a file of Fashion-MNIST")
     if total is not None and done < total:
         raise OSError(f"the connection closed after {done} of {total} bytes")
-    found = hashlib.sha256(part.read_bytes()).hexdigest()
+    found = _sha256(part)
     if found != checksum:
         part.unlink()
         raise OSError(f"found SHA-256 {found}; expected {checksum}")

@@ -34,7 +34,7 @@ def load_sample() -> ImageDataset:
 
 
 def load_fashion_mnist(*, progress: Progress | None = None) -> ImageDataset:
-    """Fashion-MNIST from the first place that has it, else the sample.
+    """Fashion-MNIST from the first place that has it whole, else the sample.
 
     The places: the cache folder; the folder of Debian's and Ubuntu's package `dataset-fashion-mnist`; the official
     download, into the cache folder; the embedded sample.
@@ -43,16 +43,22 @@ def load_fashion_mnist(*, progress: Progress | None = None) -> ImageDataset:
       progress: see `image_data.download.Progress`.
 
     Returns:
-      The data set. If it is the sample, `notice` says so, and why.
-
-    Raises:
-      ValueError: the folder that was found holds damaged files (see `load_folder`).
+      The data set. If it is the sample, or a place had it damaged, `notice` says so, and why.
     """
+    damaged: list[str] = []
+
+    def told(dataset: ImageDataset, notice: str = "") -> ImageDataset:
+        said = [f"{reason}; the data are from {dataset.name} instead." for reason in damaged]
+        return dataset._replace(notice=" ".join([*said, notice]).strip())
+
     for folder in (cache_folder(), DEBIAN_FOLDER):
         if is_complete(folder):
-            return load_folder(folder)
+            try:
+                return told(load_folder(folder))
+            except ValueError as error:
+                damaged.append(str(error))
     try:
-        download(cache_folder(), progress=progress)
-    except OSError as error:
-        return load_sample()._replace(notice=f"{SAMPLE_NOTICE}: the download failed ({error}).")
-    return load_folder(cache_folder())
+        download(cache_folder(), progress=progress, anew=is_complete(cache_folder()))
+        return told(load_folder(cache_folder()))
+    except (OSError, ValueError) as error:
+        return told(load_sample(), f"{SAMPLE_NOTICE}: the download failed ({error}).")

@@ -120,10 +120,28 @@ def test_places_that_may_not_be_looked_at(tmp_path, no_network, monkeypatch):
     assert image_data.load_fashion_mnist().name == "sample"
 
 
-def test_a_damaged_cache_is_no_reason_for_the_sample(no_network):
-    """What was downloaded and has broken since is said aloud, not replaced by a tenth of the data."""
+def test_a_damaged_cache(tmp_path, no_network, monkeypatch):
+    """The next place is taken, and that is said; what broke is downloaded anew where there is no other."""
     cache = write_folder(sources.cache_folder())
-    path = cache / f"{FILES[0]}.gz"
-    path.write_bytes(gzip.compress(b"broken"))
-    with pytest.raises(ValueError, match=FILES[0]):
-        image_data.load_fashion_mnist()
+    whole = (cache / f"{FILES[0]}.gz").read_bytes()
+    (cache / f"{FILES[0]}.gz").write_bytes(gzip.compress(b"broken"))
+    dataset = image_data.load_fashion_mnist()
+    assert dataset.name == "sample"
+    for words in (f"{FILES[0]}.gz: found magic bytes", "from sample instead", "the download failed"):
+        assert words in dataset.notice
+
+    def downloading(folder, *, progress, anew):
+        assert anew
+        (folder / f"{FILES[0]}.gz").write_bytes(whole)
+
+    monkeypatch.setattr(sources, "download", downloading)
+    dataset = image_data.load_fashion_mnist()
+    assert dataset.name == str(cache)
+    assert f"from {cache} instead" in dataset.notice
+    assert image_data.load_fashion_mnist().notice == ""
+
+    (cache / f"{FILES[1]}.gz").write_bytes(b"broken")
+    monkeypatch.setattr(sources, "DEBIAN_FOLDER", write_folder(tmp_path / "system"))
+    dataset = image_data.load_fashion_mnist()
+    assert dataset.name == str(tmp_path / "system")
+    assert f"{FILES[1]}.gz: found magic bytes" in dataset.notice

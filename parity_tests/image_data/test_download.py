@@ -1,10 +1,13 @@
 """The download against a real HTTP server that breaks off, lies, refuses ranges and is not there."""
 
 import contextlib
+import fcntl
 import hashlib
 import http.server
+import importlib
 import struct
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +16,8 @@ import pytest
 from image_data.dataset import is_complete
 from image_data.download import SHA256, download
 from image_data.sources import DEBIAN_FOLDER
+
+download_module = importlib.import_module("image_data.download")
 
 CONTENT = {
     "train-images-idx3-ubyte.gz": np.random.default_rng(0).bytes(300_000),
@@ -26,8 +31,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, *, breaks_after=None, ranges=True, content=CONTENT, status=None):
+    def __init__(self, *, breaks_after=None, ranges=True, content=CONTENT, status=None, drops=None):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.drops = drops
         self.breaks_after, self.ranges, self.content, self.status = breaks_after, ranges, content, status
         self.requests = []
 
@@ -51,10 +57,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if first >= len(content):
                 self.send_error(416)
                 return
+        if self.server.drops == "headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            self.drop(b"x: y\r\n")
         self.send_response(206 if first else 200)
         self.send_header("Content-Length", str(len(content) - first))
         self.end_headers()
+        if self.server.drops == "content":
+            self.drop(content[:1])
         self.wfile.write(content[first:][: self.server.breaks_after])
+
+    def drop(self, content):
+        """By drops, each well before any time-out, until the other side has had enough."""
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(content)
+                time.sleep(0.05)
 
     def log_message(self, *_):
         pass
@@ -131,6 +149,42 @@ def test_damaged_part(tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz.part").write_bytes(b"not the first bytes")
     with serving() as first, serving() as second:
         download(tmp_path, mirrors=[first.url, second.url], sha256=CHECKSUMS)
+    assert_whole(tmp_path)
+
+
+@pytest.mark.parametrize("drops", ["headers", "content"])
+def test_a_server_that_sends_by_drops(tmp_path, drops):
+    """No longer than the time for all of it."""
+    with serving(drops=drops) as server:
+        begun = time.monotonic()
+        with pytest.raises(OSError, match=r"time for the download is over|not finished after 0\.5 seconds"):
+            download(tmp_path, mirrors=[server.url, server.url], sha256=CHECKSUMS, seconds=0.5)
+        assert time.monotonic() - begun < 10
+
+
+def test_a_lock_that_is_not_let_go(tmp_path):
+    """Of a process that has been stopped, say."""
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="time for the download is over"):
+            download(tmp_path, mirrors=["http://127.0.0.1:9"], sha256=CHECKSUMS, seconds=0.1)
+
+
+def test_a_file_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "LARGEST_FILE", 200_000)
+    with serving() as server, pytest.raises(OSError, match="found more than 200000 bytes"):
+        download(tmp_path, mirrors=[server.url], sha256=CHECKSUMS)
+    assert [p.name for p in tmp_path.iterdir() if "images" in p.name] == []
+
+
+def test_anew(tmp_path):
+    """What is whole stays, what is damaged is replaced."""
+    for name, content in CONTENT.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
+    with serving() as server:
+        download(tmp_path, mirrors=[server.url], sha256=CHECKSUMS, anew=True)
+        assert [name for name, _ in server.requests] == ["train-labels-idx1-ubyte.gz"]
     assert_whole(tmp_path)
 
 
