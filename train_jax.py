@@ -21,13 +21,22 @@ def _load(config: Config) -> Program:
     from bn_common.memory import keep_memory
     from jax_bn.mesh import make_mesh
     from jax_bn.processes import join, leave
-    from jax_bn.settings import compute_in_the_caller, keep_compiled
+    from jax_bn.settings import (
+        check_what_is_kept,
+        compute_in_the_caller,
+        find_devices,
+        keep_compiled,
+        say_errors_once,
+    )
     from jax_bn.training import train
 
     keep_memory()
     compute_in_the_caller()
     keep_compiled()
+    check_what_is_kept()
+    say_errors_once()
     process, watch = join(config, "train_jax.py")
+    find_devices()
     make_mesh(config)  # which refuses what the devices cannot do
 
     return Program(train, process, watch, leave)

@@ -41,6 +41,47 @@ def test_nowhere_to_keep_it(no_cache):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_what_is_damaged_is_compiled_anew_and_replaced(tmp_path):
+    """Once, without a word, and never run."""
+    code = (
+        "import jax, jax.numpy as jnp\n"
+        "from jax_bn.settings import check_what_is_kept\n"
+        "assert check_what_is_kept()\n"
+        "compiled = []\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: compiled.append(event.rpartition('/')[2]))\n"
+        "print(jax.jit(lambda x: (x * 2).sum())(jnp.arange(4.0)))\n"
+        "print(compiled.count('cache_hits'), compiled.count('cache_misses'))\n"
+    )
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+
+    def start():
+        command = [sys.executable, "-W", "error", "-c", code]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert said.stderr == ""
+        result, found = said.stdout.splitlines()
+        assert result == "12.0"
+        return tuple(map(int, found.split()))
+
+    def damage(how, pattern="*-cache"):
+        for path in (tmp_path / "cache").glob(pattern):
+            path.write_bytes(how(path.read_bytes()))
+
+    _, programs = start()
+    assert programs > 0
+    flip = {"cut": lambda content: content[:50], "flipped": lambda content: content[:-9] + b"?" + content[-8:]}
+    for how in flip.values():
+        damage(how)
+        assert start() == (0, programs)
+    damage(lambda _: b"\xff", "*-sha256")
+    assert start() == (0, programs)
+    for path in (tmp_path / "cache").glob("*-sha256"):  # of another program: whole, though nothing says so
+        path.unlink()
+    assert start() == (programs, 0)
+    damage(flip["cut"])
+    assert start() == (0, programs)
+    assert start() == (programs, 0)
+
+
 def test_the_callers_folder_stays(no_cache, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     assert settings.keep_compiled() is None
