@@ -12,13 +12,14 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test parity mistakes bench speed exactness lint format clean
+.PHONY: help train test faults parity mistakes bench speed exactness lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo "make train   train BLeNet on Fashion-MNIST with JAX; options: make train ARGS=--help"
 	@echo "make test    run the whole suite, PyTorch included"
+	@echo "make faults  kill training runs at 50 random moments, and see that nothing is lost"
 	@echo "make parity  compare this project's own two wings: every layer, mode, dtype, convention and shape"
 	@echo "make mistakes   plant every known porting mistake, and write what was caught to docs/parity_mistakes.md"
 	@echo "make bench   time a training step, then batch norm, beside their peers in JAX and PyTorch; figures and a plot go"
@@ -33,6 +34,9 @@ train: $(VENV)/installed-train$(EXTRA)
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+faults: $(VENV)/installed-test
+	$(VENV)/bin/python -m parity_tests.faults $(ARGS)
 
 parity: $(VENV)/installed-test
 	$(VENV)/bin/python -m parity check $(ARGS)

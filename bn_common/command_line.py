@@ -6,10 +6,12 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
@@ -17,21 +19,45 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from bn_common.checks import check_blenet, require
-from bn_common.config import NUM_CLASS, Config
+from bn_common.config import MOST_STEPS, NUM_CLASS, Config
+from bn_common.files import check_can_be_made
 from bn_common.memory import imports
-from bn_common.run_folder import RunFolder, refuse_used
+from bn_common.record import (
+    identity_of,
+    is_finished,
+    record_of,
+    recorded_config,
+    refuse_other,
+    refuse_under_way,
+)
+from bn_common.run_folder import RunFolder
+from bn_common.stopping import Signals, Stopped
+from bn_common.streams import fill_standard_streams
 from bn_common.watch import Watch
-from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample
+from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample, steps_per_epoch
 
 Options = TypeVar("Options")
+HELP = "what --help lists"
 
 
-def parse(kind: type[Options], args: Sequence[str] | None, *, prog: str, description: str) -> Options:
-    """The dataclass `kind` as the command line says; bad input ends the program with exit status 2 and one line."""
+def parse(
+    kind: type[Options], args: Sequence[str] | None, *, prog: str, description: str, default: Options | None = None
+) -> Options:
+    """The dataclass `kind` as the command line says; bad input ends the program with exit status 2 and one line.
+
+    What the command line leaves out is as in `default`.
+    """
+    args = sys.argv[1:] if args is None else args
+    for option, value in zip(("", *args), args, strict=False):
+        # tyro makes of an empty path the folder that the program is started in.
+        if not value or re.fullmatch(r"--[\w-]+=", value):
+            refuse(prog, f"{value.removesuffix('=') or option} is ''; allowed: {HELP}")
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, prog=prog, description=description, args=args)
+            if default is None:
+                return tyro.cli(kind, prog=prog, description=description, args=args)
+            return tyro.cli(kind, prog=prog, description=description, args=args, default=default)
     except SystemExit as stop:
         if stop.code == 2:
             refuse(prog, _in_one_line(errors.getvalue()))
@@ -50,7 +76,7 @@ def _in_one_line(box: str) -> str:
     for section in sections[1:]:
         if section.startswith("Argument helptext: "):
             message += f"; allowed: {section.removeprefix('Argument helptext: ')}"
-    return f"{message}; allowed: what --help lists" if message.startswith("Unrecognized options") else message
+    return f"{message}; allowed: {HELP}" if message.startswith("Unrecognized options") else message
 
 
 def refuse(prog: str, message: str) -> NoReturn:
@@ -59,14 +85,33 @@ def refuse(prog: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def read_config(args: Sequence[str] | None, *, prog: str, description: str) -> Config:
-    """The configuration that the command line asks for; a bad one, or a run folder in use, ends the program."""
+def read_config(args: Sequence[str] | None, *, prog: str, description: str, framework: str | None = None) -> Config:
+    """The configuration that the command line asks for; a bad one ends the program, as does a folder of another run.
+
+    With --resume, what the command line leaves out is as the run in --out has it. A run that is finished already is
+    told, and ends the program with exit status 0.
+    """
     config = parse(Config, args, prog=prog, description=description).resolved()
     try:
+        if config.resume:
+            if config.out is None:
+                raise ValueError("--out is missing; allowed with --resume: the folder of the run to continue")
+            recorded = recorded_config(config.out)
+            config = parse(Config, args, prog=prog, description=description, default=recorded).resolved()
+        # Before a download, and before another of several processes could have made it.
         if config.out is not None:
-            refuse_used(config.out)  # before a download, and before another process could have made it
+            refuse_other(config.out, record_of(config, framework) if framework else {})
+            refuse_under_way(config.out)
+        else:
+            check_can_be_made("--out", Path("runs"))
     except ValueError as error:
         refuse(prog, str(error))
+    alone = config.coordinator is None  # else the others are waiting
+    if config.out is not None and framework and alone and is_finished(config, config.out):
+        Console().print(
+            f"run folder: {config.out} holds all of this run", soft_wrap=True, markup=False, highlight=False
+        )
+        raise SystemExit(0)
     return config
 
 
@@ -102,9 +147,14 @@ def start(
         require(
             config.batch_size <= num_train, "--batch-size", config.batch_size, f"2 to {num_train}, the training set"
         )
+        most = MOST_STEPS // steps_per_epoch(num_train, config.batch_size)
+        require(config.epochs <= most, "--epochs", config.epochs, f"1 to {most}: steps are counted to 2^31 - 1")
+        identity = identity_of(dataset)
+        if config.out is not None:
+            refuse_other(config.out, {**record_of(config, framework), **identity})
         program = loading.result()
         about = {"data": dataset.name} | ({"notice": dataset.notice} if dataset.notice else {})
-        run = RunFolder(config, framework, about, console, writes=program.process == 0)
+        run = RunFolder(config, framework, about, console, identity, writes=program.process == 0)
     except ValueError as error:
         refuse(prog, str(error))
     if dataset.notice:
@@ -140,29 +190,29 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
       prog: the program's name in messages.
       description: of the program, for --help.
     """
-    run = config = None
-    try:
-        config = read_config(None, prog=prog, description=description)
-        with imports(), ThreadPoolExecutor(1) as meanwhile:
-            loading = meanwhile.submit(load, config)
-            program, dataset, run = start(config, loading, framework=framework, prog=prog)
-        _train(program, config, dataset, run)
-    except SystemExit as stop:
-        if config is not None and config.coordinator is not None:  # Python's own end would wait for the others
-            sys.stdout.flush()
-            os._exit(stop.code if isinstance(stop.code, int) else 1)
-        raise
-    except FloatingPointError as error:
-        sys.stderr.write(f"{prog}: stopped: {error}; {run.path if run else ''} holds the epochs before\n")
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            f"{prog}: interrupted; {f'{run.path} holds the finished epochs' if run else 'nothing begun'}\n"
-        )
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not by way of Python's own end: XLA's threads may still be in the midst of a step, and would crash there.
-        os._exit(130)
+    fill_standard_streams()
+    run = None
+    with Signals() as signals:
+        try:
+            config = read_config(None, prog=prog, description=description, framework=framework)
+            with imports():
+                meanwhile = ThreadPoolExecutor(1)
+                try:
+                    loading = meanwhile.submit(load, config)
+                    program, dataset, run = start(config, loading, framework=framework, prog=prog)
+                except SystemExit as stop:
+                    end(int(stop.code or 0))  # what is refused does not wait for what is still being imported
+                meanwhile.shutdown()
+            signals.deferred = True
+            run.told_to_stop = lambda step: signals.asked
+            _train(program, config, dataset, run)
+        except Stopped as stop:
+            stopped(run, prog, f"interrupted by {stop.signal.name}", stop.status)
+        except FloatingPointError as error:
+            stopped(run, prog, f"stopped: {error}", 1, goes_on=False)
+        except OSError as error:
+            at = f"{error.filename}: " if error.filename else ""
+            stopped(run, prog, f"stopped: {at}{error.strerror or error}", 1)
 
 
 def _train(program: Program, config: Config, dataset: ImageDataset, run: RunFolder) -> None:
@@ -175,8 +225,12 @@ def _train(program: Program, config: Config, dataset: ImageDataset, run: RunFold
     try:
         program.train(config, dataset, run)
         program.leave()
-    except FloatingPointError:  # in all of them at once
+    except (FloatingPointError, Stopped):  # in all of them at once
+        run.close()  # first what is being written, then the others may go
+        program.leave()
         watch.leave()
+        raise
+    except OSError:  # in the one that writes, whose end the others will see
         raise
     except Exception:
         watch.failed()
@@ -186,3 +240,40 @@ def _train(program: Program, config: Config, dataset: ImageDataset, run: RunFold
         sys.stdout.flush()
         os._exit(1)
     watch.leave()
+
+
+def stopped(run: RunFolder | None, prog: str, why: str, status: int, *, goes_on: bool = True) -> NoReturn:
+    """End the program before its run is finished: one line on standard error, with what is saved.
+
+    Args:
+      run: if one has begun.
+      prog: the program's name.
+      why: it ends.
+      status: with which.
+      goes_on: whether it would go otherwise another time; then how to go on is told.
+    """
+    held = "nothing begun"
+    if run is not None:
+        try:
+            run.close()
+        except OSError as error:
+            if str(error.strerror) not in why:
+                why += f"; {error.strerror}"
+        held = f"{run.path} holds the checkpoint of step {run.saved_step}"
+        if run.saved_step is None:
+            held = f"{run.path} holds no checkpoint yet"
+        command = prog if prog.startswith("python") else f"python {prog}"
+        if goes_on:
+            held += f"; to go on: {command} --resume --out {shlex.quote(str(run.path))}"
+        if not run.is_there():
+            held = "nothing is left of it"
+    said = f"{why}; {held}" if run is None or run.writes else why
+    sys.stderr.write(f"{prog}: {' '.join(said.split())}\n")
+    end(status)
+
+
+def end(status: int) -> NoReturn:
+    """End the program now, and not by way of Python's own end: threads may be in the midst of something."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

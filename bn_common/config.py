@@ -14,9 +14,18 @@ from bn_common.checks import check_epsilon, check_int, check_momentum, check_rea
 # Of Fashion-MNIST, MNIST and KMNIST alike.
 NUM_CLASS = 10
 
+# What a run may be continued with otherwise: no number of it changes, with the number of devices the last digits. (What
+# the data are, their digest tells.)
+MAY_CHANGE = frozenset({"out", "resume", "checkpoint_every", "keep_checkpoints", "until_accuracy", "profile"})
+MAY_CHANGE |= {"data", "data_dir", "devices", "coordinator", "num_processes", "process_id"}
+
 # Learning rate and weight decay of each optimiser. Those of adamw and momentum were found at batch size 64 on 10,000
 # held-out training images, as was the label smoothing.
 DEFAULTS = {"sgd": (0.5, 1e-4), "momentum": (0.5, 1e-4), "adam": (0.01, 0.0), "adamw": (0.03, 0.01)}
+
+
+# Optimisers count steps in int32.
+MOST_STEPS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +33,7 @@ class Config:
     """How to train BLeNet. Every field is a command-line option of the same name."""
 
     epochs: int = 10
-    """Passes over the training set, >= 1."""
+    """Passes over the training set, >= 1; their steps are at most 2^31 - 1."""
     batch_size: int = 64
     """Images in a step, from 2 to the size of the training set. What is left of an epoch is seen in other epochs."""
     optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "adamw"
@@ -73,11 +82,19 @@ class Config:
     data_dir: Path | None = None
     """Use the four IDX files in this folder (named as MNIST, Fashion-MNIST and KMNIST name them) instead of --data."""
     out: Path | None = None
-    """Run folder for config.json, metrics.jsonl, weights.safetensors and curves.png; must not hold a run yet.
-    None: a new folder below runs/, named by the framework and the time."""
+    """Run folder for config.json, metrics.jsonl, weights.safetensors, curves.png and checkpoints. If it holds a run of
+    the same options that has not ended, that is continued. None: a new folder below runs/, named by the framework and
+    the time."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue the run in --out, with its own options; those given again must be the same."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints within an epoch, >= 1. None: one after every epoch only."""
+    keep_checkpoints: int = 3
+    """How many of the last checkpoints are kept, >= 1; the one with the best test accuracy is kept beside them."""
 
     def __post_init__(self) -> None:
         check_int("--epochs", self.epochs, 1)
+        require(self.epochs <= MOST_STEPS, "--epochs", self.epochs, "1 to 2^31 - 1, to which steps are counted")
         check_int("--batch-size", self.batch_size, 2)
         # tyro checks these too, but a Config is also made in code.
         for name, kind in get_type_hints(Config).items():
@@ -92,6 +109,9 @@ class Config:
         check_real("--warmup-epochs", self.warmup_epochs, 0, self.epochs, f"0 to --epochs, {self.epochs}")
         if self.until_accuracy is not None:
             check_real("--until-accuracy", self.until_accuracy, math.nextafter(0, 1), 1, "a number > 0, at most 1")
+        if self.checkpoint_every is not None:
+            check_int("--checkpoint-every", self.checkpoint_every, 1)
+        check_int("--keep-checkpoints", self.keep_checkpoints, 1)
         if self.devices is not None:
             check_int("--devices", self.devices, 1)
         self._check_processes()

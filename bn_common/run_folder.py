@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import errno
 import io
 import json
 import math
 import os
+import struct
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +20,22 @@ import safetensors.numpy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bn_common import checkpoints
+from bn_common.checkpoints import Checkpoint, Fetched, Place
 from bn_common.config import Config
-
-CONFIG, METRICS, WEIGHTS, CURVES = "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
+from bn_common.files import check_can_be_made, leftovers, lock, write_together, write_whole
+from bn_common.record import (
+    CONFIG,
+    CURVES,
+    METRICS,
+    WEIGHTS,
+    reached,
+    read_metrics,
+    record_of,
+    refuse_other,
+    under_way,
+)
+from bn_common.stopping import Stopped
 
 
 class Totals(NamedTuple):
@@ -31,55 +46,192 @@ class Totals(NamedTuple):
     examples: float
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that no reader, and no crash, ever sees a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class RunFolder:
-    """Records a run on the screen and in its folder.
+    """Records a run on the screen and in its folder, and finds there what an earlier process has left of it.
 
     Args:
       config: the run's; `out` names the folder (None: a new one below runs/, named by framework and time).
       framework: "jax" or "torch", whose names the weights have.
       about: added to every line of the metrics: {"data": ..., "notice": ...}.
       console: where to print.
+      identity: what else a run must share with one that it continues, see `identity_of`.
       writes: whether this process does; of several that train together the first one alone.
 
+    Attributes:
+      path: the folder.
+      record: what config.json says: framework, configuration, identity.
+      metrics: the lines of metrics.jsonl, those of an earlier process first.
+      saved_step: of the newest checkpoint on the disk, or None.
+      told_to_stop: whether a signal has said, by the end of this step, that the run is to end; and which.
+
     Raises:
-      ValueError: the folder holds a run already (nothing is overwritten), is a file, or can't be written.
+      ValueError: the folder holds another run (nothing is overwritten), or one under way; it is a file, or can't be
+        written.
     """
 
     def __init__(
-        self, config: Config, framework: str, about: Mapping[str, str], console: Console, *, writes: bool = True
+        self,
+        config: Config,
+        framework: str,
+        about: Mapping[str, str],
+        console: Console,
+        identity: Mapping[str, Any] | None = None,
+        *,
+        writes: bool = True,
     ) -> None:
         self.config, self.about, self.console, self.writes = config, dict(about), console, writes
+        self.saved_step: int | None = None
+        self.told_to_stop: Callable[[int], int | None] = lambda step: None
+        self._open = contextlib.ExitStack()
         self.metrics: list[dict[str, Any]] = []
         self.path = config.out or Path("runs")
         if not writes:
             console.quiet = True
             return
-        self.path = _new_folder(config.out, framework)
-        fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
-        write_whole(
-            self.path / CONFIG,
-            (json.dumps({"framework": framework, **fields, "out": str(self.path)}, indent=2) + "\n").encode(),
-        )
+        self.path = config.out or _new_path(framework)
+        self.record = {**record_of(config, framework), "out": str(self.path), **(identity or {})}
+        check_can_be_made("--out", self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            unlock = lock(self.path)
+            if unlock is None:
+                raise ValueError(under_way(self.path))
+            self._open.callback(weakref.finalize(self, unlock))
+            # Now that nobody else writes.
+            refuse_other(self.path, self.record)
+            _tidy(self.path)
+            if not (self.path / CONFIG).exists():
+                write_whole(self.path / CONFIG, (json.dumps(self.record, indent=2) + "\n").encode())
+                write_whole(self.path / METRICS, b"")
+            self.metrics = read_metrics(self.path)
+        except OSError as error:
+            self.close()
+            raise ValueError(f"--out is {self.path}: {error.strerror}; allowed: a folder that can be written") from None
+        except ValueError:
+            self.close()
+            raise
+
+    def before_close(self, wait: Callable[[], None]) -> None:
+        """Have this called before the folder is let go of: what ends all writing to it."""
+        self._open.callback(wait)
+
+    def close(self) -> None:
+        """Wait for what is being written, and let go of the folder."""
+        self._open.close()
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Where the run is to be continued, if an earlier process has left a checkpoint; and that is said."""
+        if not self.writes:
+            return None
+        found = checkpoints.newest(self.path / checkpoints.FOLDER, lambda text: self.say(f"Notice: {text}", "yellow"))
+        if found is not None:
+            # Of epochs that are behind the checkpoint, the lines stay: they will be the same again.
+            done = found.about["metrics"]
+            self.metrics = done + [line for line in self.metrics if line["epoch"] > len(done)]
+            self.saved_step = found.step
+            self.say(f"continued from step {found.step}, {found.path}")
+        elif self.metrics:
+            self.say("Notice: no checkpoint is left of this run; it begins anew", "yellow")
+        return found
+
+    def about_checkpoint(self, place: Place, arrays: Mapping[str, str], made_with: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint's seal says.
+
+        Args:
+          place: where the run stands.
+          arrays: of the tensors in the checkpoint, see `checkpoints.describe`.
+          made_with: of the framework and its devices.
+
+        Raises:
+          OSError: the folder is gone.
+        """
+        self._check_there()
+        accuracy = None if place.found or not place.epoch else self.metrics[place.epoch - 1]["test_accuracy"]
+        return {
+            "place": place._asdict(),
+            "run": self.record,
+            "metrics": self.metrics[: place.epoch],
+            "test_accuracy": accuracy,
+            "arrays": dict(arrays),
+            "made_with": dict(made_with),
+        }
+
+    def say_what_differs(self, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+        """That the run goes on with another framework or on other devices than the checkpoint was made with."""
+        differs = [
+            f"{name} is {mine.get(name)}, not {value}" for name, value in theirs.items() if mine.get(name) != value
+        ]
+        if differs:
+            self.say(
+                f"Notice: {', '.join(differs)}: the numbers may differ in their last digits from here on", "yellow"
+            )
+
+    def save_is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after this step (counted from 1), in the midst of an epoch."""
+        every = self.config.checkpoint_every
+        return (every is not None and step % every == 0) or self.told_to_stop(step) is not None
+
+    def check_finite(
+        self,
+        *,
+        epoch: int,
+        step: int,
+        found: Fetched,
+        weights: Mapping[str, np.ndarray],
+        first_broken: Callable[[int, int], str],
+    ) -> None:
+        """Before anything is written of them: the losses of an epoch's steps and the weights after.
+
+        Args:
+          epoch: from 0.
+          step: the last one, from 1.
+          found: what the epoch's steps so far have found.
+          weights: after it.
+          first_broken: given the epoch and one of its steps, both from 0: the first layer that is not finite in it.
+
+        Raises:
+          FloatingPointError: one of them is not finite; the message names the step and the layer or the array.
+        """
+        broken = next((i for i, (loss, *_) in enumerate(found) if not math.isfinite(loss)), None)
+        if broken is not None:
+            at = f"epoch {epoch + 1}, step {step - len(found) + broken + 1}"
+            layer = first_broken(epoch, broken)
+            raise FloatingPointError(f"the loss is no longer finite in {at}, first in {layer}; a smaller --lr may help")
+        for name, value in weights.items():
+            if not np.isfinite(value).all():
+                at = f"epoch {epoch + 1}, after step {step}"
+                raise FloatingPointError(f"{name} is no longer finite in {at}; a smaller --lr may help")
+
+    def stop_if_told(self, step: int, wait: Callable[[], None]) -> None:
+        """After the checkpoint of this step: end the run if a signal has said so.
+
+        Args:
+          step: the checkpoint's.
+          wait: until it is on the disk.
+
+        Raises:
+          Stopped: so it is.
+        """
+        number = self.told_to_stop(step)
+        if number is not None:
+            wait()
+            raise Stopped(number)
+
+    def is_there(self) -> bool:
+        """Whether nobody has taken the folder away."""
+        return not self.writes or (self.path / CONFIG).exists()
+
+    def _check_there(self) -> None:
+        # Else a new folder would be made, with half of the run.
+        if not self.is_there():
+            raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(self.path))
 
     @contextlib.contextmanager
-    def progress(self, epoch: int, steps: int) -> Iterator[Callable[[], None]]:
+    def progress(self, epoch: int, steps: int, done: int = 0) -> Iterator[Callable[[], None]]:
         """A progress bar over the steps of an epoch (on a terminal only); gives the function to call after a step."""
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(f"epoch {epoch}/{self.config.epochs}", total=steps)
+            task = bar.add_task(f"epoch {epoch}/{self.config.epochs}", total=steps, completed=done)
             yield lambda: bar.advance(task)
 
     def end_epoch(
@@ -94,7 +246,7 @@ class RunFolder:
         learning_rate: float,
         weights: Mapping[str, np.ndarray],
     ) -> None:
-        """Write weights.safetensors, add a line to metrics.jsonl and print it.
+        """Write weights.safetensors, which tells its epoch and step, add a line to metrics.jsonl, and print it.
 
         Args:
           epoch: from 0; printed and written from 1.
@@ -108,14 +260,12 @@ class RunFolder:
 
         Raises:
           FloatingPointError: a loss, a weight or a statistic is not finite; nothing has been written.
+          OSError: the folder is gone, or can't be written.
         """
         broken = [name for name, v in weights.items() if not np.isfinite(v).all()]
         if broken or not (math.isfinite(train.loss) and math.isfinite(test.loss)):
             what = f"{broken[0]} is no longer finite" if broken else "the loss is no longer finite"
             raise FloatingPointError(f"{what} in epoch {epoch + 1}; a smaller --lr may help")
-        if self.writes:
-            content = safetensors.numpy.save({name: np.ascontiguousarray(v) for name, v in weights.items()})
-            write_whole(self.path / WEIGHTS, content)
         line = {
             "epoch": epoch + 1,
             "step": step,
@@ -128,10 +278,15 @@ class RunFolder:
             "seconds": seconds,
             "learning_rate": learning_rate,
         }
-        self.metrics.append({**line, **self.about})
+        self.metrics[epoch : epoch + 1] = [{**line, **self.about}]
+        lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.metrics)
+        self._check_there()
+        content = with_metadata(
+            safetensors.numpy.save({name: np.ascontiguousarray(v) for name, v in weights.items()}),
+            {"epoch": str(epoch + 1), "step": str(step)},
+        )
         if self.writes:
-            lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.metrics)
-            write_whole(self.path / METRICS, lines.encode())
+            write_together({self.path / WEIGHTS: content, self.path / METRICS: lines.encode()})
         epochs = str(self.config.epochs)
         self.say(
             f"epoch {line['epoch']:{len(epochs)}d}/{epochs}  loss {line['loss']:.4f}"
@@ -139,20 +294,19 @@ class RunFolder:
             f"  {line['images_per_second']:,.0f} images/s"
         )
 
-    @property
-    def reached(self) -> bool:
-        """Whether the last epoch's test accuracy is what config.until_accuracy asks for."""
-        wanted = self.config.until_accuracy
-        return wanted is not None and bool(self.metrics) and self.metrics[-1]["test_accuracy"] >= wanted
+    def reached(self, epoch: int) -> bool:
+        """Whether the test accuracy after that many epochs is what config.until_accuracy asks for."""
+        return reached(self.config, self.metrics[:epoch])
 
     def finish(self) -> None:
-        """Draw the curves and say where everything is."""
+        """Draw the curves, let go of the folder, and say where everything is."""
         if not self.writes:
             return
         write_whole(self.path / CURVES, draw_curves(self.metrics, self.about["data"]))
         if self.config.until_accuracy is not None:
-            found = f"test accuracy {self.config.until_accuracy:g} {'' if self.reached else 'not '}reached"
-            self.say(f"{found} after {len(self.metrics)} epochs")
+            found = "reached" if reached(self.config, self.metrics) else "not reached"
+            self.say(f"test accuracy {self.config.until_accuracy:g} {found} after {len(self.metrics)} epochs")
+        self.close()
         self.say(f"run folder: {self.path}")
 
     def say(self, text: str, style: str | None = None) -> None:
@@ -160,18 +314,9 @@ class RunFolder:
         self.console.print(_as_text(text), style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def _new_folder(out: Path | None, framework: str) -> Path:
-    path = out
-    if path is None:
-        base = Path("runs") / f"{framework}-{time.strftime('%Y%m%d-%H%M%S')}"
-        path = next(p for p in (base, *(Path(f"{base}-{i}") for i in range(2, 1000))) if not p.exists())
-    refuse_used(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / METRICS, b"")
-    except OSError as error:
-        raise ValueError(f"--out is {path}: {error.strerror}; allowed: a folder that can be written") from None
-    return path
+def _new_path(framework: str) -> Path:
+    base = Path("runs") / f"{framework}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(p for p in (base, *(Path(f"{base}-{i}") for i in range(2, 1000))) if not p.exists())
 
 
 def _as_text(name: str) -> str:
@@ -179,11 +324,38 @@ def _as_text(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def refuse_used(path: Path) -> None:
-    """Raise ValueError if the folder holds a run: nothing is overwritten."""
-    held = [name for name in (CONFIG, METRICS, WEIGHTS, CURVES) if os.path.exists(path / name)]
-    if held:
-        raise ValueError(f"--out is {path}, which holds {held[0]} of another run; allowed: a folder without a run")
+def _tidy(path: Path) -> None:
+    """Remove what a killed process has left half written, or end what it had begun."""
+    for left in leftovers(path / METRICS):
+        # All of it is written before the weights get their name: are they of its last epoch, it is to have its own.
+        try:
+            lines = [json.loads(line) for line in left.read_bytes().splitlines()]
+        except ValueError:
+            continue
+        if lines and str(lines[-1]["epoch"]) == weights_metadata(path / WEIGHTS).get("epoch"):
+            os.replace(left, path / METRICS)
+    for name in (CONFIG, METRICS, WEIGHTS, CURVES):
+        for left in leftovers(path / name):
+            left.unlink()
+
+
+def with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A .safetensors file with that metadata, always in the same bytes (the library writes it in any order)."""
+    size = struct.unpack("<Q", content[:8])[0]
+    header = {"__metadata__": dict(metadata)} | json.loads(content[8 : 8 + size])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+
+def weights_metadata(path: Path) -> dict[str, str]:
+    """Of a .safetensors file; {} where it is missing or damaged."""
+    try:
+        with open(path, "rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            return json.loads(file.read(size))["__metadata__"] if size < 2**24 else {}
+    except (OSError, ValueError, KeyError, struct.error):
+        return {}
 
 
 def draw_curves(metrics: list[dict[str, Any]], data: str) -> bytes:

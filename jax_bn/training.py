@@ -21,10 +21,12 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
+from bn_common.checkpoints import Fetched, Place
 from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
 from image_data import ImageDataset, epoch_batches, padded_batches, pixel_mean_and_std, steps_per_epoch
 from jax_bn.blenet import BLeNet
+from jax_bn.checkpoint import Checkpoints
 from jax_bn.mesh import (
     SAME,
     SHARE,
@@ -218,6 +220,18 @@ def _metrics(logits: Array, labels: Array, weights: Array, axis_name: str | None
     return found if axis_name is None else lax.psum(found, axis_name)
 
 
+def first_not_finite(model: BLeNet, variables: Variables, x: NDArray[np.float32]) -> str:
+    """The first layer whose parameters, statistics or output in training are not finite; "the loss" if all are."""
+    model = model.clone(axis_name=None)  # here, whatever the devices do
+    _, found = model.apply(variables, x, True, method="layers", mutable=True, capture_intermediates=True)
+    for name, layer in found["intermediates"].items():
+        if name != "layers":  # the network's own output
+            of_layer = [variables[kind].get(name, {}) for kind in ("params", "batch_stats")]
+            if not all(np.isfinite(v).all() for v in jax.tree.leaves([of_layer, layer])):
+                return name
+    return "the loss"
+
+
 def to_device(dataset: ImageDataset, mesh: Mesh | None = None) -> tuple[DeviceData, DeviceData]:
     """The training and the test set on every device (None: the default one), standardised by the training set."""
     mean, std = map(np.float32, pixel_mean_and_std(dataset.train_images))
@@ -236,16 +250,25 @@ def evaluate(
     return totals([eval_batch(variables, data, *batch) for batch in batches])
 
 
-def totals(found: list[Metrics]) -> Totals:
-    """The sum of all batches' metrics, fetched from the device in one go."""
-    return Totals(*np.asarray(jax.device_get(found), np.float64).sum(0).tolist())
+def totals(found: list[Metrics], before: Fetched = ()) -> Totals:
+    """The sum of all batches' metrics, fetched from the device in one go, and of those fetched before."""
+    return Totals(*np.asarray(before + fetch(found), np.float64).sum(0).tolist())
+
+
+def fetch(found: list[Metrics]) -> Fetched:
+    """All batches' metrics, fetched from the device in one go."""
+    return tuple((float(loss), float(correct), float(examples)) for loss, correct, examples in jax.device_get(found))
 
 
 def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
-    """Train BLeNet as the config says; metrics, weights and curves go to the run folder after every epoch.
+    """Train BLeNet as the config says, from the beginning or where the run folder's newest checkpoint stands.
+
+    Metrics, weights and a checkpoint go to the run folder after every epoch, curves at the end.
 
     Raises:
       FloatingPointError: a loss or a weight is no longer finite; the run folder holds the epochs before.
+      OSError: the run folder can't be written; its last checkpoint is whole.
+      Stopped: a signal has ended the run, which is saved.
     """
     mesh = make_mesh(config)
     axis_name = axis_of(mesh)
@@ -275,13 +298,13 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     def eval_batch(variables: Variables, data: DeviceData, indices: Array, weights: Array) -> Metrics:
         return eval_step(model, variables, *data.batch(indices), weights, axis_name=axis_name)
 
-    def feed(epoch: int) -> tuple[DeviceData, Iterable[NDArray]]:
+    def feed(epoch: int, first_step: int = 0) -> tuple[DeviceData, Iterable[NDArray]]:
         """An epoch's data, and where in them each batch is: its indices, or which slice it is."""
-        batches = epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch)
+        batches = list(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch))
         if gathers:
-            return train_data, (spread(shares(indices, mesh)[0], mesh) for indices in batches)
-        return permuted(train_data, spread(in_turn(np.stack(list(batches)), mesh), mesh)), np.arange(
-            steps, dtype=np.int32
+            return train_data, (spread(shares(indices, mesh)[0], mesh) for indices in batches[first_step:])
+        return permuted(train_data, spread(in_turn(np.stack(batches), mesh), mesh)), np.arange(
+            first_step, steps, dtype=np.int32
         )
 
     gathers = mesh.devices[0].platform in GATHERING
@@ -297,18 +320,45 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     lowered_step = jitted_step.lower(initial_state.out_info, epoch_data, next(iter(batches)), *masks)
     with ThreadPoolExecutor(1) as beside:  # beside the initial weights, a program that takes nearly as long to compile
         compiling = beside.submit(lowered_step.compile)
-        state = initial_state.lower().compile()()
+        make_state = initial_state.lower().compile()
+        state = make_state()
         compiled_step = compiling.result()
     jitted_eval = on_mesh(eval_batch, mesh, (SAME, SAME, SHARE, SHARE), compiler_options=compiler_options())
 
     def eval_shared(variables: Variables, data: DeviceData, *batch: NDArray) -> Metrics:
         return jitted_eval(variables, data, *spread(batch, mesh))
 
-    profile = Profile(run.path if config.profile and run.writes else None, config.epochs * steps)
-    for epoch in range(config.epochs):
-        start_time, started, found = time.time(), time.perf_counter(), []
-        epoch_data, batches = feed(epoch)
-        with run.progress(epoch + 1, steps) as advance:
+    def first_broken(epoch: int, step: int) -> str:
+        """The first layer that is not finite in that step; all from the last checkpoint on is done again for it."""
+        state, place = checkpoints.restore(make_state(), again=True)
+        for epoch_again in range(place.epoch, epoch + 1):
+            done = len(place.found) if epoch_again == place.epoch else 0
+            epoch_data, batches = feed(epoch_again, done)
+            for number, where in enumerate(batches, done):
+                if (epoch_again, number) == (epoch, step):
+                    break
+                state, _ = compiled_step(state, epoch_data, where, *masks)
+        indices = list(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch))[step]
+        mean, std = map(np.float32, pixel_mean_and_std(dataset.train_images))
+        x = (dataset.train_images[indices].astype(np.float32) - mean) / std
+        return first_not_finite(model, jax.tree.map(np.asarray, state.variables), x[..., None])
+
+    def check_finite(epoch: int, step: int, found: Fetched) -> None:
+        weights = named_weights(state.variables)
+        run.check_finite(epoch=epoch, step=step, found=found, weights=weights, first_broken=first_broken)
+
+    checkpoints = Checkpoints(run)
+    state, place = checkpoints.restore(state)
+    profile = Profile(
+        run.path if config.profile and run.writes else None, (config.epochs - place.epoch) * steps - len(place.found)
+    )
+    for epoch in range(place.epoch, config.epochs):
+        if run.reached(epoch):
+            break
+        step, found = epoch * steps + len(place.found), []
+        start_time, started = place.start_time or time.time(), time.perf_counter() - place.seconds
+        epoch_data, batches = feed(epoch, len(place.found))
+        with run.progress(epoch + 1, steps, len(place.found)) as advance:
             for where in batches:
                 with profile.step() as wanted:
                     state, metrics = compiled_step(state, epoch_data, where, *masks)
@@ -317,9 +367,15 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
                 if len(found) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(found[-STEPS_IN_FLIGHT - 1])
                 advance()
-            train_totals = totals(found)
+                step += 1
+                if step < (epoch + 1) * steps and run.save_is_due(step):
+                    so_far, seconds = place.found + fetch(found), time.perf_counter() - started
+                    check_finite(epoch, step, so_far)
+                    checkpoints.save(step, state, Place(epoch, so_far, start_time, seconds))
+                    run.stop_if_told(step, checkpoints.wait)
+            train_totals = totals(found, place.found)
         seconds = time.perf_counter() - started
-        step = (epoch + 1) * steps
+        check_finite(epoch, step, place.found + fetch(found))
         run.end_epoch(
             epoch=epoch,
             step=step,
@@ -330,9 +386,11 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
             learning_rate=float(schedule(step - 1)),
             weights=named_weights(state.variables),
         )
-        if run.reached:
-            break
+        place = Place(epoch + 1)
+        checkpoints.save(step, state, place)
+        run.stop_if_told(step, checkpoints.wait)
     profile.stop()
+    checkpoints.wait()
     run.finish()
     return state
 

@@ -23,6 +23,7 @@ ALONE = {
         "batch_norm": "BatchStats Options.axis_name Options.groups Statistics.minus_shift _channels _statistics"
         " _normalize_batch_jvp",
         "blenet": "kernel_init bias_init average_pool",
+        "checkpoint": "on_host like written",
         "channels": "CPU_LANES FEW_ROWS Channels spread_to_add _add_up _is_split",
         "devices": "promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
@@ -36,6 +37,7 @@ ALONE = {
         "batch_norm": "_near_the_mean _mean_and_var _kernel_adds_well _NormalizeBatch _NormalizeBatchForward"
         " Options.group _normalize_over_group",
         "blenet": "LONG_SUM AUTOCAST",
+        "checkpoint": "STATE AGREE_EVERY",
         "channels": "sum_in_float64 largest_of",
         "devices": "_gather NormalizeOverGroup _gradient_sums",
         "layers": "NATIVE synchronize",

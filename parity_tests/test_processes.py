@@ -12,7 +12,7 @@ import pytest
 
 from bn_common import watch
 from parity.comparison import bounds
-from parity_tests.test_programs import PROGRAMS, QUICKLY_COMPILED, ROOT, small_folder
+from parity_tests.faults import PROGRAMS, QUICKLY_COMPILED, ROOT, small_folder
 
 
 def free_port():
@@ -77,8 +77,38 @@ def test_two_jax_processes_are_two_devices(slurm, tmp_path):
     assert "2 x cpu in 2 processes" in (tmp_path / "out0").read_text()
     assert "epoch" not in (tmp_path / "out1").read_text()
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
-        "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
+        "config.json", "metrics.jsonl", "weights.safetensors", "curves.png", "checkpoints"
     }  # fmt: skip
+
+
+@pytest.mark.thorough
+def test_a_notice_to_one_of_two(tmp_path):
+    """SIGTERM to the second: both stop after the same step, which is saved; given again, they end as two devices do."""
+    data = small_folder(tmp_path / "data")
+    args = ["--data-dir", data, "--epochs", 60, "--batch-size", 20, "--out", tmp_path / "run"]
+    processes = start("jax", tmp_path, args, **QUICKLY_COMPILED)
+    try:
+        begun = time.monotonic()
+        while "epoch  3/60" not in (tmp_path / "out0").read_text():
+            assert time.monotonic() - begun < 300
+            time.sleep(0.02)
+        processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait(120) for process in processes] == [143, 143]
+        said = (tmp_path / "err0").read_text()
+        assert said.count("\n") == 1
+        assert "interrupted by SIGTERM; " in said
+        assert "holds the checkpoint of step" in said
+        assert "train_jax.py: interrupted by SIGTERM\n" in (tmp_path / "err1").read_text()
+        processes = start("jax", tmp_path, args, **QUICKLY_COMPILED)
+        assert [process.wait(300) for process in processes] == [0, 0], (tmp_path / "err0").read_text()
+    finally:
+        end(processes)
+    assert "continued from step" in (tmp_path / "out0").read_text()
+    command = [sys.executable, *PROGRAMS["jax"], *map(str, args[:-1]), str(tmp_path / "one")]
+    one = os.environ | QUICKLY_COMPILED | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    subprocess.run(command, cwd=ROOT, env=one, check=True, capture_output=True, timeout=300)
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("one", "run")]
+    assert weights[0] == weights[1]
 
 
 def test_torchrun(tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,11 +20,9 @@ import image_data
 import jax_bn
 import torch_bn
 from image_data.dataset import FILES
+from parity_tests.faults import PROGRAMS, QUICKLY_COMPILED, small_folder
 
 ROOT = Path(__file__).parents[1]
-# For runs of which the numbers do not matter: conftest.py's `quickly_compiled`.
-QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
-PROGRAMS = {"jax": ["train_jax.py"], "torch": ["-m", "torch_bn.training"]}
 
 
 def run(program, *args, **environment):
@@ -34,15 +34,6 @@ def run(program, *args, **environment):
         timeout=300,
         env=os.environ | environment,
     )
-
-
-def small_folder(folder):
-    """200 + 50 images of the sample, in the naming of MNIST, as plain files."""
-    sample = image_data.load_sample()
-    folder.mkdir()
-    for name, array in zip(FILES, sample[:4], strict=True):
-        image_data.write_idx(folder / name, array[:200] if "train" in name else array[:50])
-    return folder
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -107,6 +98,7 @@ def test_refused_before_any_work(program, tmp_path):
         (["--data", "sample", "--batch-size", 6001], "--batch-size is 6001; allowed: 2 to 6000"),
         (["--data", "sample", "--out", occupied], "another run"),
         (["--data", "sample", "--epochs", "0"], "--epochs is 0"),
+        (["--data", "sample", "--epochs", "100000000"], "--epochs is 100000000; allowed: 1 to 23091222"),
     ]
     for args, words in cases if program == "jax" else cases[:1]:
         done = run(program, "--out", tmp_path / "run", *args)
@@ -115,6 +107,15 @@ def test_refused_before_any_work(program, tmp_path):
         assert done.stderr.count("\n") == 1
         assert words in done.stderr
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the platform may be there")
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "nonsense"])
+def test_a_platform_that_is_not_there(platform, tmp_path):
+    done = run("jax", "--data", "sample", "--out", tmp_path / "run", JAX_PLATFORMS=platform)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"JAX_PLATFORMS is '{platform}'" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_refused_where_there_is_only_ascii():
@@ -135,6 +136,9 @@ def test_a_run_that_diverges(program, tmp_path):
     done = run(program, *args, *bad, **QUICKLY_COMPILED)
     assert done.returncode == 1
     assert "no longer finite in epoch" in done.stderr
+    assert "step" in done.stderr
+    if "the loss" in done.stderr:
+        assert re.search("first in (Conv_|BatchNorm_|Dense_|conv|fc)", done.stderr)
     assert done.stderr.count("\n") == 1
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in metrics
@@ -147,7 +151,7 @@ def test_a_run_that_diverges(program, tmp_path):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_interrupted(program, tmp_path):
-    """Ctrl-C in the midst of an epoch: one line, exit status 130, the finished epochs are there."""
+    """Ctrl-C in the midst of an epoch: one line, exit status 130, the step is saved, and how to go on is said."""
     given = ["--data-dir", str(small_folder(tmp_path / "data")), "--batch-size", "50", "--epochs", "100000"]
     command = [sys.executable, *PROGRAMS[program], *given, "--out", str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -165,6 +169,8 @@ def test_interrupted(program, tmp_path):
     assert process.returncode == 130
     assert errors.count("\n") == 1
     assert "interrupted" in errors
+    step = int(re.search(r"holds the checkpoint of step (\d+); to go on: .* --resume --out ", errors)[1])
+    assert (tmp_path / "run" / "checkpoints" / str(step) / "checkpoint.json").exists()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 2
     assert (tmp_path / "run" / "weights.safetensors").exists()
 

@@ -22,10 +22,12 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
+from bn_common.checkpoints import Fetched, Place
 from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
 from image_data import ImageDataset, epoch_batches, pixel_mean_and_std, steps_per_epoch
 from torch_bn.blenet import BLeNet
+from torch_bn.checkpoint import Checkpoints
 from torch_bn.layers import synchronize
 from torch_bn.profiling import Profile
 
@@ -151,6 +153,24 @@ def _metrics(logits: Tensor, labels: Tensor) -> Metrics:
     return Metrics(loss, correct, torch.full_like(correct, len(labels)))
 
 
+@torch.no_grad()
+def first_not_finite(model: nn.Module, x: Tensor) -> str:
+    """The first layer whose parameters, statistics or output in training are not finite; "the loss" if all are."""
+    found: list[str] = []
+
+    def look(name: str, layer: nn.Module, output: Tensor) -> None:
+        if not all(bool(v.isfinite().all()) for v in (*layer.state_dict().values(), output)):
+            found.append(name)
+
+    layers = [(name, layer) for name, layer in model.named_modules() if not list(layer.children())]
+    handles = [layer.register_forward_hook(lambda one, _, y, name=name: look(name, one, y)) for name, layer in layers]
+    model.train()
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return found[0] if found else "the loss"
+
+
 def to_device(dataset: ImageDataset, device: torch.device) -> tuple[DeviceData, DeviceData]:
     """The training and the test set on the device, both standardised by the training set."""
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in pixel_mean_and_std(dataset.train_images))
@@ -174,72 +194,118 @@ def evaluate(model: nn.Module, data: DeviceData) -> Totals:
     return totals([eval_step(model, *data.batch(indices)) for indices in batches])
 
 
-def totals(found: list[Metrics]) -> Totals:
-    """The sum of all batches' metrics, of all processes, fetched from the device in one go."""
-    columns = torch.tensor(list(zip(*found, strict=True)), dtype=torch.float64)
-    if dist.is_initialized():
-        columns = columns.sum(1, keepdim=True).to("cuda" if dist.get_backend() == "nccl" else "cpu")
+def totals(found: list[Metrics], before: Fetched = ()) -> Totals:
+    """The sum of all batches' metrics, of all processes, and of those fetched before."""
+    columns = list(zip(*before + fetch(found), strict=True))
+    return Totals(*torch.tensor(columns, dtype=torch.float64).sum(1).tolist())
+
+
+def fetch(found: list[Metrics]) -> Fetched:
+    """All batches' metrics, of all processes, fetched from the device in one go."""
+    columns = torch.tensor([torch.stack(column).tolist() for column in zip(*found, strict=True)], dtype=torch.float64)
+    if dist.is_initialized() and found:
+        columns = columns.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(columns)
-    return Totals(*columns.sum(1).tolist())
+    return tuple((loss, correct, examples) for loss, correct, examples in columns.T.tolist())
 
 
 def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
-    """Train BLeNet as the config says; metrics, weights and curves go to the run folder after every epoch.
+    """Train BLeNet as the config says, from the beginning or where the run folder's newest checkpoint stands.
+
+    Metrics, weights and a checkpoint go to the run folder after every epoch, curves at the end.
 
     Raises:
       FloatingPointError: a loss or a weight is no longer finite; the run folder holds the epochs before.
+      OSError: the run folder can't be written; its last checkpoint is whole.
+      Stopped: a signal has ended the run, which is saved.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_data, test_data = to_device(dataset, device)
     num_train, steps = len(dataset.train_labels), steps_per_epoch(len(dataset.train_labels), config.batch_size)
-    torch.manual_seed(config.seed)
-    model = BLeNet(
-        channels=1,
-        fig_size=dataset.train_images.shape[1],
-        num_class=NUM_CLASS,
-        momentum=config.bn_momentum,
-        eps=config.bn_eps,
-        dtype=None if config.precision == "float32" else getattr(torch, config.precision),
-    ).to(device)
     processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    trained: nn.Module = model
-    if processes > 1:
-        if config.sync_bn == "global":
-            synchronize(model)
-        # With local, each process has statistics of its own; the first's are for all.
-        trained = DistributedDataParallel(model)
-    optimizer, scheduler = make_optimizer(config, steps, model)
+
+    def make_state() -> tuple[BLeNet, nn.Module, torch.optim.Optimizer, LambdaLR]:
+        """As it is at the beginning: the model, what a step is given of it, its optimiser and schedule."""
+        torch.manual_seed(config.seed)
+        model = BLeNet(
+            channels=1,
+            fig_size=dataset.train_images.shape[1],
+            num_class=NUM_CLASS,
+            momentum=config.bn_momentum,
+            eps=config.bn_eps,
+            dtype=None if config.precision == "float32" else getattr(torch, config.precision),
+        ).to(device)
+        trained: nn.Module = model
+        if processes > 1:
+            if config.sync_bn == "global":
+                synchronize(model)
+            # With local, each process has statistics of its own; the first's are for all.
+            trained = DistributedDataParallel(model)
+        return model, trained, *make_optimizer(config, steps, model)
+
+    model, trained, optimizer, scheduler = make_state()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     run.say(f"{processes} x {name}, torch {torch.__version__}, data: {dataset.name}")
 
     size = len(np.array_split(np.arange(config.batch_size), processes)[rank])
     share = size * processes / config.batch_size
 
-    def feed(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch's batches."""
+    def feed(epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's batches, from that step on."""
         batches = epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch)
-        order = (np.array_split(batch, processes)[rank] for batch in batches)
+        order = [np.array_split(batch, processes)[rank] for batch in batches]
         if device.type in GATHERING:
-            return (train_data.batch(torch.from_numpy(indices)) for indices in order)
-        in_order = train_data.permuted(torch.from_numpy(np.concatenate(list(order))).to(device))
-        return (in_order.slice(step, size) for step in range(steps))
+            return (train_data.batch(torch.from_numpy(indices)) for indices in order[first_step:])
+        in_order = train_data.permuted(torch.from_numpy(np.concatenate(order)).to(device))
+        return (in_order.slice(step, size) for step in range(first_step, steps))
 
-    profile = Profile(run.path if config.profile and run.writes else None, config.epochs * steps)
-    for epoch in range(config.epochs):
-        start_time, started, found = time.time(), time.perf_counter(), []
-        with run.progress(epoch + 1, steps) as advance:
-            for x, labels in feed(epoch):
+    def first_broken(epoch: int, step: int) -> str:
+        """The first layer that is not finite in that step; all from the last checkpoint on is done again for it."""
+        model, trained, optimizer, scheduler = make_state()
+        place = checkpoints.restore(model, optimizer, scheduler, again=True)
+        for epoch_again in range(place.epoch, epoch + 1):
+            done = len(place.found) if epoch_again == place.epoch else 0
+            for number, (x, labels) in enumerate(feed(epoch_again, done), done):
+                if (epoch_again, number) == (epoch, step):
+                    break
+                train_step(trained, optimizer, x, labels, label_smoothing=config.label_smoothing, share=share)
+                scheduler.step()
+        return first_not_finite(model, x)
+
+    def check_finite(epoch: int, step: int, found: Fetched) -> None:
+        weights = named_weights(model)
+        run.check_finite(epoch=epoch, step=step, found=found, weights=weights, first_broken=first_broken)
+
+    checkpoints = Checkpoints(run)
+    place = checkpoints.restore(model, optimizer, scheduler)
+    profile = Profile(
+        run.path if config.profile and run.writes else None, (config.epochs - place.epoch) * steps - len(place.found)
+    )
+    for epoch in range(place.epoch, config.epochs):
+        if run.reached(epoch):
+            break
+        step, found = epoch * steps + len(place.found), []
+        start_time, started = place.start_time or time.time(), time.perf_counter() - place.seconds
+        with run.progress(epoch + 1, steps, len(place.found)) as advance:
+            for x, labels in feed(epoch, len(place.found)):
                 learning_rate = optimizer.param_groups[0]["lr"]
                 with profile.step():
                     smoothing = config.label_smoothing
                     found.append(train_step(trained, optimizer, x, labels, label_smoothing=smoothing, share=share))
                 scheduler.step()
                 advance()
-            train_totals = totals(found)
+                step += 1
+                if step < (epoch + 1) * steps and run.save_is_due(step):
+                    so_far, seconds = place.found + fetch(found), time.perf_counter() - started
+                    check_finite(epoch, step, so_far)
+                    checkpoints.save(step, model, optimizer, scheduler, Place(epoch, so_far, start_time, seconds))
+                    run.stop_if_told(step, checkpoints.wait)
+            train_totals = totals(found, place.found)
         seconds = time.perf_counter() - started
+        check_finite(epoch, step, place.found + fetch(found))
         run.end_epoch(
             epoch=epoch,
-            step=(epoch + 1) * steps,
+            step=step,
             train=train_totals,
             test=evaluate(model, test_data),
             start_time=start_time,
@@ -247,9 +313,11 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
             learning_rate=learning_rate,
             weights=named_weights(model),
         )
-        if run.reached:
-            break
+        place = Place(epoch + 1)
+        checkpoints.save(step, model, optimizer, scheduler, place)
+        run.stop_if_told(step, checkpoints.wait)
     profile.stop()
+    checkpoints.wait()
     run.finish()
     return model
 

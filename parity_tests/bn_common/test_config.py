@@ -9,7 +9,7 @@ from bn_common.command_line import parse
 from bn_common.config import DEFAULTS, Config
 
 BAD = {
-    "epochs": (0, -1, 1.5, True),
+    "epochs": (0, -1, 1.5, True, 2**31),
     "batch_size": (1, 0, 2.5),
     "optimizer": ("rmsprop", "SGD", ""),
     "lr": (0.0, -0.1, math.nan, math.inf, 1e7),
@@ -18,6 +18,8 @@ BAD = {
     "schedule": ("linear",),
     "until_accuracy": (0, -0.5, 1.01, 90, math.nan),
     "warmup_epochs": (-1, 11, math.nan),
+    "checkpoint_every": (0, -1, 1.5, True),
+    "keep_checkpoints": (0, -1, 1.5, True),
     "seed": (-1, 2**32, 0.5),
     "bn_momentum": (-0.1, 1.01, math.nan),
     "bn_eps": (0.0, -1e-5, math.nan, math.inf),
@@ -73,6 +75,8 @@ COMMANDS = {
     "no such choice": (["--optimizer", "lion"], "'lion'", "'sgd', 'momentum', 'adam', 'adamw'"),
     "no such option": (["--learning-rate", "1"], "--learning-rate", "--help"),
     "no value": (["--seed"], "--seed"),
+    "empty path": (["--out", ""], "--out is ''; allowed: "),
+    "empty folder": (["--epochs", "2", "--data-dir="], "--data-dir is ''; allowed: "),
     "left over": (["sample"], "sample"),
     "sample in a folder": (["--data", "sample", "--data-dir", "/tmp"], "--data-dir is /tmp with --data sample"),
     "no port": (
@@ -115,7 +119,8 @@ def test_every_option_reaches_the_config():
     args = "--epochs 3 --batch-size 7 --optimizer adam --lr 0.125 --weight-decay 0.5 --schedule constant"
     args += (
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
-        " --until-accuracy 0.75 --sync-bn local --devices 3 --precision bfloat16 --profile"
+        " --until-accuracy 0.75 --resume --checkpoint-every 11 --keep-checkpoints 5"
+        " --sync-bn local --devices 3 --precision bfloat16 --profile"
         " --coordinator host:1234 --num-processes 4 --process-id 2"
     )
     config = parse(Config, args.split(), prog="", description="")
@@ -143,4 +148,7 @@ def test_every_option_reaches_the_config():
         "data": "fashion-mnist",
         "data_dir": "a",
         "out": "b",
+        "resume": "True",
+        "checkpoint_every": "11",
+        "keep_checkpoints": "5",
     }

@@ -1,21 +1,25 @@
 """The run folder: nothing half written, nothing overwritten."""
 
+import contextlib
 import io
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from rich.console import Console
 
-from bn_common import command_line, run_folder
+from bn_common import command_line, files, run_folder
 from bn_common.config import Config
 from bn_common.run_folder import RunFolder, Totals, write_whole
 
 
 def open_run(path, **options):
     console = Console(file=io.StringIO(), width=40)
-    return RunFolder(Config(out=path, **options), "jax", {"data": "sample", "notice": "a notice"}, console)
+    return RunFolder(Config(out=path, **options).resolved(), "jax", {"data": "sample", "notice": "a notice"}, console)
 
 
 def end_epoch(run, epoch, *, train_loss=50.0, test_loss=6.0, weights=None):
@@ -74,6 +78,110 @@ def test_another_run_is_not_overwritten(tmp_path, name):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_the_weights_tell_their_epoch(tmp_path):
+    """In the same bytes each time: the library would write metadata in any order."""
+    contents = set()
+    for number in range(5):
+        run = open_run(tmp_path / str(number))
+        end_epoch(run, 0)
+        path = run.path / "weights.safetensors"
+        assert run_folder.weights_metadata(path) == {"epoch": "1", "step": "7"}
+        assert list(safetensors.numpy.load_file(path)) == ["w"]
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+
+
+def test_the_same_run_goes_on(tmp_path):
+    run = open_run(tmp_path, epochs=3)
+    end_epoch(run, 0)
+    run.close()
+    again = open_run(tmp_path, epochs=3, checkpoint_every=5)
+    assert [line["epoch"] for line in again.metrics] == [1]
+    end_epoch(again, 0, test_loss=5.0)  # once more: no second line
+    end_epoch(again, 1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["test_loss"]) for line in lines] == [(1, 0.5), (2, 0.6)]
+
+
+OTHER = {"epochs": 11, "seed": 1, "bn_momentum": 0.8, "bn_eps": 1e-3, "optimizer": "sgd", "lr": 0.5}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_run_does_not_go_on(tmp_path, name):
+    open_run(tmp_path).close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {OTHER[name]}; allowed: .*, as the run in"):
+        open_run(tmp_path, **{name: OTHER[name]})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_data_or_another_network_does_not_go_on(tmp_path):
+    def identity(**other):
+        return {"network": "BLeNet", "fig_size": 28, "convention": {"unbiased": False}, "data_sha256": "a"} | other
+
+    def opened(framework, **other):
+        return RunFolder(Config(out=tmp_path), framework, {"data": "x"}, Console(file=io.StringIO()), identity(**other))
+
+    opened("jax").close()
+    opened("jax").close()
+    for name, value in {"fig_size": 12, "convention": {"unbiased": True}, "data_sha256": "b"}.items():
+        with pytest.raises(ValueError, match=f"the {name} is .*; allowed: "):
+            opened("jax", **{name: value})
+    with pytest.raises(ValueError, match="the framework is torch; allowed: jax"):
+        opened("torch")
+
+
+def test_one_process_at_a_time(tmp_path):
+    run = open_run(tmp_path)
+    with pytest.raises(ValueError, match="where another process is training; allowed: "):
+        open_run(tmp_path)
+    run.close()
+    assert not (tmp_path / ".lock").exists()
+    (tmp_path / ".lock").write_text("left behind by a killed process")
+    open_run(tmp_path).close()
+
+
+def test_of_many_at_once_one_wins(tmp_path):
+    def start(_):
+        try:
+            return open_run(tmp_path / "new")
+        except ValueError as error:
+            assert "another process is training" in str(error)  # noqa: PT017
+            return None
+
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            winners = [run for run in pool.map(start, range(8)) if run]
+        assert len(winners) == 1
+        winners[0].close()
+
+
+@pytest.mark.parametrize("replaced", [0, 1, 2])
+def test_killed_between_two_files(tmp_path, monkeypatch, replaced):
+    """Weights and metrics agree after the next start, wherever in their writing the process has ended."""
+    run = open_run(tmp_path)
+    end_epoch(run, 0)
+    with monkeypatch.context() as patch:
+        calls, replace = [], os.replace
+
+        def killed(*names):
+            if len(calls) == replaced:
+                raise KeyboardInterrupt
+            calls.append(replace(*names))
+
+        patch.setattr(files.os, "replace", killed)
+        patch.setattr(files.Path, "unlink", lambda *_, **__: None)  # a killed process tidies up nothing
+        with pytest.raises(KeyboardInterrupt) if replaced < 2 else contextlib.nullcontext():
+            end_epoch(run, 1)
+    run.close()
+    again = open_run(tmp_path)
+    epochs = [line["epoch"] for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
+    assert epochs == [line["epoch"] for line in again.metrics] == [1, 2][: 1 + (replaced > 0)]
+    assert run_folder.weights_metadata(tmp_path / "weights.safetensors")["epoch"] == str(epochs[-1])
+    again.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "metrics.jsonl", "weights.safetensors"]
+
+
 def test_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("a" * 300)):
@@ -124,12 +232,77 @@ def test_names_are_only_names(tmp_path, name):
     assert run.console.file.getvalue() == f"run folder: {name}\n".encode(errors="replace").decode()
 
 
-def test_refused_before_the_download(tmp_path, monkeypatch):
-    """A slip in --out does not cost 30 MB."""
+REFUSED = {
+    "another run": (["--out", "other"], "holds metrics.jsonl of another run"),
+    "other option": (["--out", "run", "--bn-momentum", "0.8"], "--bn-momentum is 0.8; allowed: 0.9, as the run in run"),
+    "other option to resume": (["--resume", "--out", "run", "--seed", "2"], "--seed is 2; allowed: 1"),
+    "other framework": (["--out", "of torch"], "the framework is jax; allowed: torch"),
+    "nothing to resume": (["--resume", "--out", "new"], "holds no run; allowed with --resume"),
+    "resume what": (["--resume"], "--out is missing; allowed with --resume"),
+    "a file": (["--out", "file"], "--out is file: it is a file; allowed: "),
+    "below a file": (["--out", "file/below"], "file is a file; allowed: "),
+    "read-only": (["--out", "read-only/new"], "read-only can't be written; allowed: "),
+    "long name": (["--out", "a" * 300], "File name too long; allowed: "),
+    "under way": (["--out", "busy", "--seed", "1"], "another process is training"),
+}
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The current one, with what the table above names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "of torch", "busy"):
+        config = Config(out=Path(name), seed=1).resolved()
+        run = RunFolder(config, "torch" if "torch" in name else "jax", {"data": "x"}, Console(file=io.StringIO()))
+        if name != "busy":
+            run.close()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text("")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "read-only").mkdir()
+    # Root may write anywhere but where the file system says no.
+    access = os.access
+    monkeypatch.setattr(files.os, "access", lambda path, mode: "read-only" not in str(path) and access(path, mode))
+    yield tmp_path
+    run.close()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_any_work(name, folders, monkeypatch, capsys):
+    """One line; a slip in --out does not cost a download, and nothing is made."""
     monkeypatch.setattr(command_line, "load", lambda *_: pytest.fail("the data were asked for"))
-    (tmp_path / "config.json").write_text("")
-    with pytest.raises(SystemExit):
-        command_line.read_config(["--out", str(tmp_path)], prog="", description="")
+    args, words = REFUSED[name]
+    args = args if "--seed" in args or "--resume" in args else [*args, "--seed", "1"]
+    before = sorted(folders.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        command_line.read_config(args, prog="p", description="", framework="jax")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert words in said
+    assert sorted(folders.rglob("*")) == before
+
+
+def test_options_of_the_run_that_is_resumed(folders):
+    def read(*args):
+        return command_line.read_config(args, prog="p", description="", framework="jax")
+
+    assert read("--resume", "--out", "run") == Config(out=Path("run"), seed=1, resume=True).resolved()
+    assert read("--resume", "--out", "run", "--seed", "1", "--checkpoint-every", "5").checkpoint_every == 5
+    assert read("--out", "run", "--seed", "1").seed == 1
+
+
+def test_a_run_that_is_finished_already(tmp_path, capsys):
+    run = open_run(tmp_path, epochs=1)
+    end_epoch(run, 0)
+    args = "--epochs", "1", "--out", str(tmp_path)
+    run.close()
+    assert command_line.read_config(args, prog="p", description="", framework="jax").epochs == 1  # not yet: no curves
+    open_run(tmp_path, epochs=1).finish()
+    with pytest.raises(SystemExit) as stop:
+        command_line.read_config(args, prog="p", description="", framework="jax")
+    assert stop.value.code == 0
+    assert "holds all of this run" in capsys.readouterr().out
 
 
 def test_progress_bar_on_a_terminal(tmp_path):

@@ -1,0 +1,157 @@
+"""A run's checkpoints on disk: which of them are whole, which is the newest, which are kept.
+
+A checkpoint is a folder named by its step. What the tensors in it look like only the wings know
+(`jax_bn/checkpoint.py`, `torch_bn/checkpoint.py`); beside them lies SEAL, written last: what the run was, where it
+stood, and the digest of every other file. A folder without a seal was never finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bn_common.checks import require
+from bn_common.files import write_whole
+
+FOLDER, SEAL = "checkpoints", "checkpoint.json"
+DAMAGED = ".damaged"
+
+Fetched = tuple[tuple[float, float, float], ...]
+"""Of every step its metrics, on the host: the sums of the losses, of the right predictions, of the examples."""
+
+
+class Place(NamedTuple):
+    """Where in its epochs a run stands.
+
+    Attributes:
+      epoch: the one under way, from 0: as many are finished.
+      found: what its steps so far have found.
+      start_time: when its first step began, in seconds since 1970; None before.
+      seconds: wall time of its steps so far.
+    """
+
+    epoch: int = 0
+    found: Fetched = ()
+    start_time: float | None = None
+    seconds: float = 0.0
+
+
+class Checkpoint(NamedTuple):
+    """One that is whole: its step, its folder, and what its seal says."""
+
+    step: int
+    path: Path
+    about: dict[str, Any]
+
+    @property
+    def place(self) -> Place:
+        """Where the run stood."""
+        place = Place(**self.about["place"])
+        return place._replace(found=tuple((loss, correct, examples) for loss, correct, examples in place.found))
+
+
+def seal(path: Path, about: Mapping[str, Any]) -> None:
+    """Make a folder of files a checkpoint: write SEAL, with `about` and the SHA-256 of every file."""
+    sha256 = {name: _digest(file) for name, file in sorted(_files(path).items())}
+    content = json.dumps({"about": about, "sha256": sha256}, allow_nan=False).encode()
+    write_whole(path / SEAL, content + b"\n" + hashlib.sha256(content).hexdigest().encode() + b"\n")
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """What the seal says about a checkpoint, every byte of which is as it was written.
+
+    Raises:
+      ValueError: a file is damaged, missing or can't be read; the message says which.
+    """
+    held = _read_seal(path)
+    for name, digest in held["sha256"].items():
+        try:
+            found = _digest(path / name)
+        except OSError as error:
+            raise ValueError(f"{name} can't be read: {error.strerror}") from None
+        if found != digest:
+            raise ValueError(f"{name} is not what was written")
+    return held["about"]
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint in `folder`, or None; what is damaged is set aside, and said.
+
+    What a killed process has left half written or half deleted is removed.
+    """
+    if not folder.is_dir():
+        return None
+    for path in folder.iterdir():
+        if not path.name.removesuffix(DAMAGED).isdigit() or (path.name.isdigit() and not (path / SEAL).exists()):
+            _remove(path)
+    for step in sorted(_steps(folder), reverse=True):
+        path = folder / str(step)
+        try:
+            return Checkpoint(step, path, unseal(path))
+        except ValueError as error:
+            aside = path.with_name(path.name + DAMAGED)
+            _remove(aside)
+            path.rename(aside)
+            say(f"checkpoint {step} is damaged: {error}; it is now {aside}, and an older one is looked for")
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all checkpoints but the last `keep` and the one with the best test accuracy."""
+    steps = sorted(_steps(folder))
+    scores = {step: _read_seal(folder / str(step))["about"]["test_accuracy"] for step in steps}
+    best = max((step for step in steps if scores[step] is not None), key=scores.__getitem__, default=None)
+    for step in steps[:-keep]:
+        if step != best:
+            _remove(folder / str(step))
+
+
+def describe(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> dtype and shape, of any framework's arrays: "float32 5x5x1x6"."""
+    return {
+        name: " ".join([str(v.dtype).removeprefix("torch."), "x".join(map(str, v.shape)) or "scalar"])
+        for name, v in arrays.items()
+    }
+
+
+def check_arrays(mine: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    """Both as `describe` has them. ValueError with the first that this run has otherwise than the checkpoint."""
+    for name in (*theirs, *mine):
+        given, allowed = mine.get(name, "missing"), theirs.get(name, "none of that name")
+        require(given == allowed, f"the array {name}", given, f"{allowed}, as the checkpoint has it")
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit() and (path / SEAL).exists()]
+
+
+def _read_seal(path: Path) -> dict[str, Any]:
+    try:
+        content, digest, end = (path / SEAL).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{SEAL} can't be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{SEAL} is not what was written") from None
+    if end or hashlib.sha256(content).hexdigest().encode() != digest:
+        raise ValueError(f"{SEAL} is not what was written")
+    return json.loads(content)
+
+
+def _files(path: Path) -> dict[str, Path]:
+    return {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """The seal first: killed in the midst of it, what is left is no checkpoint."""
+    (path / SEAL).unlink(missing_ok=True) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)

@@ -1,0 +1,115 @@
+"""What a run folder says about its run: whether that is the one to be continued, another, under way, or finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bn_common.config import MAY_CHANGE, NUM_CLASS, Config
+from bn_common.conventions import PROJECT
+from bn_common.files import LOCK, check_can_be_made, lock
+from image_data import ImageDataset
+
+CONFIG, METRICS, WEIGHTS, CURVES = "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
+
+
+def record_of(config: Config, framework: str) -> dict[str, Any]:
+    """What config.json says of a configuration."""
+    fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+    return {"framework": framework, **{name: v for name, v in fields.items() if name != "resume"}}
+
+
+def identity_of(dataset: ImageDataset) -> dict[str, Any]:
+    """What a run is beside its configuration: the network, its convention and the data, by their digest."""
+    sha256 = hashlib.sha256()
+    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+        sha256.update(repr(array.shape).encode() + np.ascontiguousarray(array).data)
+    return {
+        "network": "BLeNet",
+        "fig_size": dataset.train_images.shape[1],
+        "num_class": NUM_CLASS,
+        "convention": {name: v for name, v in PROJECT._asdict().items() if name != "momentum"},
+        "data_sha256": sha256.hexdigest(),
+    }
+
+
+def readrecord_of(path: Path) -> dict[str, Any] | None:
+    """What config.json in a run folder says; None if there is none, or it is no run's."""
+    try:
+        record = json.loads((path / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.keys() >= record_of(Config(), "").keys() else None
+
+
+def recorded_config(path: Path) -> Config:
+    """The configuration of the run in a folder. ValueError if there is none."""
+    record = readrecord_of(path)
+    if record is None:
+        raise ValueError(f"--out is {path}, which holds no run; allowed with --resume: a folder with one")
+    names = {field.name for field in dataclasses.fields(Config)} & record.keys()
+    paths = {name: Path(record[name]) for name in ("out", "data_dir") if record[name] is not None}
+    return Config(**{name: record[name] for name in names} | paths)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in a run folder; none where it is missing or no longer what was written."""
+    try:
+        return [json.loads(line) for line in (path / METRICS).read_bytes().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def refuse_other(path: Path, mine: Mapping[str, Any]) -> None:
+    """Raise ValueError if the folder holds a run that `mine` is not, or is no folder to write to. Nothing is changed.
+
+    Args:
+      path: of the run folder.
+      mine: what is to be run: names and values as config.json has them, all of them or some.
+    """
+    check_can_be_made("--out", path)
+    theirs = readrecord_of(path)
+    if theirs is None:
+        held = [name for name in (CONFIG, METRICS, WEIGHTS, CURVES) if os.path.exists(path / name)]
+        if held:
+            raise ValueError(f"--out is {path}, which holds {held[0]} of another run; allowed: a folder without a run")
+        return
+    options = {field.name for field in dataclasses.fields(Config)}
+    for name, value in json.loads(json.dumps(mine)).items():
+        if name not in MAY_CHANGE and value != theirs.get(name):
+            called = f"--{name.replace('_', '-')}" if name in options else f"the {name}"
+            allowed = f"{theirs.get(name)}, as the run in {path} has it, or another --out"
+            raise ValueError(f"{called} is {value}; allowed: {allowed}")
+
+
+def refuse_under_way(path: Path) -> None:
+    """Raise ValueError if another process is training in this folder."""
+    if path.is_dir() and (path / LOCK).exists():
+        unlock = lock(path)
+        if unlock is None:
+            raise ValueError(under_way(path))
+        unlock()
+
+
+def under_way(path: Path) -> str:
+    """What is said of a folder that another process has locked."""
+    return f"--out is {path}, where another process is training; allowed: a folder of its own for every run"
+
+
+def is_finished(config: Config, path: Path) -> bool:
+    """Whether the folder holds all of this run, to the curves."""
+    metrics = read_metrics(path)
+    return (path / CURVES).exists() and (len(metrics) >= config.epochs or reached(config, metrics))
+
+
+def reached(config: Config, metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last of these epochs has the test accuracy that config.until_accuracy asks for."""
+    wanted = config.until_accuracy
+    return wanted is not None and bool(metrics) and metrics[-1]["test_accuracy"] >= wanted
