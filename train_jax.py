@@ -22,6 +22,7 @@ def _load(config: Config) -> Program:
     from jax_bn.mesh import make_mesh
     from jax_bn.processes import join, leave
     from jax_bn.settings import (
+        be_deterministic,
         check_what_is_kept,
         compute_in_the_caller,
         find_devices,
@@ -30,6 +31,8 @@ def _load(config: Config) -> Program:
     )
     from jax_bn.training import train
 
+    if config.deterministic:
+        be_deterministic()
     keep_memory()
     compute_in_the_caller()
     keep_compiled()

@@ -74,6 +74,8 @@ class Config:
     """How many processes there are, >= 2; with --coordinator HOST:PORT."""
     process_id: int | None = None
     """Which one this is, from 0 on; with --coordinator HOST:PORT. Process 0 writes the run folder."""
+    deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Ask GPUs for the same bytes in every run with the same seed, which makes them slower. CPUs give them anyway."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave a trace of some steps in the run folder, for TensorBoard's profiler: tensorboard --logdir RUN/profile."""
     data: Literal["fashion-mnist", "sample"] = "fashion-mnist"

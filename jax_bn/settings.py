@@ -39,6 +39,11 @@ def compute_in_the_caller() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def be_deterministic() -> None:
+    """Have XLA take kernels for GPUs that add in a fixed order, the same each time; before JAX looks for devices."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+
+
 def say_errors_once() -> None:
     """Orbax's log of what it could not write, trace for trace, is left out: `jax_bn.checkpoint` raises it.
 

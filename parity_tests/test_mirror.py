@@ -42,6 +42,7 @@ ALONE = {
         "devices": "_gather NormalizeOverGroup _gradient_sums",
         "layers": "NATIVE synchronize",
         "sums": "PIECE _three_sums",
+        "training": "be_deterministic",
     },
 }
 

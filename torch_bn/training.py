@@ -10,6 +10,7 @@ Same options, same order of the data, same run folder as train_jax.py. The data 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -327,6 +328,13 @@ def named_weights(model: nn.Module) -> dict[str, NDArray]:
     return {name: v.cpu().numpy() for name, v in model.state_dict().items()}
 
 
+def be_deterministic() -> None:
+    """Have PyTorch choose kernels that add in a fixed order. PyTorch only: in JAX it is one of `settings.py`."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 if __name__ == "__main__":
     from bn_common.command_line import Program, main
 
@@ -334,6 +342,8 @@ if __name__ == "__main__":
         """The other processes, and what there is to train with."""
         from torch_bn.processes import join, leave
 
+        if config.deterministic:
+            be_deterministic()
         process, watch = join(config, "python -m torch_bn.training")
         return Program(train, process, watch, leave)
 

@@ -119,7 +119,7 @@ def test_every_option_reaches_the_config():
     args = "--epochs 3 --batch-size 7 --optimizer adam --lr 0.125 --weight-decay 0.5 --schedule constant"
     args += (
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
-        " --until-accuracy 0.75 --resume --checkpoint-every 11 --keep-checkpoints 5"
+        " --until-accuracy 0.75 --resume --checkpoint-every 11 --keep-checkpoints 5 --deterministic"
         " --sync-bn local --devices 3 --precision bfloat16 --profile"
         " --coordinator host:1234 --num-processes 4 --process-id 2"
     )
@@ -149,6 +149,7 @@ def test_every_option_reaches_the_config():
         "data_dir": "a",
         "out": "b",
         "resume": "True",
+        "deterministic": "True",
         "checkpoint_every": "11",
         "keep_checkpoints": "5",
     }
