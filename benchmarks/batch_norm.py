@@ -47,7 +47,7 @@ from benchmarks.harness import (
 from benchmarks.peers import MODES
 from benchmarks.worker import serve
 from bn_common.command_line import parse, refuse
-from bn_common.run_folder import write_whole
+from bn_common.files import write_whole
 
 PROG = "python -m benchmarks.batch_norm"
 SHAPES, LARGE_SHAPES = ("256,28,28,6", "256,10,10,16", "256,120", "64,14,14,256"), ("32,56,56,64",)

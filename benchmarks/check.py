@@ -42,7 +42,7 @@ from benchmarks.harness import (
     worker,
 )
 from bn_common.command_line import parse, refuse
-from bn_common.run_folder import write_whole
+from bn_common.files import write_whole
 
 PROG = "python -m benchmarks.check"
 WHAT = {

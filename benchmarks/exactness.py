@@ -25,7 +25,7 @@ from rich.progress import track
 from benchmarks.harness import check_can_be_written, installed, is_installed
 from benchmarks.peers import EPSILON, Result, Start
 from bn_common.command_line import parse, refuse
-from bn_common.run_folder import write_whole
+from bn_common.files import write_whole
 from truth.hard_inputs import CHANNELS, CONSTANT, HARD_INPUTS, SHAPE, HardInput
 
 PROG = "python -m benchmarks.exactness"

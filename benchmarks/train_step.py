@@ -47,7 +47,7 @@ from benchmarks.step.rounds import Plan, Row, compare, measure, started
 from benchmarks.step.scaling import QUICK_SIZES, Sizes, measure_scaling
 from benchmarks.step.worker import Setting
 from bn_common.command_line import parse, refuse
-from bn_common.run_folder import write_whole
+from bn_common.files import write_whole
 
 PROG = "python -m benchmarks.train_step"
 FULL, QUICK = Plan(rounds=25, seconds=0.3), Plan(rounds=5, seconds=0.15)

@@ -43,7 +43,8 @@ from benchmarks.harness import (
 )
 from bn_common.command_line import load, parse, refuse
 from bn_common.config import Config
-from bn_common.run_folder import METRICS, write_whole
+from bn_common.files import write_whole
+from bn_common.run_folder import METRICS
 
 PROG = "python -m benchmarks.whole_run"
 ROOT = Path(__file__).parents[1]

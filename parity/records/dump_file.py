@@ -36,7 +36,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from bn_common.run_folder import write_whole
+from bn_common.files import write_whole
 from parity.records.answers import Response
 from parity.records.evidence import Evidence
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording

@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from bn_common.run_folder import write_whole
+from bn_common.files import write_whole
 from parity.records.dump_file import plain
 from parity.report.findings import Diagnosis, Divergence, LayerRow, both_names, number
 from parity.report.html import page

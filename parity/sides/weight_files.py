@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from bn_common.run_folder import write_whole
+from bn_common.files import write_whole
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".npz", ".orbax")
 METADATA = "parity.json"

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from bn_common import command_line, files, run_folder
 from bn_common.config import Config
-from bn_common.run_folder import RunFolder, Totals, write_whole
+from bn_common.files import write_whole
+from bn_common.run_folder import RunFolder, Totals
 
 
 def open_run(path, **options):

@@ -27,7 +27,7 @@ import torch
 from rich.progress import track
 
 import parity
-from bn_common.run_folder import write_whole
+from bn_common.files import write_whole
 from parity.diagnosis.mistakes import TABLE
 from parity_tests.parity.planted import CASES, Case
 from parity_tests.parity.planted.networks import two_mistakes, unexplained
