@@ -13,7 +13,7 @@ from parity.diagnosis.between.chains import Source
 
 Array = NDArray[Any]
 
-MOST_PROJECTIONS = 6
+MOST_PROJECTIONS = 4
 """So many of the layers run before, the most recent, may be query, key and value."""
 # How a fused projection's channels may be read, and a head's.
 SPLITS = tuple(", ".join(order) for order in itertools.permutations(("qkv", "head", "channel")))
