@@ -156,13 +156,13 @@ def test_tensors_do_not_cross_kinds():
     ):  # fmt: skip
         assert line in str(error.value)
     report = parity.check(module, Forgotten(nnx.Rngs(0)), np.ones((2, 3, 8, 8), np.float32) * X[:2, :3, None, None])
-    found = {(d.code, d.layer) for d in report.diagnoses}
+    found = {(d.code, layer) for d in report.diagnoses for layer in d.layers}
     assert found == {("no-partner", "n1"), ("bias-missing", "c1"), ("bias-missing", "c2")}
     assert report.diagnoses[0].evidence == "PyTorch's n1 (weight, bias) has no partner in Flax"
 
 
 def test_what_has_no_partner_is_named():
-    """Query, key and value in one matrix on one side: no line of the report mentioned it."""
+    """Query, key and value in one matrix on one side, and of another size: no line of the report mentioned it."""
 
     class Fused(nn.Module):
         def __init__(self):
@@ -177,7 +177,7 @@ def test_what_has_no_partner_is_named():
     class Separate(linen.Module):
         @linen.compact
         def __call__(self, x):
-            return linen.MultiHeadDotProductAttention(2)(x)
+            return linen.MultiHeadDotProductAttention(2, qkv_features=16)(x)
 
     x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
     report = parity.check(Fused(), Separate(), x, train=False, flax_inputs=[x])

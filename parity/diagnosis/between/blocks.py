@@ -73,7 +73,8 @@ def _shuffled(sources: Sequence[Source], torch: Target, flax: Target) -> list[Fi
                      for n in (groups, more)]  # fmt: skip
             return [Finding("concat-order", f"PyTorch {texts[0]}, Flax {texts[1]}")]
     order, channels = _order(torch, flax), torch.value.shape[-1]
-    if order is None or channels < FEWEST_SHUFFLED:
+    # Of rows of numbers it is rather a flatten of C, H, W for H, W, C, which stands in the same order.
+    if order is None or channels < FEWEST_SHUFFLED or torch.value.ndim < 3:
         return []
     for one, two in itertools.product(_divisors(channels), repeat=2):
         if one != two and np.array_equal(order, np.argsort(_across(channels, one))[_across(channels, two)]):
