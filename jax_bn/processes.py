@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import jax
 from jax._src import clusters, distributed  # what finds the processes, and their store: there are no public names
 
+from bn_common import relay
 from bn_common.config import Config
 from bn_common.watch import Watch
 
@@ -18,6 +20,8 @@ from bn_common.watch import Watch
 SECONDS_TO_JOIN = 120
 # JAX's own bounds abort the process without a name; ours are to be sooner. JAX only.
 SECONDS_OF_JAX = 600
+# What was started, to be there as long as this process is.
+RELAYS: list[subprocess.Popen[bytes]] = []
 
 
 def join(config: Config, prog: str) -> tuple[int, Watch | None]:
@@ -90,28 +94,17 @@ def _in_time(otherwise: str) -> Iterator[None]:
 
 
 def _relay(coordinator: tuple[str, int]) -> str:
-    """An address of this process that leads to the coordinator, and stays open when that is lost.
+    """An address of this machine that leads to the coordinator, and stays open when that is lost.
 
     JAX ends a process as soon as this connection breaks, without a name: sooner or later than the watch by chance.
     JAX only: PyTorch raises an exception.
     """
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def pump(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while said := source.recv(2**16):
-                target.sendall(said)
-
-    def serve() -> None:
-        while True:
-            near = server.accept()[0]
-            try:
-                far = socket.create_connection(coordinator)
-            except OSError:  # not there yet: JAX tries again
-                near.close()
-                continue
-            for way in (near, far), (far, near):
-                threading.Thread(target=pump, args=way, daemon=True).start()
-
-    threading.Thread(target=serve, daemon=True).start()
-    return f"127.0.0.1:{server.getsockname()[1]}"
+    process = subprocess.Popen(
+        [sys.executable, "-I", relay.__file__, coordinator[0], str(coordinator[1])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    RELAYS.append(process)
+    assert process.stdout is not None, "as asked for"
+    return f"127.0.0.1:{int(process.stdout.readline())}"
