@@ -20,7 +20,7 @@ from bn_common.watch import Watch
 SECONDS_TO_JOIN = 120
 # JAX's own bounds abort the process without a name; ours are to be sooner. JAX only.
 SECONDS_OF_JAX = 600
-# What was started, to be there as long as this process is.
+# What was started, to be there as long as this process is. JAX only, as `_relay` is.
 RELAYS: list[subprocess.Popen[bytes]] = []
 
 

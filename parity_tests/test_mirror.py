@@ -27,7 +27,7 @@ ALONE = {
         "channels": "CPU_LANES FEW_ROWS Channels spread_to_add _add_up _is_split",
         "devices": "promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
-        "processes": "SECONDS_OF_JAX _in_time _relay",
+        "processes": "SECONDS_OF_JAX RELAYS _in_time _relay",
         "precise": "Path precise_statistics_nnx _modes _moves _name _require_any",
         "sums": "sum_values",
         "training": "STEPS_IN_FLIGHT Variables TrainState init_state",
