@@ -14,6 +14,7 @@ from parity.pairing.alignment import LEFT, LIKE_KIND, SAME_KIND, Alignment, in_o
 from parity.pairing.names import similarity
 from parity.pairing.pairs import LayerPair, Pairing
 from parity.pairing.recut import cut
+from parity.pairing.recut.cut import Recut
 from parity.pairing.recut.propose import candidates
 from parity.pairing.unordered import by_names
 from parity.records import kinds
@@ -65,7 +66,9 @@ def pair(
         return next(certain, plain)
     chosen = closest(possible, distance)
     if chosen is None:
-        chosen = possible[0]
+        # A guess takes nobody's partner away.
+        had = _whole(plain)
+        chosen = next((found for found in possible if had <= _whole(found) | _replaced(found.recuts)), plain)
         chosen.is_guessed = not all(recut.is_certain for recut in chosen.recuts)
     return chosen
 
@@ -73,22 +76,27 @@ def pair(
 def _possible(torch: Structure, flax: Structure, layer_map: dict[str, str], least: int) -> Iterator[Pairing]:
     """The pairings in which all that is cut has its partner, and less is left than without cuts."""
     for recuts in itertools.islice(candidates(torch, flax), MOST_CUTS):
-        replaced = {path for recut in recuts for path in recut.replaced}
-        if replaced & {*layer_map, *layer_map.values()}:
+        replaced = _replaced(recuts)
+        if replaced & {place for t, f in layer_map.items() for place in (("torch", t), ("flax", f))}:
             continue
         mine = cut.structure(torch, cut.of_side(recuts, "torch")), cut.structure(flax, cut.of_side(recuts, "flax"))
         known = layer_map | {t: f for recut in recuts for t, f in recut.partners.items()}
         found = pair_as_they_are(*mine, known)
         found.recuts = recuts
-        new = {layer.path for recut in recuts for layer in recut.layers} - replaced
-        done = {
-            path
-            for p in found.layers
-            if not p.torch_left and not p.flax_left and all(t.fits for t in p.tensors)
-            for path in (p.torch.path, p.flax.path)
-        }
-        if unpaired(found) < least and new <= done:
+        new = {(recut.framework, layer.path) for recut in recuts for layer in recut.layers} - replaced
+        if unpaired(found) < least and new <= _whole(found):
             yield found
+
+
+def _replaced(recuts: Sequence[Recut]) -> set[tuple[str, str]]:
+    """(framework, path) of the layers that are cut: both sides may have a layer of one name."""
+    return {(recut.framework, path) for recut in recuts for path in recut.replaced}
+
+
+def _whole(found: Pairing) -> set[tuple[str, str]]:
+    """(framework, path) of the layers all of whose tensors have a partner of their shape."""
+    pairs = [p for p in found.layers if not p.torch_left and not p.flax_left and all(t.fits for t in p.tensors)]
+    return {place for p in pairs for place in (("torch", p.torch.path), ("flax", p.flax.path))}
 
 
 def unpaired(found: Pairing) -> int:

@@ -164,26 +164,44 @@ def test_tensors_do_not_cross_kinds():
 def test_what_has_no_partner_is_named():
     """Query, key and value in one matrix on one side, and of another size: no line of the report mentioned it."""
 
-    class Fused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-
-        def forward(self, x):
-            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
-            y = nn.functional.scaled_dot_product_attention(q, k, v)
-            return self.proj(y.transpose(1, 2).reshape(x.shape))
-
     class Separate(linen.Module):
         @linen.compact
         def __call__(self, x):
             return linen.MultiHeadDotProductAttention(2, qkv_features=16)(x)
 
     x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
-    report = parity.check(Fused(), Separate(), x, train=False, flax_inputs=[x])
+    report = parity.check(QkvInOne(), Separate(), x, train=False, flax_inputs=[x])
     assert not report.ok
     assert report.diagnoses[0].code == "no-partner"
     assert "qkv (weight, bias)" in report.diagnoses[0].evidence
+
+
+class QkvInOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+
+class WithoutValue(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        q, k = linen.DenseGeneral((2, 4), name="query")(x), linen.DenseGeneral((2, 4), name="key")(x)
+        y = linen.dot_product_attention(q, k, x.reshape(*x.shape[:2], 2, 4))
+        return linen.Dense(8, name="proj")(y.reshape(x.shape))
+
+
+def test_a_guess_takes_nobodys_partner_away():
+    """The value, which Flax has not, as the projection: then proj would have no partner, and be accused of it."""
+    x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+    report = parity.check(QkvInOne(), WithoutValue(), x, train=False, flax_inputs=[x])
+    assert report.diagnoses[0].code == "no-partner"
+    assert "proj" not in report.diagnoses[0].evidence
+    assert {("proj", "proj")} <= {(row.torch_layer, row.flax_layer) for row in report.layers}
 
 
 class Scaled(nn.Module):
