@@ -1,7 +1,9 @@
 """The program between a process and the coordinator of a JAX run."""
 
+import ctypes
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -9,6 +11,7 @@ import threading
 import pytest
 
 from bn_common import relay
+from jax_bn import processes
 
 
 @pytest.fixture
@@ -38,3 +41,37 @@ def test_bytes_go_both_ways_and_a_lost_end_is_not_told(echo):
                 connection.recv(100)  # the server has closed
         process.stdin.close()
         assert process.wait(30) == 0
+
+
+ECHO = """
+import socket
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+connection = server.accept()[0]
+connection.sendall(connection.recv(100).upper())
+connection.recv(1)
+"""
+
+
+@pytest.fixture
+def echo_elsewhere():
+    """The port of a server in a process of its own."""
+    with subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE) as process:
+        yield int(process.stdout.readline())
+        process.kill()
+
+
+def test_an_answer_comes_while_the_interpreter_is_locked(echo_elsewhere):
+    """As in JAX's agreement on the step to stop at: a thread of Python's would never hand it on."""
+    host, port = processes._relay(("127.0.0.1", echo_elsewhere)).split(":")
+    try:
+        with socket.create_connection((host, int(port))) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 20, 0))
+            connection.sendall(b"hello")
+            answer = ctypes.create_string_buffer(5)
+            # PyDLL: the call keeps the interpreter's lock.
+            assert ctypes.PyDLL(None).recv(connection.fileno(), answer, 5, 0) == 5
+            assert answer.raw == b"HELLO"
+    finally:
+        with processes.RELAYS.pop() as process:
+            process.kill()
