@@ -19,33 +19,29 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import rich.box
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.harness import (
     Calibration,
     answer,
-    check_can_be_written,
     describe_machine,
     is_installed,
     made_by,
-    make_console,
-    markdown_table,
+    measured,
     note_busy,
-    or_stop,
     print_line,
     print_machine,
-    to_json,
+    rows_markdown,
+    rows_table,
     worker,
 )
-from bn_common.command_line import parse, refuse
-from bn_common.files import write_whole
+from bn_common.command_line import parse
 
 PROG = "python -m benchmarks.check"
-WHAT = {
+Name = Literal["readme", "unet", "transformer", "resnet50"]
+WHAT: dict[str, str] = {
     "readme": "the README's pair, with its mistake",
     "unet": "a U-Net of 25 layers, 2 images of 32x32",
     "transformer": "a transformer of BERT-base's size: 12 layers, 2 x 64 tokens",
@@ -61,12 +57,7 @@ Row = dict[str, Any]
 class Options:
     """What to measure."""
 
-    pairs: tuple[Literal["readme", "unet", "transformer", "resnet50"], ...] = (
-        "readme",
-        "unet",
-        "transformer",
-        "resnet50",
-    )
+    pairs: tuple[Name, ...] = get_args(Name)
     """Which pairs."""
     rounds: int = 1
     """Checks of each pair, 1 to 20; the medians are shown."""
@@ -79,23 +70,12 @@ class Options:
 def main(args: Sequence[str] | None = None) -> None:
     """The program."""
     options = parse(Options, args, prog=PROG, description="What parity.check costs, on pairs of four sizes.")
-    try:
-        _check(options)
-    except ValueError as error:
-        refuse(PROG, str(error))
-    with or_stop(PROG):
-        found = measure(options, make_console())
-    if options.json is not None:
-        write_whole(options.json, to_json(found))
-    if options.write is not None:
-        write_whole(options.write, _markdown(found).encode())
+    measured(options, PROG, _check, measure, _markdown)
 
 
 def _check(options: Options) -> None:
     if not 1 <= options.rounds <= 20:
         raise ValueError(f"--rounds is {options.rounds}; allowed: 1 to 20")
-    for name in ("json", "write"):
-        check_can_be_written(f"--{name}", getattr(options, name))
     if not is_installed("torch"):
         raise ValueError("torch is not installed; allowed: an environment with it (pip install '.[torch]')")
 
@@ -103,7 +83,8 @@ def _check(options: Options) -> None:
 def measure(options: Options, console: Console) -> dict[str, Any]:
     """Check the pairs in turns, print a row for each, and return machine and rows."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch")}
-    machine, taken = describe_machine() | versions, {name: [] for name in options.pairs}  # type: ignore[var-annotated]
+    machine = describe_machine() | versions
+    taken: dict[str, list[Row]] = {name: [] for name in options.pairs}
     print_machine(machine, console)
     with Calibration() as calibration:
         for name in list(options.pairs) * options.rounds:
@@ -113,11 +94,11 @@ def measure(options: Options, console: Console) -> dict[str, Any]:
                 taken[name].append(answer(connection))
             print_line(f"{name}: {taken[name][-1]}", console)
     rows: list[Row] = []
-    for name, runs in taken.items():
+    for pair, runs in taken.items():
         seconds, memory = (statistics.median(run[key] for run in runs) for key in ("cpu_s", "gb"))
-        met = all(bound is None or value <= bound for value, bound in zip((seconds, memory), BOUNDS[name], strict=True))
-        rows.append({"name": name, "cpu_s": round(seconds, 1), "gb": round(memory, 1), "met": met, "runs": runs})
-    console.print(_table(rows))
+        met = all(bound is None or value <= bound for value, bound in zip((seconds, memory), BOUNDS[pair], strict=True))
+        rows.append({"name": pair, "cpu_s": round(seconds, 1), "gb": round(memory, 1), "met": met, "runs": runs})
+    console.print(rows_table(COLUMNS, rows))
     note_busy(machine, calibration, console)
     return {"machine": machine, "rows": rows}
 
@@ -158,16 +139,7 @@ COLUMNS = {
 }
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(box=rich.box.SIMPLE)
-    for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(cell(row) for cell in COLUMNS.values()))
-    return table
-
-
-def _markdown(found: dict[str, Any]) -> str:
+def _markdown(found: dict[str, Any], options: Options) -> str:
     """docs/check_speed.md."""
     head = f"""# What `parity.check` costs
 
@@ -176,8 +148,7 @@ def _markdown(found: dict[str, Any]) -> str:
 Each pair in a process of its own in which nothing was compiled before, in prediction. CPU seconds of all threads, of
 the call of `parity.check` alone; the most memory (2^30 bytes) that the process had, the modules' own included.
 """
-    lines = [[*COLUMNS], *([cell(row) for cell in COLUMNS.values()] for row in found["rows"])]
-    return f"{head}\n{markdown_table(lines)}\n"
+    return f"{head}\n{rows_markdown(COLUMNS, found['rows'])}\n"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import rich.box
 from rich.console import Console
+from rich.table import Table
+
+from bn_common.files import write_whole
 
 BUSY_LOAD, BUSY_SPREAD = 0.5, 1.25
 BUSY = ("load before", "calibration spread", "busy")
@@ -188,6 +192,53 @@ def or_stop(prog: str) -> Iterator[None]:
     except (ArithmeticError, EOFError) as error:
         sys.stderr.write(f"{prog}: stopped: {error or 'a worker has ended'}; nothing written\n")
         raise SystemExit(1) from None
+
+
+def measured(
+    options: Any,
+    prog: str,
+    check: Callable[[Any], None],
+    measure: Callable[[Any, Console], dict[str, Any]],
+    markdown: Callable[[dict[str, Any], Any], str],
+) -> None:
+    """A program: check the options, measure, and write the files that `--json` and `--write` name.
+
+    Args:
+      options: of its own kind, with `json` and `write`.
+      prog: its name.
+      check: raises ValueError where the options are wrong.
+      measure: (options, console) -> what was found.
+      markdown: (what was found, options) -> the page.
+    """
+    from bn_common.command_line import refuse  # not in the workers, whose start may be timed
+
+    try:
+        for name in ("json", "write"):
+            check_can_be_written(f"--{name}", getattr(options, name))
+        check(options)
+    except ValueError as error:
+        refuse(prog, str(error))
+    with or_stop(prog):
+        found = measure(options, make_console())
+    if options.json is not None:
+        write_whole(options.json, to_json(found))
+    if options.write is not None:
+        write_whole(options.write, markdown(found, options).encode())
+
+
+def rows_table(columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any]) -> Table:
+    """For the terminal: a column for each entry, whose function makes a row's cell."""
+    table = Table(box=rich.box.SIMPLE)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    return table
+
+
+def rows_markdown(columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any]) -> str:
+    """The same in Markdown."""
+    return markdown_table([[*columns], *([cell(row) for cell in columns.values()] for row in rows)])
 
 
 def check_can_be_written(option: str, path: Path | None) -> None:

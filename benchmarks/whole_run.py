@@ -23,27 +23,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import rich.box
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.harness import (
     Calibration,
-    check_can_be_written,
     describe_machine,
     is_installed,
     made_by,
-    make_console,
-    markdown_table,
+    measured,
     note_busy,
-    or_stop,
     print_line,
     print_machine,
-    to_json,
+    rows_markdown,
+    rows_table,
 )
-from bn_common.command_line import load, parse, refuse
+from bn_common.command_line import load, parse
 from bn_common.config import Config
-from bn_common.files import write_whole
 from bn_common.run_folder import METRICS
 
 PROG = "python -m benchmarks.whole_run"
@@ -74,16 +69,7 @@ class Options:
 def main(args: Sequence[str] | None = None) -> None:
     """The program."""
     options = parse(Options, args, prog=PROG, description="A whole run's seconds, JAX and PyTorch in turns.")
-    try:
-        _check(options)
-    except ValueError as error:
-        refuse(PROG, str(error))
-    with or_stop(PROG):
-        found = measure(options, make_console())
-    if options.json is not None:
-        write_whole(options.json, to_json(found))
-    if options.write is not None:
-        write_whole(options.write, _markdown(found, options).encode())
+    measured(options, PROG, _check, measure, _markdown)
 
 
 def _check(options: Options) -> None:
@@ -91,8 +77,6 @@ def _check(options: Options) -> None:
         raise ValueError(f"--accuracy is {options.accuracy}; allowed: above 0, below 1")
     if not 1 <= options.rounds <= 20:
         raise ValueError(f"--rounds is {options.rounds}; allowed: 1 to 20")
-    for name in ("json", "write"):
-        check_can_be_written(f"--{name}", getattr(options, name))
     if not is_installed("torch"):
         raise ValueError("torch is not installed; allowed: an environment with it (pip install '.[bench]')")
 
@@ -110,7 +94,7 @@ def measure(options: Options, console: Console) -> dict[str, Any]:
                 calibration.take()
             rows.append({"name": name, "cache": cache, **_run(name, Path(folder), f"run-{number}", options)})
             print_line("  ".join(f"{key} {value}" for key, value in rows[-1].items()), console)
-    console.print(_table(rows))
+    console.print(rows_table(COLUMNS, rows))
     second = statistics.median(row["first_step_s"] for row in rows if row["cache"] == "filled")
     met = "met" if second <= SECOND_START else "missed"
     print_line(
@@ -179,15 +163,6 @@ COLUMNS = {
 }
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(box=rich.box.SIMPLE)
-    for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(cell(row) for cell in COLUMNS.values()))
-    return table
-
-
 def _markdown(found: dict[str, Any], options: Options) -> str:
     """docs/whole_run_speed.md."""
     words = [PROG]
@@ -203,8 +178,7 @@ The default run of both wings (seed 0) until the test accuracy is {options.accur
 from the start of the process: Python, the framework and the data are loaded before the first step begins, and JAX's
 step is compiled, or found compiled.
 """
-    lines = [[*COLUMNS], *([cell(row) for cell in COLUMNS.values()] for row in found["rows"])]
-    return f"{head}\n{markdown_table(lines)}\n"
+    return f"{head}\n{rows_markdown(COLUMNS, found['rows'])}\n"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import rich.box
 from rich.table import Table
 
-from benchmarks.harness import made_by, markdown_table, ms
+from benchmarks.harness import made_by, ms, rows_markdown
 from benchmarks.step.peers import OURS, REFERENCE, TRAIN
 
 Row = Mapping[str, Any]
@@ -95,20 +95,16 @@ def markdown(report: Report, command: str, picture: str | None) -> str:
     if picture is not None:
         parts.append(f"![Milliseconds a step, median and range]({picture})")
     for title, rows in by_title(report["rows"]).items():
-        parts += [f"## {title}", _markdown(COLUMNS, rows)]
+        parts += [f"## {title}", rows_markdown(COLUMNS, rows)]
     if report["comparisons"]:
-        parts += ["## Bounds", BOUNDS, _markdown(COMPARISONS, report["comparisons"])]
+        parts += ["## Bounds", BOUNDS, rows_markdown(COMPARISONS, report["comparisons"])]
     if "scaling" in report:
         parts += [
             "## Scaling",
             f"A training step at other sizes. The ratio is to {REFERENCE} of the same size and threads.",
-            _markdown(SCALING, report["scaling"]),
+            rows_markdown(SCALING, report["scaling"]),
         ]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown(columns: Columns, rows: Sequence[Row]) -> str:
-    return markdown_table([[*columns], *([cell(row) for cell in columns.values()] for row in rows)])
 
 
 def plot(rows: Sequence[Row], path: Path) -> bytes:
