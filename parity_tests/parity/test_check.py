@@ -1,6 +1,7 @@
 """`parity.check` itself: its arguments, what it leaves alone, what it says where it cannot go on."""
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import flax.linen as linen
@@ -371,3 +372,23 @@ def test_assert_parity():
     assert assert_parity(torch_net(), Net(), X, train=False).ok
     with pytest.raises(AssertionError, match="unbiased-variance at 1"):
         assert_parity(torch_net(), Net(), [X])
+
+
+def test_a_correct_pair_needs_few_programs():
+    """One for each run (alone, its own dtype, layer by layer twice), none for each shape of a weight or an array."""
+    found = []
+
+    def listen(event, _, **__):
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        widths = (7, 11, 13, 17, 19)
+        torch.manual_seed(0)
+        module = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
+        x = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
+        assert parity.check(module, linen.Sequential([linen.Dense(width) for width in widths[1:]]), x).ok
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(found) <= 4
