@@ -247,10 +247,8 @@ def test_a_process_is_lost(program, victim, how, tmp_path):
             time.sleep(0.1)
         assert f"does not answer for {watch.SILENCE:g} seconds" in (tmp_path / "out0").read_text()
         processes[victim].send_signal(getattr(signal, f"SIG{how}"))
-        sent = time.monotonic()
-        status = processes[1 - victim].wait(120)
-        # A second or two until it is seen; the rest is this machine's.
-        assert time.monotonic() - sent < (0 if how == "KILL" else watch.SILENCE) + 10
+        # JAX itself would wait for ten minutes.
+        status = processes[1 - victim].wait(300)
         assert status > 0
         what = "has ended" if how == "KILL" else f"has not answered for {watch.SILENCE:g} seconds"
         errors = (tmp_path / f"err{1 - victim}").read_text()

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SILENCE = 3.0
+SILENCE = 10.0  # seconds: a busy machine holds a process up for one or two
 PROGRAM = """
 import pathlib, sys, time
 from bn_common.watch import Watch
 
-index, folder, seconds = int(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3])
+index, folder, seconds, silence = int(sys.argv[1]), pathlib.Path(sys.argv[2]), *map(float, sys.argv[3:])
 
 def publish(port):
     (folder / "new").write_text(str(port))
@@ -25,7 +25,7 @@ def find():
         time.sleep(0.05)
     return "127.0.0.1", int((folder / "port").read_text())
 
-watch = Watch(index, 3, publish, find, "prog", silence=3.0)
+watch = Watch(index, 3, publish, find, "prog", silence=silence)
 print("watching", flush=True)
 time.sleep(seconds)
 watch.leave()
@@ -40,7 +40,7 @@ def three(tmp_path):
 
     def start(*seconds):
         for index, each in enumerate(seconds):
-            command = [sys.executable, "-c", PROGRAM, str(index), str(tmp_path), str(each)]
+            command = [sys.executable, "-c", PROGRAM, str(index), str(tmp_path), str(each), str(SILENCE)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             processes.append(subprocess.Popen(command, cwd=ROOT, **pipes))
         for process in processes:
@@ -65,23 +65,26 @@ def test_none_is_lost(three):
         assert ends(process, 60) == (0, "left\n", "")
 
 
-@pytest.mark.parametrize("victim", range(3))
-@pytest.mark.parametrize("how", ["KILL", "STOP"])
-def test_one_is_lost(three, how, victim):
+thorough = pytest.mark.thorough
+STOPPED = [pytest.param(0, "STOP", marks=thorough), pytest.param(1, "STOP", marks=thorough), (2, "STOP")]
+
+
+@pytest.mark.parametrize(("victim", "how"), [*((victim, "KILL") for victim in range(3)), *STOPPED])
+def test_one_is_lost(three, victim, how):
     processes = three(100, 100, 100)
     time.sleep(1)
     processes[victim].send_signal(getattr(signal, f"SIG{how}"))
-    what = "has ended" if how == "KILL" else "has not answered for 3 seconds"
+    what = "has ended" if how == "KILL" else f"has not answered for {SILENCE:g} seconds"
     for index, process in enumerate(processes):
         if index != victim:
             expected = f"prog: stopped: process {victim} {what}; process {index} ends\n"
-            assert ends(process, SILENCE + 20) == (1, "", expected)
+            assert ends(process, 120) == (1, "", expected)
 
 
 def test_a_short_stop_is_no_loss(three):
     processes = three(4, 4, 4)
     processes[1].send_signal(signal.SIGSTOP)
-    time.sleep(SILENCE / 2)
+    time.sleep(2)
     processes[1].send_signal(signal.SIGCONT)
     for process in processes:
         assert ends(process, 60) == (0, "left\n", "")
@@ -94,4 +97,4 @@ def test_who_is_done_may_not_be_missed_either(three):
     processes[0].kill()
     for index in (1, 2):
         expected = f"prog: stopped: process 0 has ended; process {index} ends\n"
-        assert ends(processes[index], 30) == (1, "", expected)
+        assert ends(processes[index], 120) == (1, "", expected)
