@@ -6,6 +6,8 @@ Warnings are errors too (pyproject.toml).
 import gc
 import importlib
 import os
+import random
+import sys
 
 # Two workers share the processor (`-n 2` in pyproject.toml): threads of PyTorch's that wait for each other on a core
 # that is taken make it ten times slower. Programs that the tests start inherit this. Before torch is imported.
@@ -13,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -98,6 +101,18 @@ def few_programs():
     yield
     if programs_kept > MOST_PROGRAMS:
         forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Modules made without a seed have the same weights in every run: one test in a hundred runs failed by chance.
+
+    Whatever a test's weights happen to be: a ReLU behind positive numbers only is no ReLU, and rightly passes.
+    """
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # the global generator is what other people's code draws from
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
