@@ -3,12 +3,16 @@
 from typing import Any
 
 import flax.linen as linen
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from flax import nnx
+from flax.linen.attention import dot_product_attention_weights
 from torch import nn
+from torch.nn.functional import dropout, scaled_dot_product_attention
 
 import parity
 
@@ -112,3 +116,37 @@ def test_functions_are_put_back():
     before = F.dropout, F.scaled_dot_product_attention
     parity.check(Torch("function"), Flax(), X, flax_inputs=[X], train=False)
     assert (F.dropout, F.scaled_dot_product_attention) == before
+
+
+class ImportedTorch(nn.Module):
+    """Dropout and attention by names of this file, the dropout's also kept by the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.dropped = nn.Linear(8, 8), nn.Linear(8, 3), [dropout]
+
+    def forward(self, x):
+        y = self.a(x)
+        y = scaled_dot_product_attention(y, y, y, dropout_p=0.5 if self.training else 0.0)
+        return self.b(self.dropped[0](dropout(y, 0.5, self.training), 0.5, self.training))
+
+
+class ImportedFlax(linen.Module):
+    @linen.compact
+    def __call__(self, x, deterministic: bool = True):
+        y = linen.Dense(8)(x)[..., None, :]
+        options: dict[str, Any] = {"dropout_rng": self.make_rng("dropout"), "dropout_rate": 0.5}
+        weights = dot_product_attention_weights(y, y, deterministic=deterministic, **options)
+        return linen.Dense(3)(jnp.einsum("nhqk,nkhd->nqhd", weights, y)[..., 0, :])
+
+
+def test_functions_that_were_imported_by_name():
+    """As published networks have them: they are off in training too, and told."""
+    held = dropout.__code__, dot_product_attention_weights.__code__, scaled_dot_product_attention
+    options: dict[str, Any] = {"optimizers": (lambda p: torch.optim.SGD(p, 0.1), optax.sgd(0.1)), "steps": 2}
+    report = parity.check(ImportedTorch(), ImportedFlax(), X, flax_inputs=[X], **options)
+    assert report.ok, report
+    assert "dropout was switched off on both sides, as it is random in training" in report.notes
+    assert (dropout.__code__, dot_product_attention_weights.__code__, scaled_dot_product_attention) == held
+    assert F.scaled_dot_product_attention is scaled_dot_product_attention

@@ -22,6 +22,7 @@ from parity.records import trees
 from parity.records.inputs import Inputs
 from parity.records.kinds import HALF
 from parity.records.side import LARGE, loss_weights
+from parity.sides.exchange import exchanged
 
 FLAGS = {
     "train": False,
@@ -196,11 +197,8 @@ def without_attention_dropout(told: Callable[[float], object] = lambda _: None) 
 
         return weights
 
-    name = "dot_product_attention_weights"
-    with contextlib.ExitStack() as stack:
-        for module in (linen_attention, nnx_attention):
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, without(getattr(module, name)))
+    functions = linen_attention.dot_product_attention_weights, nnx_attention.dot_product_attention_weights
+    with exchanged(dict.fromkeys(functions, without)):
         yield
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from parity.records import trees
 from parity.records.kinds import MADE_OF
 from parity.records.side import LARGE, check_loss, loss_weights
+from parity.sides.exchange import exchanged
 
 COUNTER = "num_batches_tracked"
 
@@ -144,25 +145,19 @@ def without_dropout(
 
         return same
 
-    attention = nn.functional.scaled_dot_product_attention
+    def without_attention(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def attention(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
+            if dropout_p:
+                told(dropout_p)
+            return function(query, key, value, attn_mask, 0.0, *args, **kwargs)
 
-    @functools.wraps(attention)
-    def without_attention(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
-        if dropout_p:
-            told(dropout_p)
-        return attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+        return attention
 
     names = [name for name in dir(nn.functional) if name.endswith("dropout") or name.startswith("dropout")]
-    exchanged = {name: without(getattr(nn.functional, name)) for name in names}
-    exchanged["scaled_dot_product_attention"] = without_attention
-    kept = {name: getattr(nn.functional, name) for name in exchanged}
-    for name, function in exchanged.items():
-        setattr(nn.functional, name, function)
-    try:
+    functions = {getattr(nn.functional, name): without for name in names}
+    with exchanged({**functions, nn.functional.scaled_dot_product_attention: without_attention}):
         yield
-    finally:
-        for name, function in kept.items():
-            setattr(nn.functional, name, function)
 
 
 def to_dtype(module: nn.Module, dtype: str) -> None:
