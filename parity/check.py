@@ -61,7 +61,8 @@ def check(
       loss: (torch_loss, jax_loss), each a function of the output. None: the same fixed function of the
         output, which no layout changes.
       steps: how many steps of training to compare, on these inputs.
-      optimizers: (parameters -> torch optimizer, optax.GradientTransformation), needed for steps.
+      optimizers: (parameters -> torch optimizer, optax.GradientTransformation), needed for steps. One that clips
+        gradients does it in its `step`, or in a hook: `optimizer.register_step_pre_hook`.
 
     Returns:
       The report: `ok`, `first_divergence`, `diagnoses`, `layers`.

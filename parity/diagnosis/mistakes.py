@@ -95,6 +95,12 @@ TABLE = (
     Mistake("huber-delta", "loss", "", "a Huber loss for a smooth L1, which divides by beta"),
     Mistake("loss-reduction", "loss", "", "sum for mean"),
     # optimisers
+    Mistake(
+        "gradient-clipping",
+        "optimizer",
+        "",
+        "gradients clipped on one side only, or otherwise: each tensor, by value, behind the rule, norm + 1e-6",
+    ),
     Mistake("adam-epsilon", "optimizer", "", "another epsilon, or inside the root"),
     Mistake("bias-correction", "optimizer", "", "Adam without it"),
     Mistake("weight-decay-coupling", "optimizer", "", "L2 for decoupled weight decay"),

@@ -15,6 +15,8 @@ PATTERNS = 24
 STEPS = 6
 # A tensor with fewer elements than patterns is asked again, from a fresh state; one element sees eight patterns.
 MOST_EPISODES, STRIDE = 8, 5
+RAMP = MOST_EPISODES
+"""The number of one more episode, whose gradients grow from step to step: there it shows where they are clipped."""
 
 
 class ProbeError(ValueError):
@@ -38,6 +40,8 @@ class Response(NamedTuple):
       rates: the learning rate that the optimiser itself names at each step, [T]; None if it names none.
       asked: which question each of the K elements was given, episode * PATTERNS + column, ascending; None: all of one
         episode.
+      sums: of gradient^2, gradient * parameter, parameter^2 and update^2, over all tensors and over this one, at each
+        step of each episode, [4, 2, T, RAMP + 1]; None in older dumps.
     """
 
     gradients: NDArray
@@ -46,6 +50,7 @@ class Response(NamedTuple):
     buffer: float | None = None
     rates: NDArray | None = None
     asked: NDArray | None = None
+    sums: NDArray | None = None
 
 
 class Answers(NamedTuple):
@@ -81,23 +86,35 @@ def ask(serials: Mapping[str, NDArray], episode: Episode, *, whole_state: bool) 
       episode: runs the optimiser.
       whole_state: the arrays of a state are as long as all tensors together, and not as one of them.
     """
-    flat = {name: np.asarray(serial).ravel() for name, serial in serials.items()}
+    flat = {name: np.asarray(serial).ravel() for name, serial in serials.items() if np.size(serial)}
     within = np.concatenate([*flat.values(), np.arange(0)])
-    questioned = questions(STEPS)
-    episodes = min(MOST_EPISODES, max(1, *(-(-PATTERNS // max(len(s), 1)) for s in flat.values()))) if flat else 0
-    runs, columns = [], []
-    for number in range(episodes):
-        columns.append((within + STRIDE * number) % PATTERNS)
-        runs.append(episode(questioned.gradients[:, columns[-1]], questioned.parameters[:, columns[-1]]))
-    found, start = {}, 0
-    for name, serial in flat.items():
-        if len(serial):
-            # Of each column the element that comes first: enough of them to tell a rule.
-            order = np.argsort(serial)
-            few = order[np.unique(serial[order] % PATTERNS, return_index=True)[1]]
-            found[name] = _response(runs, columns, start + few, start + few if whole_state else few, questioned)
-        start += len(serial)
-    return found
+    count = min(MOST_EPISODES, max(1, *(-(-PATTERNS // len(s)) for s in flat.values()))) if flat else 0
+    asked = {number: questions(STEPS) for number in range(count)} | ({RAMP: ramp(STEPS)} if flat else {})
+    starts = np.cumsum([0, *(len(serial) for serial in flat.values())])
+    parts = {name: slice(a, b) for name, a, b in zip(flat, starts, starts[1:], strict=False)}
+    few = {name: _few(serial) for name, serial in flat.items()}
+    heard: dict[str, list[_Heard]] = {name: [] for name in flat}
+    buffers = {}
+    for number, given in asked.items():
+        columns = (within + STRIDE * number) % PATTERNS
+        run = episode(given.gradients[:, columns], given.parameters[:, columns])
+        every = _sums(given, columns, run.updates)
+        for name, part in parts.items():
+            here = few[name] + part.start
+            of_part = _sums(given, columns[part], run.updates[:, part])
+            rates = None if run.rates is None else run.rates[:, here]
+            sums = np.stack([every, of_part], 1)
+            heard[name].append(_Heard(number, given, columns[here], run.updates[:, here], rates, sums))
+            if number == 0:
+                places = here if whole_state else few[name]
+                buffers[name] = _buffer(run.first_state, places, *(a[0, columns[here]] for a in given))
+    return {name: _response(of_name, buffers[name]) for name, of_name in heard.items()}
+
+
+def _few(serial: NDArray) -> NDArray:
+    """Of each column the element that comes first: enough of them to tell a rule."""
+    order = np.argsort(serial)
+    return order[np.unique(serial[order] % PATTERNS, return_index=True)[1]]
 
 
 def matched(
@@ -141,6 +158,14 @@ def questions(steps: int) -> Questions:
     return Questions(magnitude * profile, parameters)
 
 
+def ramp(steps: int) -> Questions:
+    """Gradients of one size in all elements, from 1e-6 to 10 over the steps; small parameters, for their decay."""
+    rng = np.random.default_rng(21)
+    profile = rng.uniform(0.3, 1.7, (steps, PATTERNS)) * rng.choice([-1.0, 1.0], (steps, PATTERNS))
+    size = 10.0 ** np.concatenate([[-6, -4], np.linspace(-2, 1, steps - 2)])
+    return Questions(size[:, None] * profile, 1e-4 * questions(steps).parameters)
+
+
 def disagreement(a: NDArray, b: NDArray, parameters: NDArray) -> float:
     """The largest difference of two sides' updates [T, K], each element relative to the largest that it has seen.
 
@@ -160,20 +185,38 @@ def rounding(parameters: NDArray, updates: NDArray) -> NDArray:
     return 4 * np.finfo(np.float64).eps * (np.abs(parameters) + np.abs(updates))
 
 
-def _response(
-    runs: Sequence[Run], columns: Sequence[NDArray], here: NDArray, places: NDArray, asked: Questions
-) -> Response:
-    """What the elements `here` answered, all episodes beside each other; `places`: where a state has them."""
-    chosen = [c[here] for c in columns]
-    given = np.concatenate([PATTERNS * number + c for number, c in enumerate(chosen)])
-    every, rates = np.argsort(given), runs[0].rates
+class _Heard(NamedTuple):
+    """Of one tensor in one episode: what was given, and what some elements answered."""
+
+    number: int
+    given: Questions
+    columns: NDArray  # of these elements
+    updates: NDArray
+    rates: NDArray | None
+    sums: NDArray  # [4, 2, T]
+
+
+def _sums(given: Questions, columns: NDArray, updates: NDArray) -> NDArray:
+    """Of gradient^2, gradient * parameter, parameter^2 and update^2 over elements with these questions, [4, T]."""
+    (g, p), often = given, np.bincount(columns, minlength=PATTERNS)
+    return np.stack([*(a @ often for a in (g * g, g * p, p * p)), np.einsum("tk,tk->t", updates, updates)])
+
+
+def _response(heard: Sequence[_Heard], buffer: float | None) -> Response:
+    """What one tensor answered, all episodes beside each other."""
+    asked = np.concatenate([PATTERNS * of.number + of.columns for of in heard])
+    every, rates = np.argsort(asked), heard[0].rates
+    sums = np.full((4, 2, len(heard[0].updates), RAMP + 1), np.nan)
+    for of in heard:
+        sums[..., of.number] = of.sums
     return Response(
-        np.concatenate([asked.gradients[:, c] for c in chosen], axis=1)[:, every],
-        np.concatenate([asked.parameters[:, c] for c in chosen], axis=1)[:, every],
-        np.concatenate([run.updates[:, here] for run in runs], axis=1)[:, every],
-        _buffer(runs[0].first_state, places, asked.gradients[0, chosen[0]], asked.parameters[0, chosen[0]]),
-        None if rates is None or np.isnan(rates[:, here[0]]).any() else rates[:, here[0]],
-        given[every],
+        np.concatenate([of.given.gradients[:, of.columns] for of in heard], axis=1)[:, every],
+        np.concatenate([of.given.parameters[:, of.columns] for of in heard], axis=1)[:, every],
+        np.concatenate([of.updates for of in heard], axis=1)[:, every],
+        buffer,
+        None if rates is None or np.isnan(rates[:, 0]).any() else rates[:, 0],
+        asked[every],
+        sums,
     )
 
 

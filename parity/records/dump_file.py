@@ -46,7 +46,7 @@ COMPLEX = " complex"
 LISTS = {"input": "inputs", "input_gradient": "input_gradients", "output": "outputs"}
 LISTS |= {"output_gradient": "output_gradients"}
 MAPS = {"tensor": "tensors", "new_statistic": "new_statistics", "gradient": "gradients"}
-ANSWER = "gradients", "parameters", "updates", "rates", "asked"
+ANSWER = "gradients", "parameters", "updates", "rates", "asked", "sums"
 CALL_LISTS = {"input": "inputs", "arrived": "arrived", "input_gradient": "input_gradients"}
 
 

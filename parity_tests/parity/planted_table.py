@@ -65,6 +65,7 @@ more usual one is named; where there is no difference at all, nothing is.
 | `matmul-precision` and weights rounded in the conversion | the inputs are short numbers themselves |
 | dampening d from the first step on, and `learning-rate` (1-d) | always; named `learning-rate`. PyTorch's own dampening leaves out the first step, and shows |
 | `weight-decay-coupling` and no mistake | plain SGD: the same step |
+| `gradient-clipping` of updates and of gradients | plain SGD: named as of gradients, to norm / learning rate |
 | `loss-reduction` and `learning-rate` | plain SGD, without a look at the loss; here the loss is compared first |
 | `loss-reduction` under Adam | the step forgets the factor, but for epsilon; here the loss is compared first |
 | `bias-correction` and a schedule of the learning rate | the schedule is the correction; in one run of few steps |

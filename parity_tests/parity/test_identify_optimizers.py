@@ -13,6 +13,7 @@ from parity.diagnosis.optimizer.rules import Numbers, Shape, direction
 from parity.records.answers import ProbeError, Response, matched, questions
 from parity.sides.jax import ask as flax_ask
 from parity.sides.torch import ask as torch_ask
+from parity_tests.parity.planted.training import clipped, to_norm, to_norm_added, to_norm_each, to_value
 
 LR = 1e-2
 FLAX = {
@@ -246,6 +247,80 @@ PLANTED = {
 def test_planted_mistakes_are_named(name):
     torch_factory, transform, expected = PLANTED[name]
     assert codes(torch_factory, transform) == codes(torch_factory, transform, known=False) == expected
+
+
+GLOBAL = optax.clip_by_global_norm(1.0)
+TO_ONE = "clips all gradients together to a norm of 1"
+CLIPPED = {
+    # name: PyTorch's, optax's, [(code, words that its evidence has)]
+    "same-adam": (clipped(adam(), to_norm), optax.chain(GLOBAL, optax.adam(LR)), []),
+    "same-value": (clipped(adamw(), to_value), optax.chain(optax.clip(0.5), optax.adamw(LR, weight_decay=0.01)), []),
+    "rate": (
+        clipped(sgd(), to_norm),
+        optax.chain(GLOBAL, optax.sgd(2 * LR)),
+        [("learning-rate", "0.01 in PyTorch and 0.02 in Flax")],
+    ),
+    "added": (
+        clipped(sgd(), to_norm_added),
+        optax.chain(GLOBAL, optax.sgd(LR)),
+        [("gradient-clipping", "norm of 1, divided by norm + 1e-06; Flax")],
+    ),
+    "none-flax": (
+        clipped(sgd(momentum=0.9), to_norm),
+        optax.sgd(LR, momentum=0.9),
+        [("gradient-clipping", f"PyTorch {TO_ONE}; Flax clips nothing")],
+    ),
+    "none-torch": (
+        adam(),
+        optax.chain(GLOBAL, optax.adam(LR)),
+        [("gradient-clipping", f"PyTorch clips nothing; Flax {TO_ONE}")],
+    ),
+    "each": (
+        clipped(adam(), to_norm_each),
+        optax.chain(GLOBAL, optax.adam(LR)),
+        [("gradient-clipping", f"the gradient of each tensor to a norm of 1; Flax {TO_ONE}")],
+    ),
+    "value": (
+        clipped(sgd(), to_value),
+        optax.chain(GLOBAL, optax.sgd(LR)),
+        [("gradient-clipping", f"every element of a gradient to 0.5; Flax {TO_ONE}")],
+    ),
+    "most": (
+        clipped(adamw(), to_norm),
+        optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(LR, weight_decay=0.01)),
+        [("gradient-clipping", "a norm of 1; Flax clips all gradients together to a norm of 0.5")],
+    ),
+    "order": (
+        clipped(sgd(weight_decay=0.01), to_norm),
+        decayed(0.01, optax.chain(GLOBAL, optax.sgd(LR))),
+        [("gradient-clipping", f"before weight decay; Flax {TO_ONE}, after weight decay of 0.01 is added")],
+    ),
+    "behind": (
+        clipped(sgd(momentum=0.9), to_norm),
+        optax.chain(optax.sgd(LR, momentum=0.9), GLOBAL),
+        [("gradient-clipping", f"PyTorch {TO_ONE}; Flax clips all updates together, behind the rule, to a norm of 1")],
+    ),
+    "behind-always": (
+        adam(),
+        optax.chain(optax.adam(LR), optax.clip_by_global_norm(LR)),
+        [("gradient-clipping", "PyTorch clips nothing; Flax clips all updates together")],
+    ),
+    "and-rate": (
+        clipped(adam(), to_norm_added),
+        optax.chain(GLOBAL, optax.adam(2 * LR)),
+        [("gradient-clipping", "norm + 1e-06"), ("learning-rate", "a factor of 0.5")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipping_is_named_with_its_numbers_and_what_else_differs(name):
+    torch_factory, transform, expected = CLIPPED[name]
+    found = probe(torch_factory, transform)
+    assert [finding.code for finding in found] == [code for code, _ in expected]
+    for finding, (_, words) in zip(found, expected, strict=True):
+        assert words in finding.evidence
+        assert "parameters:" not in finding.evidence  # of all of them
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parity.diagnosis.finding import Finding
 from parity.diagnosis.mistakes import rank
+from parity.diagnosis.optimizer.clipping import Clipping, Fit, clipping_findings, fits, unlike
 from parity.diagnosis.optimizer.descriptions import Description, choose, describe_in_words, readings, series, text
-from parity.diagnosis.optimizer.fit import adopt, fit
+from parity.diagnosis.optimizer.fit import adopt
 from parity.diagnosis.optimizer.rules import LOOSER, Rule
 from parity.records.answers import Answers, Response
 
@@ -58,38 +60,67 @@ def _where(names: list[str], total: int) -> str:
 
 
 class _Side:
-    """What the tensors so far have shown of a side: the rules that fitted, and whether one fitted none."""
+    """What the tensors so far have shown of a side: what fitted, and whether nothing did."""
 
     def __init__(self) -> None:
-        self.rules: list[Rule] = []
+        self.known: list[tuple[Clipping, Rule]] = []
         self.failed = False
 
-    def fit(self, response: Response, tolerance: float) -> list[Rule]:
-        fitting = fit(response, tolerance, self.rules, only_known=self.failed)
-        self.failed |= not fitting
-        self.rules += [rule for rule in fitting if not any(rule[:2] == known[:2] for known in self.rules)]
-        return fitting
+    def fits(self, response: Response, tolerance: float, decays: Sequence[float]) -> list[Fit]:
+        found = fits(response, tolerance, self.known, self.failed, decays)
+        self.failed |= not found
+        for fit in found:
+            others = [rule for clipping, rule in self.known if clipping == fit.clipping]
+            new = [rule for rule in fit.rules if not any(rule[:2] == other[:2] for other in others)]
+            self.known += [(fit.clipping, rule) for rule in new]
+        return found
+
+    @property
+    def decays(self) -> list[float]:
+        """Weight decays that this side adds to its gradients."""
+        return [rule.numbers.l2 for _, rule in self.known if rule.numbers.l2]
 
 
 def _explain(answer: Answers, tolerance: float, known: tuple[_Side, _Side]) -> list[Finding]:
-    for mine, side, other in ((answer.torch, "PyTorch", "Flax"), (answer.flax, "Flax", "PyTorch")):
-        if not mine.updates.any():
+    for response, side, other in ((answer.torch, "PyTorch", "Flax"), (answer.flax, "Flax", "PyTorch")):
+        if not response.updates.any():
             return [Finding("unexplained", f"{side}'s optimiser leaves the parameters as they are, {other}'s does not")]
-    sides = (answer.torch, answer.flax)
-    fitted = [side.fit(response, tolerance) for side, response in zip(known, sides, strict=True)]
+    fitted = [known[0].fits(answer.torch, tolerance, []), known[1].fits(answer.flax, tolerance, known[0].decays)]
+    if not fitted[0] and known[1].decays:
+        fitted[0] = fits(answer.torch, tolerance, decays=known[1].decays)
     if not all(fitted):
-        return _unfitted(answer, fitted, tolerance)
-    fitted[1] = [adopt(answer.flax, rule, fitted[0][0], tolerance) for rule in fitted[1]]
-    first, second = (readings(rules, side) for rules, side in zip(fitted, sides, strict=True))
-    a, b = choose(first, second, answer.torch.rates)
+        return _unfitted(answer, [[rule for fit in side for rule in fit.rules] for side in fitted], tolerance)
+    mine, theirs = min(product(*fitted), key=lambda pair: unlike(pair[0].clipping, pair[1].clipping))
+    rules = [adopt(theirs.response, rule, mine.rules[0], tolerance) for rule in theirs.rules]
+    a, b = choose(_readings(mine, mine.rules), _readings(theirs, rules), answer.torch.rates)
+    a, b = _at_steps(a, b, mine, theirs)
+    clipped = list(clipping_findings(mine.clipping, theirs.clipping))
     if a.algorithm != b.algorithm:
-        return [_other_algorithm(a, b)]
-    found = _compare(a, b)
-    rounding = max(LOOSER[0], *(100 * rule.error for rules in fitted for rule in rules[:1]))
+        return [*clipped, _other_algorithm(a, b)]
+    found = [*clipped, *_compare(a, b)]
+    rounding = max(LOOSER[0], *(100 * rule.error for fit in (mine, theirs) for rule in fit.rules[:1]))
     if not found and answer.worst > rounding:
         evidence = f"both optimisers are {describe_in_words(a)}, yet their updates differ by up to"
         return [Finding("unexplained", f"{evidence} {text(answer.worst)} relative")]
     return found
+
+
+def _readings(fit: Fit, rules: list[Rule]) -> list[Description]:
+    """The descriptions of a rule; weight decay that is added before the clipping is weight decay all the same."""
+    added = fit.clipping.decay
+    if added:
+        rules = [rule._replace(numbers=rule.numbers._replace(l2=rule.numbers.l2 + added)) for rule in rules]
+    return readings(rules, fit.response)
+
+
+def _at_steps(a: Description, b: Description, mine: Fit, theirs: Fit) -> tuple[Description, Description]:
+    """With the learning rates of the steps at which both show; where none does, they count as equal."""
+    if mine.steps is None and theirs.steps is None:
+        return a, b
+    seen = np.logical_and(*(np.ones(len(a.lr), bool) if fit.steps is None else fit.steps for fit in (mine, theirs)))
+    if not seen.any():
+        return a, b._replace(lr=a.lr, decay=a.decay)
+    return a._replace(lr=a.lr[seen], decay=a.decay[seen]), b._replace(lr=b.lr[seen], decay=b.decay[seen])
 
 
 def _unfitted(answer: Answers, fitted: list[list[Rule]], tolerance: float) -> list[Finding]:

@@ -201,10 +201,64 @@ def _torch(make: Callable, **kwargs: Any) -> Callable:
     return lambda params: make(params, **kwargs)
 
 
+def clipped(make: Callable, clip: Callable) -> Callable:
+    """With gradients clipped before every step."""
+
+    def factory(params):
+        params = list(params)
+        optimizer = make(params)
+
+        def before_step(*_) -> None:
+            clip(params)
+
+        optimizer.register_step_pre_hook(before_step)
+        return optimizer
+
+    return factory
+
+
+def to_norm(params: list) -> None:
+    """As optax does it; torch.nn.utils.clip_grad_norm_ adds 1e-6 to the norm."""
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in params))
+    for p in params:
+        p.grad.mul_(torch.clamp(1 / norm, max=1.0))
+
+
+def to_norm_each(params: list) -> None:
+    for p in params:
+        to_norm([p])
+
+
+def to_norm_added(params: list) -> None:
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+
+
+def to_value(params: list) -> None:
+    torch.nn.utils.clip_grad_value_(params, 0.5)
+
+
 ADAM, SGD = torch.optim.Adam, torch.optim.SGD
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
 # code, wing, variant, (PyTorch's, optax's)
 OPTIMIZERS: list[tuple[str, str, str, tuple[Callable, optax.GradientTransformation]]] = [
+    ("gradient-clipping", "torch", "none",
+     (_torch(ADAM, lr=1e-2), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)))),
+    ("gradient-clipping", "torch", "added",
+     (clipped(_torch(SGD, **MOMENTUM), to_norm_added),
+      optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)))),
+    ("gradient-clipping", "torch", "each",
+     (clipped(_torch(ADAM, lr=1e-2), to_norm_each), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)))),
+    ("gradient-clipping", "torch", "value",
+     (clipped(_torch(SGD, lr=0.1), to_value), optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)))),
+    ("gradient-clipping", "flax", "none", (clipped(_torch(SGD, lr=0.1), to_norm), optax.sgd(0.1))),
+    ("gradient-clipping", "flax", "value",
+     (clipped(_torch(ADAM, lr=1e-2), to_norm), optax.chain(optax.clip(0.5), optax.adam(1e-2)))),
+    ("gradient-clipping", "flax", "behind",
+     (clipped(_torch(SGD, **MOMENTUM), to_norm),
+      optax.chain(optax.sgd(0.1, momentum=0.9), optax.clip_by_global_norm(1.0)))),
+    ("gradient-clipping", "flax", "decay-before",
+     (clipped(_torch(SGD, weight_decay=0.01, **MOMENTUM), to_norm),
+      optax.chain(optax.add_decayed_weights(0.01), optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)))),
     ("adam-epsilon", "torch", "value", (_torch(ADAM, lr=1e-2, eps=1e-4), optax.adam(1e-2))),
     ("adam-epsilon", "flax", "value", (_torch(ADAM, lr=1e-2), optax.adam(1e-2, eps=1e-3))),
     ("adam-epsilon", "torch", "inside", (_torch(TorchAdam, inside=True, eps=1e-6), optax.adam(1e-2, eps=1e-6))),
@@ -236,6 +290,10 @@ RIGHT: dict[str, tuple[Callable, optax.GradientTransformation]] = {
     "adamw": (_torch(torch.optim.AdamW, lr=1e-2, weight_decay=0.1), optax.adamw(1e-2, weight_decay=0.1)),
     "adam-l2": (_torch(ADAM, lr=1e-2, weight_decay=0.1), optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-2))),
     "adam-by-hand": (_torch(TorchAdam), optax.adam(1e-2)),
+    "clipped": (
+        clipped(_torch(ADAM, lr=1e-2), to_norm),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+    ),
 }
 
 
