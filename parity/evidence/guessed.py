@@ -13,10 +13,12 @@ import numpy as np
 
 from parity.evidence.jax import FlaxRuns
 from parity.evidence.torch import TorchRuns
+from parity.pairing.exchange import Choices, partners_of, told, with_partners
 from parity.pairing.flattening import reorder_behind_flattens
 from parity.pairing.guesses import given_guesses, guesses
 from parity.pairing.layers import pair, unpaired
 from parity.pairing.pairs import Pairing
+from parity.pairing.recut import cut
 from parity.records.inputs import Calls
 from parity.records.recording import Layer, Recording
 from parity.records.structure import Flattened, Guess, Structure
@@ -94,11 +96,35 @@ def settle(
     if runner is not None and run is not None:
         torch_.flattened = runner.flattened(guess, run)
         if not torch_layers.may_be_flattened(run.calls, {x.path: x.kind for x in torch_.layers}, guess):
-            return _paired(torch_, flax, layer_map, distance) if distance else found, flax
+            found = _paired(torch_, flax, layer_map, distance) if distance else found
+            return _exchanged(found, torch_, flax, trial, layer_map), flax
     flax.flattened = flax_layers.flattened(side, flax, guess)
     if run is None and not flax.flattened:
         _suppose_flattened(torch_)
-    return _paired(torch_, flax, layer_map, distance), flax
+    return _exchanged(_paired(torch_, flax, layer_map, distance), torch_, flax, trial, layer_map), flax
+
+
+def _exchanged(
+    found: Pairing, torch_: Structure, flax: Structure, trial: _Trial | None, layer_map: Mapping[str, str] | None
+) -> Pairing:
+    """With other partners of layers that look alike where nothing else says which is which: as the numbers show it."""
+    orders = [
+        [x.path for x in cut.structure(side, cut.of_side(found.recuts, name)).layers]
+        for name, side in (("torch", torch_), ("flax", flax))
+    ]
+    if trial is None or unpaired(found) or torch_.unseen or flax.unseen:
+        return found
+    fixed = frozenset(layer_map or ())
+    if not Choices(found, orders[0], orders[1], fixed).any(partners_of(found)) or trial.runs is None:
+        return found
+    trial.runs.fixed = fixed
+    search = trial.runs.search(trial.recording, found)
+    chosen = search.found()
+    if chosen is None and not np.isfinite(search.first.far):
+        return found  # one of them did not run
+    made = found if chosen is None else with_partners(found, chosen.partners)
+    made.told = told(search, chosen)
+    return made
 
 
 class _Trial:

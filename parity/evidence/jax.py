@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from parity.comparison.forcing import Forcing, OwnInputs
 from parity.comparison.rounding import STEP, noise_of, nudged, nudged_variables
 from parity.evidence.about import details
 from parity.pairing.agreement import AGREES, distance
+from parity.pairing.exchange import Search, told, with_partners
 from parity.pairing.layers import pair
 from parity.pairing.pairs import Pairing
 from parity.pairing.recut import cut
@@ -62,6 +63,7 @@ class FlaxRuns:
         self.swapped: list[int] = []
         self.rounded: set[str] = set()
         self.programs: dict = {}
+        self.fixed: Container[str] = ()  # paired as the user's map says
 
     def run(
         self,
@@ -118,12 +120,14 @@ class FlaxRuns:
           variables: the user's own.
           trial: PyTorch's run with random weights, by which it is seen how layers are cut; by default `torch`.
         """
+        self.fixed = frozenset(layer_map or ())
         distance_of = partial(self.distance, trial or (lambda: torch))
         pairing = pair(of_recording(torch), of_layers(self.layers, self.shapes), layer_map, distance_of)
         self.given = None if variables is None else flax_side.flat_variables(variables)
         return self._settled(torch, pairing)
 
     def _settled(self, torch: Recording, pairing: Pairing) -> Translation:
+        self.unsettled = pairing.copy()
         self.layers = pairing.seen_in_flax(self.layers)
         self.side.turns = frozenset(recut.turns for recut in pairing.of_flax()) - {0}
         translation = Translation(cut.recording(torch, pairing.of_torch()), pairing)
@@ -139,6 +143,34 @@ class FlaxRuns:
         self.swapped = translation.swapped()
         return translation
 
+    def exchanged(
+        self, torch: Recording, flax: Recording, translation: Translation, trial: Callable[[], Recording]
+    ) -> Translation | None:
+        """Where both differ: the partners of layers that look alike with which both agree; None: nothing is to be said.
+
+        Args:
+          torch: PyTorch's run.
+          flax: this module's.
+          translation: which layer, tensor and axis is which, as names and the order of calls have it.
+          trial: PyTorch's run with random weights.
+        """
+        pairing = translation.pairing
+        look = Search(pairing, translation.torch, lambda _: cut.recording(flax, pairing.of_flax()), self.fixed)
+        if not look.choices.any(look.first.partners) or (self.given is None and not look.may_help()):
+            return None
+        given, self.given = self.given, None
+        variables, carried = dict(self.variables), self.carried
+        search = self.search(trial(), pairing)
+        found = search.found()
+        self.given, self.variables, self.carried = given, variables, carried
+        pairing.told += told(search, found)
+        if found is None or found.partners == search.first.partners:
+            return translation if pairing.told else None
+        again = with_partners(self.unsettled, found.partners)
+        again.told = pairing.told
+        self.programs = {}  # these hold other statistics
+        return self._settled(torch, again)
+
     def distance(self, trial: Callable[[], Recording], pairing: Pairing) -> float:
         """How far apart both networks are with PyTorch's weights carried so; `trial` is its run with these."""
         torch, layers, turns = trial(), self.layers, self.side.turns
@@ -149,6 +181,17 @@ class FlaxRuns:
             found = min(found, distance(torch, self.run(gradients=False)))
             self.layers, self.side.turns = layers, turns
         return found
+
+    def search(self, torch: Recording, pairing: Pairing) -> Search:
+        """For the partners of layers that look alike; `torch` is PyTorch's run with random weights."""
+        self.layers = pairing.seen_in_flax(self.layers)
+        self.side.turns = frozenset(recut.turns for recut in pairing.of_flax()) - {0}
+
+        def run(tried: Pairing) -> Recording:
+            self._use(tried.to_flax(torch.tensors))
+            return cut.recording(self.run(gradients=False), tried.of_flax())
+
+        return Search(pairing, cut.recording(torch, pairing.of_torch()), run, self.fixed)
 
     def _use(self, carried: Mapping[str, Any]) -> None:
         """The variables of the next runs: the user's, else PyTorch's; what fits neither is filled in."""

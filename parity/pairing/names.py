@@ -73,7 +73,7 @@ def read(path: str) -> Name:
     return Name(frozenset(words), numbers)
 
 
-def alike(torch: Sequence[str], flax: Sequence[str]) -> list[list[float]]:
+def alike(torch: Sequence[str], flax: Sequence[str], *, numbers: bool = True) -> list[list[float]]:
     """[torch][flax]: what the names of layers that look alike say for (> 0) and against (< 0) each pair.
 
     A word that both sides use counts 1 for two layers that have it, and 1 against a pair of which only one has it; what
@@ -84,6 +84,7 @@ def alike(torch: Sequence[str], flax: Sequence[str]) -> list[list[float]]:
     Args:
       torch: PyTorch's paths, in the order of calls.
       flax: Flax's.
+      numbers: False: only what the words say.
     """
     a, b = [read(path) for path in torch], [read(path) for path in flax]
     words = _every(name.words for name in a) & _every(name.words for name in b)
@@ -95,7 +96,7 @@ def alike(torch: Sequence[str], flax: Sequence[str]) -> list[list[float]]:
             return False
         return here == there or (here not in second.values() and there not in first.values())
 
-    counted = {what for what in first.keys() & second.keys() if same(what)}
+    counted = {what for what in first.keys() & second.keys() if numbers and same(what)}
     places = [
         {what: sorted({name.numbers[what] for name in side if what in name.numbers}) for what in counted}
         for side in (a, b)
@@ -123,6 +124,11 @@ def equal(torch: Sequence[str], flax: Sequence[str]) -> NDArray[np.bool_]:
     automatic = any(AUTOMATIC.fullmatch(re.split(r"[./]", path)[-1]) for path in flax)
     whole = (same.sum(axis=0) == 1).all() and (same.sum(axis=1) == 1).all()
     return same if whole and not alone and not automatic else np.zeros_like(same)
+
+
+def uncounted(path: str) -> str:
+    """A path without the numbers that stand for themselves, as those of a list's layers do."""
+    return ".".join("#" if segment.isdigit() else segment for segment in re.split(r"[./]", path))
 
 
 def _counts(side: Sequence[Name]) -> dict[str, list[int]]:

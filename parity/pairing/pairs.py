@@ -43,6 +43,7 @@ class Pairing:
       loose: (PyTorch's full name, Flax's full name, pair) of tensors whose layers are no pair.
       recuts: how the layers of either side were cut to be those of the other; all else is of the layers as cut.
       is_guessed: that these are the cuts, no numbers have shown.
+      told: of layers that are not paired by their names and order, or that these do not tell apart, in sentences.
       hint: how the layers may be cut, where there are no numbers to show it, and they are not.
       shapes: of PyTorch's tensors and of Flax's, as cut.
     """
@@ -53,6 +54,7 @@ class Pairing:
     loose: list[tuple[str, str, TensorPair]] = field(default_factory=list)
     recuts: list[Recut] = field(default_factory=list)
     is_guessed: bool = False
+    told: list[str] = field(default_factory=list)
     hint: str = ""
     shapes: tuple[Mapping[str, Shape], Mapping[str, Shape]] = ({}, {})
 

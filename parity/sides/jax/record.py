@@ -97,7 +97,7 @@ def record(
                     run, parameters, xs, None if force is not None else programs, (train, float64)
                 )
             else:
-                total, seen = _compiled(lambda p, x: run(p, x, None))(parameters, xs)
+                total, seen, run = _forward(run, parameters, xs, None if force is not None else programs)
         except LossError:
             raise
         except Exception as error:  # whatever a stranger's module raises
@@ -123,6 +123,23 @@ def _with_gradients(run: _Run, parameters: Any, xs: Any, programs: dict | None, 
         kept[key] = run, _program(run, parameters, xs)
     run, whole = kept[key]
     return *whole(parameters, xs), run
+
+
+def _forward(run: _Run, parameters: Any, xs: Any, programs: dict | None) -> tuple:
+    """(loss, what was seen, the run that saw it); a program that is kept takes the statistics as arguments, too."""
+    if programs is None:
+        return *_compiled(lambda p, x: run(p, x, None))(parameters, xs), run
+    statistics = {name: v for name, v in run.others.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    key = ("forward", run.train, *run.layers, *run.side.turns, *((v.shape, v.dtype) for v in run.inputs.arrays()))
+    if key not in programs:
+
+        def whole(parameters, statistics, xs):
+            run.others = {**run.others, **statistics}
+            return run(parameters, xs, None)
+
+        programs[key] = run, _compiled(whole)
+    run, whole = programs[key]
+    return *whole(parameters, statistics, xs), run
 
 
 def _program(run: _Run, parameters: Any, xs: Any) -> Callable:
