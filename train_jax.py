@@ -12,8 +12,11 @@ at the end, curves.png. Same options, same order of the data as `python -m torch
 
 from __future__ import annotations
 
-from bn_common.command_line import Program, main
+from bn_common.command_line import Program, main, program_name
 from bn_common.config import Config
+
+SCRIPT = "blenet-train"
+"""The console script that an installation makes of this file."""
 
 
 def _load(config: Config) -> Program:
@@ -38,12 +41,24 @@ def _load(config: Config) -> Program:
     keep_compiled()
     check_what_is_kept()
     say_errors_once()
-    process, watch = join(config, "train_jax.py")
+    process, watch = join(config, _prog())
     find_devices()
     make_mesh(config)  # which refuses what the devices cannot do
 
     return Program(train, process, watch, leave)
 
 
+def _prog() -> str:
+    return program_name(SCRIPT, "train_jax.py")
+
+
+def run() -> None:
+    """The program."""
+    description = __doc__ or ""
+    if _prog() == SCRIPT:
+        description = description.replace("python train_jax.py", SCRIPT)
+    main(_load, framework="jax", prog=_prog(), description=description)
+
+
 if __name__ == "__main__":
-    main(_load, framework="jax", prog="train_jax.py", description=__doc__ or "")
+    run()

@@ -79,6 +79,12 @@ def _in_one_line(box: str) -> str:
     return f"{message}; allowed: {HELP}" if message.startswith("Unrecognized options") else message
 
 
+def program_name(script: str, otherwise: str) -> str:
+    """What to call the program that runs: by the name of its console script, where it was started by that."""
+    started = Path(sys.argv[0])
+    return script if started.is_absolute() and started.stem == script else otherwise
+
+
 def refuse(prog: str, message: str) -> NoReturn:
     """End the program: one line on standard error, exit status 2."""
     sys.stderr.write(f"{prog}: error: {' '.join(message.split())}\n")
@@ -262,7 +268,7 @@ def stopped(run: RunFolder | None, prog: str, why: str, status: int, *, goes_on:
         held = f"{run.path} holds the checkpoint of step {run.saved_step}"
         if run.saved_step is None:
             held = f"{run.path} holds no checkpoint yet"
-        command = prog if prog.startswith("python") else f"python {prog}"
+        command = f"python {prog}" if prog.endswith(".py") else prog
         if goes_on:
             held += f"; to go on: {command} --resume --out {shlex.quote(str(run.path))}"
         if not run.is_there():

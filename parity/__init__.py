@@ -19,6 +19,7 @@ from parity.pairing.rules import register
 from parity.records import kinds
 from parity.report import Report
 from parity.sides import weight_files as files
+from parity.sides.installed import BOTH, need
 from parity.testing import assert_parity
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ _LATE = {"to_flax": "weights", "to_torch": "weights", "lockstep": "trajectory"}
 if not TYPE_CHECKING:  # which would let any name pass
 
     def __getattr__(name: str) -> Any:
-        if name in _LATE.values():
-            return importlib.import_module(f"parity.{name}")
-        if name in _LATE:
-            return getattr(importlib.import_module(f"parity.{_LATE[name]}"), name)
+        if name in (*_LATE, *_LATE.values()):
+            need(f"parity.{name}", *BOTH)
+            module = importlib.import_module(f"parity.{_LATE.get(name, name)}")
+            return getattr(module, name) if name in _LATE else module
         raise AttributeError(f"module 'parity' has no attribute {name!r}")

@@ -10,7 +10,7 @@
     python -m parity train --help                              both sides trained in lockstep
 
 Exit status: 0 if they agree, 1 if anything differs, 2 if it could not be compared: a mistake on the command line, or an
-error in a module; one line says what was given and what is allowed.
+error in a module; one line says what was given and what is allowed. 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bn_common.command_line import parse, refuse
+from bn_common.command_line import parse, program_name, refuse
+from parity.sides.installed import BOTH, missing, need, needed_by
 
 COMMANDS = "check", "convert", "trace", "train", "dump", "compare"
+OF_BOTH = "check", "convert", "trace", "train"
+INTERRUPTED = 130
+"""As shells have it: 128 and the number of SIGINT."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -33,37 +37,51 @@ def main(args: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: a mistake on the command line (2), or --help (0).
     """
-    given = list(sys.argv[1:] if args is None else args)
+    given, own = list(sys.argv[1:] if args is None else args), program_name("parity", "python -m parity")
     if given[:1] in (["-h"], ["--help"]):
-        print((__doc__ or "").strip())
+        print((__doc__ or "").strip().replace("python -m parity", own))
         return 0
     command, rest = given[0] if given else "", given[1:]
-    prog = f"python -m parity {command}"
+    prog = f"{own} {command}"
     if command not in COMMANDS:
-        refuse("python -m parity", f"command is {command!r}; allowed: {', '.join(COMMANDS)}, or --help")
+        refuse(own, f"command is {command!r}; allowed: {', '.join(COMMANDS)}, or --help")
     try:
+        is_help = bool({"-h", "--help"} & {*rest})
+        if command in OF_BOTH and not is_help:
+            need(command, *BOTH)
         if command == "train":
-            return int(importlib.import_module("parity.cli.train").main(rest) or 0)
-        if command == "check" and not any(":" in part or part in ("-h", "--help") for part in rest):
+            with _absent("torch") if is_help else contextlib.nullcontext():
+                return int(importlib.import_module("parity.cli.train").main(rest) or 0)
+        if command == "check" and not is_help and not any(":" in part for part in rest):
             return int(importlib.import_module("parity.wings.matrix").main(rest) or 0)
-        return _run(command, rest, prog)
+        with needed_by(command):
+            return _run(command, rest, prog)
     except (ValueError, TypeError) as error:
         if "allowed:" not in str(error):
             return _failed()
         refuse(prog, str(error))
     except OSError as error:
         refuse(prog, str(error))
+    except ModuleNotFoundError as error:
+        if missing(error) is None:
+            return _failed()
+        refuse(prog, str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
+        return INTERRUPTED
     except Exception:  # a mistake of the bridge's own; exit status 1 would say that two sides differ
         return _failed()
 
 
 def _run(command: str, rest: Sequence[str], prog: str) -> int:
     from parity.cli import commands
+    from parity.cli.named_objects import exits_told
 
     kind: Any = getattr(commands, command.capitalize())
     with _absent("torch"):
         options = parse(kind, rest, prog=prog, description=kind.__doc__ or "")
-    return options.run()
+    with exits_told():
+        return options.run()
 
 
 @contextlib.contextmanager

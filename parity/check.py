@@ -12,6 +12,7 @@ from parity.judge import Judge, stopped
 from parity.records.inputs import Calls, Inputs, calls
 from parity.records.kinds import HALF
 from parity.report import Report
+from parity.sides.installed import BOTH, need
 from parity.sides.module import framework_of
 
 if TYPE_CHECKING:
@@ -68,11 +69,13 @@ def check(
       The report: `ok`, `first_divergence`, `diagnoses`, `layers`.
 
     Raises:
+      ModuleNotFoundError: a framework is not installed.
       TypeError: an argument of another kind.
       ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, optimizers that want
         more than gradients, a loss that is no number, another number of flax_inputs in a sequence.
       Exception: what either module raises on these inputs whatever their dtype.
     """
+    need("parity.check", *BOTH)
     called = calls(inputs, keywords, flax_inputs, flax_call)
     question = Question(called, train, layer_map, loss, variables, steps, optimizers)
     _check_arguments(torch_module, flax_module, question)
@@ -203,6 +206,7 @@ def trace(
     Returns:
       The report.
     """
+    need("parity.trace", *BOTH)
     question = Question(calls(inputs, keywords, flax_inputs, flax_call), train, layer_map, loss)
     _check_arguments(torch_module, flax_module, question)
     return _answer(torch_module, flax_module, question, layer_by_layer=True)

@@ -37,7 +37,7 @@ class _Inputs:
     flax_call: str | None = None
     """package.module:name or file.py:name of flax_call(module, variables, *inputs, train, **keywords)."""
     seed: int = 0
-    """Of the numbers that --shape is filled with, >= 0."""
+    """Of the numbers that --shape is filled with, and of weights that a class or function draws, >= 0."""
     eval: Annotated[bool, Flag] = False
     """Compare prediction; otherwise training."""
 
@@ -129,7 +129,7 @@ class _Pair:
 
     def modules(self) -> tuple[Any, Any]:
         """Both modules, made."""
-        return module_of("torch", self.torch), module_of("flax", self.flax)
+        return module_of("torch", self.torch, self.given.seed), module_of("flax", self.flax, self.given.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Dump:
 
     def run(self) -> int:
         """Run the module and write both files; gives the exit status."""
-        given, module = self.given.arrays(), module_of("module", self.module)
+        given, module = self.given.arrays(), module_of("module", self.module, self.given.seed)
         from parity.offline import dump
         from parity.records.dump_file import files_of
 

@@ -54,7 +54,9 @@ def convert(
             options = {"layer_map": _layer_map(layer_map)} | _called(inputs, keywords, flax_inputs, flax_call)
             lines = _convert(source, target, torch_module, flax_module, options)
     except (ValueError, TypeError) as error:
-        sys.stderr.write(f"python -m parity convert: error: {error}\n")
+        from bn_common.command_line import program_name
+
+        sys.stderr.write(f"{program_name('parity', 'python -m parity')} convert: error: {error}\n")
         return 2
     from parity.weights import ParityWarning
 
@@ -117,6 +119,6 @@ def _layer_map(entries: Sequence[str]) -> dict[str, str]:
     for entry in entries:
         name, equals, path = entry.partition("=")
         if not equals:
-            raise ValueError(f'--layer-map is {entry!r}; allowed: "torch.layer=Flax/path"')
+            raise ValueError(f'--map is {entry!r}; allowed: "torch.layer=Flax/path"')
         found[name] = path
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bn_common.checks import require
+from parity.sides.installed import missing, need
 
 HERE = Path(__file__).parents[1]
+LONGEST = 400
+"""Of what is told of a stranger's error: JAX's and PyTorch's may go on for pages."""
 FACTORY = "package.module:name or file.py:name of a module, its class or a function that makes it"
 
 
@@ -40,7 +44,9 @@ def object_of(option: str, name: str) -> Any:
         sys.path.insert(0, here)
     try:
         module = _file(place) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever a stranger's module raises
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises; its exit is not ours
+        if (framework := missing(error)) is not None:
+            need(f"{option} {name!r}", framework)
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
         if absent and f"{place}.".startswith(f"{absent}."):
             raise ValueError(f"{option} is {name!r}, and there is no module {absent}; allowed: {FACTORY}") from None
@@ -77,16 +83,21 @@ def pair_of(option: str, name: str | None) -> tuple[Any, Any] | None:
     return found[0], found[1]
 
 
-def module_of(option: str, name: str) -> Any:
+def module_of(option: str, name: str, seed: int = 0) -> Any:
     """The module that the name stands for, made if it is a class or a function.
+
+    What it draws at random, when it is imported and when it is made, it draws from this seed.
 
     Raises:
       ValueError: no such name, one that needs arguments or fails, or what it gives is no module.
     """
     from parity.sides.module import framework_of
+    from parity.sides.seed import sow
 
+    sow(seed)
     found = object_of(option, name)
     is_made = isinstance(found, type) or (callable(found) and framework_of(found) is None)
+    sow(seed)  # whatever was imported before, and drew
     module = _made(option, name, found) if is_made else found
     wanted = next((one for one in ("torch", "flax") if one in option), None)
     is_fine = framework_of(module) is not None and wanted in (None, framework_of(module))
@@ -99,7 +110,7 @@ def module_of(option: str, name: str) -> Any:
 def _made(option: str, name: str, factory: Any) -> Any:
     try:
         return factory()
-    except Exception as error:  # whatever a stranger's factory raises
+    except (Exception, SystemExit) as error:  # whatever a stranger's factory raises
         allowed = FACTORY
         if isinstance(factory, type):  # an NNX class wants its rngs
             allowed += f"; {factory.__name__} by a function without arguments: lambda: {factory.__name__}(...)"
@@ -136,8 +147,18 @@ def taken(who: str, inputs: Sequence[NDArray]) -> Iterator[None]:
         raise ValueError(f"the input is {shapes}, on which a run fails: {told(error)}; allowed: {allowed}") from error
 
 
-def told(error: Exception) -> str:
-    """An error in one line, with the last place in the user's own code that it came through."""
+@contextlib.contextmanager
+def exits_told() -> Iterator[None]:
+    """ValueError with one line where a stranger's module ends the program: its status is not what was found."""
+    try:
+        yield
+    except SystemExit as stop:
+        allowed = "modules that return, or raise an error"
+        raise ValueError(f"a module ends the program: {told(stop)}; allowed: {allowed}") from stop
+
+
+def told(error: BaseException) -> str:
+    """An error in one short line, with the last place in the user's own code that it came through."""
     places = [
         f"{Path(frame.filename).name}, line {frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
@@ -146,4 +167,11 @@ def told(error: Exception) -> str:
         and not Path(frame.filename).is_relative_to(HERE)
         and not Path(frame.filename).is_relative_to(Path(os.__file__).parent)
     ]
-    return f"{type(error).__name__}: {' '.join(str(error).split())}" + (f" ({places[-1]})" if places else "")
+    return f"{type(error).__name__}: {_in_short(str(error))}" + (f" ({places[-1]})" if places else "")
+
+
+def _in_short(text: str) -> str:
+    """The first paragraph of a framework's message, without the addresses of its documentation."""
+    text = re.sub(r"\(?\bhttps?://\S+", "", text.strip().split("\n\n")[0])
+    words = " ".join(text.split())
+    return words if len(words) <= LONGEST else f"{words[: LONGEST - 3]}..."

@@ -92,12 +92,16 @@ class Train:
         if self.torch is not None and self.flax is not None:
             from parity.cli.named_objects import module_of
 
-            return module_of("torch", self.torch), module_of("flax", self.flax)
+            return module_of("torch", self.torch, self.seed), module_of("flax", self.flax, self.seed)
         return blenets(self.seed)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """`python -m parity train`; gives the exit status."""
-    from bn_common.command_line import parse
+    from bn_common.command_line import parse, program_name
+    from parity.cli.named_objects import exits_told
 
-    return parse(Train, args, prog="python -m parity train", description=Train.__doc__ or "").run()
+    prog = f"{program_name('parity', 'python -m parity')} train"
+    options = parse(Train, args, prog=prog, description=Train.__doc__ or "")
+    with exits_told():
+        return options.run()

@@ -217,6 +217,8 @@ class Matrix:
 
 def main(args: Sequence[str] | None = None) -> int:
     """`python -m parity check`; gives the exit status."""
-    from bn_common.command_line import parse
+    from bn_common.command_line import parse, program_name
 
-    return parse(Matrix, args, prog="python -m parity check", description=Matrix.__doc__ or "").run()
+    return parse(
+        Matrix, args, prog=f"{program_name('parity', 'python -m parity')} check", description=Matrix.__doc__ or ""
+    ).run()

@@ -4,19 +4,25 @@ import importlib
 import json
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from parity import __main__ as program
+from parity.cli import named_objects
 from parity.report import Diagnosis, Divergence, LayerRow, Report
 
 ROOT = Path(__file__).parents[2]
 NETS = """
+import random
+
 import flax.linen
 import flax.nnx
+import numpy
 import torch
 
 class Torch(torch.nn.Linear):
@@ -38,6 +44,17 @@ class Wants(flax.nnx.Module):
         self.layer = flax.nnx.Linear(4, 3, rngs=rngs)
 
 flax_module, number, losses, optimizers = Flax(), 3, (abs, abs), (torch.optim.SGD, "of optax")
+
+class Drawn(flax.nnx.Linear):
+    def __init__(self):
+        super().__init__(4, 3, rngs=flax.nnx.Rngs(random.randrange(9**9) + numpy.random.randint(9**9)))
+
+def ends():
+    raise SystemExit(0)
+
+class Ends(torch.nn.Module):
+    def forward(self, x):
+        raise SystemExit(0)
 
 def breaks():
     raise RuntimeError("the factory broke")
@@ -177,14 +194,21 @@ def test_inputs_and_variables(nets, checked):
         ("dump {t} --out a --shape 3 --steps 1", "--optimizer is None; allowed: a name, where --steps > 0"),
         ("dump {t} --out a --shape 3 --optimizer x", "--optimizer is 'x'; allowed: package.module:name"),
         ("dump nets_of_a_test:Refuses --out a --shape 3", "x is bad; allowed: nothing"),
+        ("check nets_of_a_test:ends {f} --shape 3", "torch is 'nets_of_a_test:ends', which fails: SystemExit: 0 (nets"),
+        ("check {t} exits.py:net --shape 3", "flax is 'exits.py:net', which can't be imported: SystemExit: 3 (exits"),
+        ("dump nets_of_a_test:Ends --out a --shape 3", "a module ends the program: SystemExit: 0 (nets_of_a_test.py,"),
+        ("check {t} lacks.py:net --shape 3", "flax 'lacks.py:net' needs PyTorch, which is not installed; allowed: pip"),
         ("compare a b", "a is no dump ("),
     ],
 )  # fmt: skip
-def test_refused(nets, checked, capsys, args, message):
+def test_refused(nets, checked, capsys, monkeypatch, args, message):
     """Status 2 and one line that says what was given and what is allowed; nothing is run or written."""
     Path("bad.npz").write_bytes(b"PK")
     Path("bad.txt").write_bytes(b"")
     Path("bad.py").write_text("def (")
+    Path("exits.py").write_text("raise SystemExit(3)")
+    Path("lacks.py").write_text("import sys; sys.modules['torch'] = None; import torch")
+    monkeypatch.setitem(sys.modules, "torch", torch)  # which is put back
     before = sorted(nets.iterdir())
     names = args.format(t="nets_of_a_test:Torch", f="nets_of_a_test:Flax").split()
     assert run(*names) == 2
@@ -254,6 +278,120 @@ def test_help_of_all(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out
     assert all(f"python -m parity {command}" in out for command in program.COMMANDS)
+
+
+def test_the_same_command_gives_the_same_numbers(nets, checked):
+    """Whatever drew before: weights come from --seed, PyTorch's, numpy's and Python's."""
+    seen = []
+    for seed in (0, 0, 1):
+        torch.rand(3), np.random.rand(3)  # noqa: NPY002
+        pair = "nets_of_a_test:Torch", "nets_of_a_test:Drawn"
+        assert run("check", *pair, "--shape", "2,4", "--seed", seed) == 0
+        first, second = checked.calls[-1][0][:2]
+        seen.append([first.weight.detach().numpy(), np.asarray(second.kernel[...])])
+    for one, same, other in zip(*seen, strict=True):
+        np.testing.assert_array_equal(one, same)
+        assert not np.array_equal(one, other)
+
+
+def test_interrupted(nets, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["parity.check"], "check", interrupted)
+    assert run("check", "nets_of_a_test:Torch", "nets_of_a_test:Flax", "--shape", "2,4") == 130
+    assert capsys.readouterr() == ("", "python -m parity check: interrupted\n")
+
+
+def test_long_errors_are_told_in_short():
+    """JAX's go on for paragraphs, and advise what there is not here."""
+    error = ValueError(
+        "the first\nline (https://docs.example/errors#one)\n\nTo avoid this, pass allow=True. " + 99 * "x"
+    )
+    assert named_objects.told(error) == "ValueError: the first line"
+    assert len(named_objects.told(ValueError(999 * "x"))) < 420
+
+
+ABSENT = """
+import runpy, sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+sys.argv = ["parity/__main__.py", *sys.argv[2:]]
+runpy.run_module("parity", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("absent", "args", "said"),
+    [
+        ("torch", "check", "check needs PyTorch, which is not installed; allowed: pip install torch"),
+        ("torch", "check a:b c:d --shape 3", "check needs PyTorch, which is not installed; allowed: pip install torch"),
+        (
+            "jax,flax",
+            "trace a:b c:d",
+            "trace needs JAX and Flax, which are not installed; allowed: pip install jax flax",
+        ),
+        ("torch", "train", "train needs PyTorch, which is not installed; allowed: pip install torch"),
+        ("torch", "convert a b", "convert needs PyTorch, which is not installed; allowed: pip install torch"),
+        (
+            "flax",
+            "dump nets_of_a_test.py:Flax --out a --shape 2,4",
+            "module 'nets_of_a_test.py:Flax' needs Flax, which",
+        ),
+    ],
+)
+def test_without_a_framework(nets, absent, args, said):
+    """One line that says what to install, and status 2."""
+    command = [sys.executable, "-c", ABSENT, absent, *args.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"python -m parity {args.split()[0]}: error: {said}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_functions_without_a_framework():
+    """The same words from Python; help needs neither."""
+    code = """
+import sys
+sys.modules["torch"] = None
+import parity
+from parity.__main__ import main
+for use in (lambda: parity.check(1, 2, 3), lambda: parity.to_flax, lambda: parity.lockstep, lambda: parity.weights):
+    try:
+        use()
+    except ModuleNotFoundError as error:
+        print(error)
+for command in ("train", "check", "convert"):
+    try:
+        main([command, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+"""
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
+    for name in ("check", "to_flax", "lockstep", "weights"):
+        assert f"parity.{name} needs PyTorch, which is not installed; allowed: pip install torch\n" in done.stdout
+
+
+def test_console_scripts(monkeypatch, capsys):
+    """Both are declared, run the programs, and are called by their own names."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(scripts) == {"parity", "blenet-train"}
+    for script, place in scripts.items():
+        module, _, function = place.partition(":")
+        run_it = getattr(importlib.import_module(module), function)
+        for args, code in ((["--help"], 0), (["--no-such-option"], 2)):
+            monkeypatch.setattr(sys, "argv", [f"/bin/{script}", *args])
+            try:
+                given = run_it()
+            except SystemExit as stop:
+                given = stop.code
+            assert given == code
+            out, err = capsys.readouterr()
+            assert f"{script} " in out if code == 0 else err.startswith(f"{script}: error: ")
+            assert "python -m parity" not in out
+            assert "train_jax.py" not in out
 
 
 def test_from_a_shell(nets):

@@ -202,7 +202,7 @@ BAD = {
         {"torch_module": "convert_models:flax_net"},
         "--torch-module is 'convert_models:flax_net', which gives Sequential; allowed: a torch.nn.Module",
     ),
-    "map": ({"layer_map": ("a",)}, "--layer-map is 'a'; allowed"),
+    "map": ({"layer_map": ("a",)}, "--map is 'a'; allowed"),
     "inputs": ({"inputs": ("nowhere.npy",)}, "--inputs is nowhere.npy"),
     "target": ({"target": "b.bin"}, "suffix of b.bin"),
 }

@@ -1,22 +1,25 @@
 """PyTorch's side of the bridge. Never imports jax."""
 
-from parity.sides.torch.ask import answers
-from parity.sides.torch.module import (
-    COUNTER,
-    has_dropout,
-    lifted,
-    load_state,
-    loss_of,
-    numbers,
-    numpy,
-    put,
-    randomised,
-    to_dtype,
-    versions,
-    without_dropout,
-)
-from parity.sides.torch.record import default_dtype, layers_of, own_dtype, products, record
-from parity.sides.torch.train import check_optimizer, torch_steps
+from parity.sides.installed import needed_by
+
+with needed_by("PyTorch's side of the bridge"):
+    from parity.sides.torch.ask import answers
+    from parity.sides.torch.module import (
+        COUNTER,
+        has_dropout,
+        lifted,
+        load_state,
+        loss_of,
+        numbers,
+        numpy,
+        put,
+        randomised,
+        to_dtype,
+        versions,
+        without_dropout,
+    )
+    from parity.sides.torch.record import default_dtype, layers_of, own_dtype, products, record
+    from parity.sides.torch.train import check_optimizer, torch_steps
 
 __all__ = [
     "COUNTER",
