@@ -160,9 +160,10 @@ class Check(_Pair):
 
         variables = None
         if self.variables is not None:
-            from parity.sides.weight_files import nested, read_weights
+            from parity.sides.weight_files import expected_of, nested, read_weights
 
-            variables = nested(read_weights(self.variables, "--variables"))
+            # Both have the same weights.
+            variables = nested(read_weights(self.variables, "--variables", expected_of(torch_module)))
         with taken("both modules", given):
             report = check(
                 torch_module,

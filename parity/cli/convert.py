@@ -73,8 +73,9 @@ def _convert(
     flax_module: str,
     options: dict[str, Any],
 ) -> list[str]:
-    given = weight_files.load(source)
     torch_made, flax_made = module_of("--torch-module", torch_module), module_of("--flax-module", flax_module)
+    # Both have the same weights.
+    given = weight_files.load(source, weight_files.expected_of(torch_made))
     from parity import weights
 
     if given.framework == "torch":

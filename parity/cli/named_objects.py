@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from bn_common.checks import require
+from parity.records import array_files
 from parity.sides.installed import missing, need
 
 HERE = Path(__file__).parents[1]
@@ -124,8 +124,7 @@ def read_arrays(option: str, path: Path) -> dict[str, NDArray]:
       ValueError: it can't be read.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
-        return {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+        return array_files.read(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} is {path}, which can't be read ({error}); allowed: .npy or .npz files") from error
 

@@ -28,7 +28,7 @@ from parity.records.inputs import Inputs
 from parity.records.recording import NETWORK, Recording
 from parity.records.structure import of_layers, of_recording
 from parity.sides import jax as flax_side
-from parity.sides.weight_files import read_weights
+from parity.sides.weight_files import expected_bytes, read_weights
 
 
 class FlaxRuns:
@@ -229,7 +229,8 @@ class FlaxRuns:
         if other is not None:
             self.variables |= _checked(other.free.tensors, self.shapes, self.side.tables, str(weights))
         elif weights is not None:
-            self.variables |= _checked(read_weights(Path(weights)), self.shapes, self.side.tables, str(weights))
+            given = read_weights(Path(weights), expected=expected_bytes(a.shape for a in self.shapes.values()))
+            self.variables |= _checked(given, self.shapes, self.side.tables, str(weights))
 
     def evidence(self) -> Evidence:
         """The run on its own."""

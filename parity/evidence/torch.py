@@ -18,7 +18,7 @@ from parity.records.evidence import Evidence, Noise
 from parity.records.inputs import Inputs
 from parity.records.recording import Recording
 from parity.sides import torch as torch_side
-from parity.sides.weight_files import read_weights
+from parity.sides.weight_files import expected_of, read_weights
 
 MOST_FLATTENS = 3
 
@@ -116,7 +116,8 @@ class TorchRuns:
         if other is not None and other.free.framework == "flax":
             self._carry(other.free, layer_map)
             return
-        given = read_weights(Path(str(weights))) if other is None else other.free.tensors
+        expected = expected_of(self.module)
+        given = read_weights(Path(str(weights)), expected=expected) if other is None else other.free.tensors
         for module in (self.module, self.own):
             torch_side.load_state(module, given, str(weights) if other is None else "of the dump")
 

@@ -1,16 +1,19 @@
 """Weights in files: .pt and .pth, .safetensors, .npz, and Orbax's folders; with them the convention they are meant in.
 
-A file is written whole or not at all. Each framework is imported only where its own format is read or written.
+A file is written whole or not at all. Each framework is imported only where its own format is read or written. What is
+read may be damaged or hostile: it raises ValueError, and takes memory as its file is large, or as was expected.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +23,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from bn_common.files import write_whole
+from parity.records import array_files, strict_json
+from parity.records.array_files import one_line
+from parity.sides.installed import need
+from parity.sides.module import is_tensor
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".npz", ".orbax")
 METADATA = "parity.json"
@@ -85,26 +92,48 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[
         write_whole(path, writer(arrays, about))
 
 
-def load(path: str | os.PathLike) -> Weights:
+def load(path: str | os.PathLike, expected: int | None = None) -> Weights:
     """Read weights.
 
     A .pt is read with `weights_only=True`: it runs no code. It may hold a state_dict, or {"state_dict": ...} as
-    training frameworks write it.
+    training frameworks write it. Checksums are compared where the format has them (.npz, .pt).
+
+    Args:
+      path: the file, or Orbax's folder.
+      expected: how many bytes of weights there should be, at most: a compressed file that promises more is not
+        unpacked. None: a multiple of the file's own size.
 
     Raises:
-      ValueError: no such file, another suffix, or not what the suffix says.
+      ValueError: no such file, another suffix, or not what the suffix says; in one line.
+      ModuleNotFoundError: the framework of this format is not installed.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; allowed: {', '.join(SUFFIXES)} or an Orbax folder")
-    if path.is_dir():
-        return _load_orbax(path)
-    _check_suffix(path)
+    if not path.is_dir():
+        _check_suffix(path)
     reader = {".safetensors": _load_safetensors, ".npz": _load_npz}.get(path.suffix, _load_torch)
     try:
-        return reader(path)
+        return (_load_orbax if path.is_dir() else reader)(path, expected)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
-        raise ValueError(f"{path} can't be read as {path.suffix}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        what = "by Orbax" if path.is_dir() else f"as {path.suffix or 'weights'}"
+        raise ValueError(f"{path} can't be read {what}: {kind}{one_line(error)}") from error
+
+
+def expected_bytes(shapes: Iterable[Sequence[int]]) -> int:
+    """What a module of these shapes may be written as, at most: in float64, with two moments of an optimiser beside."""
+    return 3 * 8 * sum(math.prod(shape) for shape in shapes)
+
+
+def expected_of(torch_module: Any) -> int | None:
+    """The same of one of PyTorch's modules; None of one that has not seen its inputs yet."""
+    try:
+        return expected_bytes(v.shape for v in torch_module.state_dict().values() if is_tensor(v))
+    except RuntimeError:  # what an uninitialised parameter says of its shape
+        return None
 
 
 def nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,15 +186,44 @@ def _safetensors_bytes(arrays: Mapping[str, NDArray], about: Mapping[str, Any]) 
     return safetensors.numpy.save(dict(arrays), metadata={_KEY: entry})
 
 
-def _load_safetensors(path: Path) -> Weights:
+def _load_safetensors(path: Path, expected: int | None) -> Weights:
     content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise ValueError(f"its header is said to have {length} bytes, and the file has {len(content)}")
+    header = strict_json.loads(content[8 : 8 + length])
+    entries = {name: entry for name, entry in _dict(header, "its header").items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.get("dtype") not in _SAFE:
+            dtype = entry.get("dtype") if isinstance(entry, dict) else entry
+            raise ValueError(f"{name[:80]!r} is {str(dtype)[:40]}; allowed: {', '.join(_SAFE)}")
     tensors = {}
     for name, view in safetensors.deserialize(content):
         tensors[name] = np.frombuffer(bytes(view["data"]), _SAFE[view["dtype"]]).reshape(view["shape"]).copy()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    entry = json.loads(header.get("__metadata__", {}).get(_KEY, "{}"))
-    names = [name for name in entry.get("names", ()) if name in tensors] or [name for name in header if name in tensors]
-    return Weights({name: tensors[name] for name in names}, entry.get("metadata", {}))
+    entry = _about(_dict(header.get("__metadata__", {}), "its metadata").get(_KEY, "{}"))
+    return Weights({name: tensors[name] for name in _ordered(entry, entries)}, entry["metadata"])
+
+
+def _dict(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is {type(value).__name__}; allowed: an object of names")
+    return value
+
+
+def _about(text: str | bytes) -> dict[str, Any]:
+    """What `save` wrote besides, checked; of files of others, empty."""
+    entry = _dict(strict_json.loads(text), _KEY)
+    _dict(entry.setdefault("metadata", {}), "metadata")
+    for key in ("names", "bfloat16"):
+        names = entry.setdefault(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key} is {str(names)[:80]}; allowed: a list of names")
+    return entry
+
+
+def _ordered(entry: Mapping[str, Any], names: Mapping[str, Any]) -> list[str]:
+    """All names that there are, those that `save` wrote down in its order."""
+    return list(dict.fromkeys([*(name for name in entry["names"] if name in names), *names]))
 
 
 def _npz_bytes(arrays: Mapping[str, NDArray], about: Mapping[str, Any]) -> bytes:
@@ -178,13 +236,23 @@ def _npz_bytes(arrays: Mapping[str, NDArray], about: Mapping[str, Any]) -> bytes
     return buffer.getvalue()
 
 
-def _load_npz(path: Path) -> Weights:
-    with np.load(path, allow_pickle=False) as file:
-        tensors = {name: file[name] for name in file.files}
-    entry = json.loads(str(tensors.pop(METADATA, np.array("{}"))))
-    for name in entry.get("bfloat16", []):
+def _load_npz(path: Path, expected: int | None) -> Weights:
+    tensors = array_files.read(path, expected)
+    if "" in tensors:
+        raise ValueError("it holds one array without a name")
+    wrong = [f"{name[:80]!r} is {a.dtype}" for name, a in tensors.items() if a.dtype.kind not in "biufcU"]
+    entry = _about(str(tensors.pop(METADATA, np.array("{}"))))
+    wrong += [f"{name[:80]!r} is {a.dtype}" for name, a in tensors.items() if a.dtype.kind == "U"]
+    wrong += [f"{name[:80]!r} is no bfloat16" for name in entry["bfloat16"] if not _is_uint16(tensors.get(name))]
+    if wrong:
+        raise ValueError(f"{wrong[0]}; allowed: arrays of numbers")
+    for name in entry["bfloat16"]:
         tensors[name] = tensors[name].view(_BFLOAT16)
-    return Weights(tensors, entry.get("metadata", {}))
+    return Weights(tensors, entry["metadata"])
+
+
+def _is_uint16(a: NDArray | None) -> bool:
+    return a is not None and a.dtype == np.uint16
 
 
 # PyTorch
@@ -207,18 +275,45 @@ def _torch_bytes(arrays: Mapping[str, NDArray], about: Mapping[str, Any]) -> byt
     return buffer.getvalue()
 
 
-def _load_torch(path: Path) -> Weights:
+def _load_torch(path: Path, expected: int | None) -> Weights:
+    need("a .pt file", "torch")
+    import pickle
+
     import torch
 
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    most = array_files.allowed_bytes(path, expected)
+    if zipfile.is_zipfile(path):  # else of before PyTorch 1.6, without checksums
+        _check_zip(path, most)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose advice is to let it run
+        raise ValueError("it holds more than tensors, or is damaged; allowed: a state_dict of tensors") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError('it holds no state_dict, and no {"state_dict": ...}')
-    about = getattr(state, "_metadata", {}).get(_KEY, "{}")
-    return Weights(
-        {name: _as_array(v) for name, v in state.items()}, json.loads(about) if isinstance(about, str) else {}
+    fine = isinstance(state, Mapping) and all(
+        isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in state.items()
     )
+    if not fine:
+        raise ValueError('it holds no state_dict, and no {"state_dict": ...}')
+    # One number may stand for many: a tensor expanded from one.
+    size = sum(math.prod(v.shape) * v.element_size() for v in state.values())
+    if size > most:
+        raise ValueError(f"its tensors have {size / 1e6:.0f} MB; allowed: {most / 1e6:.0f} MB")
+    about = getattr(state, "_metadata", None)
+    about = about.get(_KEY) if isinstance(about, Mapping) else None
+    entry = strict_json.loads(about) if isinstance(about, str) else {}
+    return Weights({name: _as_array(v) for name, v in state.items()}, _dict(entry, _KEY))
+
+
+def _check_zip(path: Path, most: int) -> None:
+    """The members' CRC, which PyTorch's own reader passes over, and how much there is to unpack."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        array_files.check_members(members, most)
+        if any(member.CRC for member in members):  # PyTorch can be told to write none
+            for member in members:
+                for _ in array_files.chunks(archive, member):
+                    pass
 
 
 # Orbax
@@ -240,31 +335,28 @@ def _save_orbax(path: Path, arrays: Mapping[str, NDArray], about: Mapping[str, A
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _load_orbax(path: Path) -> Weights:
+def _load_orbax(path: Path, expected: int | None) -> Weights:
+    need("an Orbax folder", "jax")
     import orbax.checkpoint as ocp
 
     if not (path / "_CHECKPOINT_METADATA").exists() and not (path / "_METADATA").exists():
-        raise ValueError(f"{path} is a folder without a checkpoint; allowed: a folder that Orbax has written")
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(path.absolute())
-    except Exception as error:
-        raise ValueError(f"{path} can't be read by Orbax: {type(error).__name__}: {error}") from error
+        raise ValueError("it is a folder without a checkpoint; allowed: a folder that Orbax has written")
     beside = path / METADATA
-    entry = json.loads(beside.read_text()) if beside.exists() else {}
+    entry = _about(beside.read_bytes() if beside.exists() else "{}")
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(path.absolute())
     flat = _flat(tree)
-    names = [name for name in entry.get("names", []) if name in flat] or list(flat)
-    return Weights({name: np.asarray(flat[name]) for name in names}, entry.get("metadata", {}))
+    return Weights({name: np.asarray(flat[name]) for name in _ordered(entry, flat)}, entry["metadata"])
 
 
-def read_weights(path: Path, option: str = "--weights") -> dict[str, NDArray]:
-    """Weights by full names from any file that `parity.sides.weight_files` reads.
+def read_weights(path: Path, option: str = "--weights", expected: int | None = None) -> dict[str, NDArray]:
+    """Weights by full names from any file that `parity.sides.weight_files` reads; `expected` as in `load`.
 
     Raises:
       ValueError: no such file, or one that can't be read.
     """
     try:
-        return load(path).tensors
+        return load(path, expected).tensors
     except ValueError as error:
         allowed = "" if "allowed:" in str(error) else f"; allowed: {', '.join(SUFFIXES)}"
         raise ValueError(f"{option}: {error}{allowed}") from None

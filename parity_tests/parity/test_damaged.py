@@ -1,0 +1,141 @@
+"""Damaged and hostile files of weights and inputs: one line, no memory, nothing run."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from parity.cli import convert
+from parity.cli.named_objects import read_arrays
+from parity.records import array_files, strict_json
+from parity.sides import weight_files
+from parity_tests import damage
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
+def test_damaged_weights(suffix, tmp_path):
+    """Every cut and 200 damages more; and those of a file that has checksums are seen."""
+    path = tmp_path / f"w{suffix}"
+    weight_files.save(path, damage.arrays(), {"framework": "flax"})
+    content = path.read_bytes()
+    for damaged in damage.every_kind(content, np.random.default_rng(0), 260):
+        path.write_bytes(damaged)
+        damage.tried(lambda: weight_files.load(path), len(damaged))
+    path.write_bytes(content)
+    assert damage.tried(lambda: weight_files.load(path), len(content)) is None
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt"])
+def test_a_flipped_bit_of_a_number_is_seen(suffix, tmp_path):
+    """PyTorch's own reader passes over the CRC of what it reads."""
+    path = tmp_path / f"w{suffix}"
+    a = np.arange(100, dtype=np.float32)
+    weight_files.save(path, {"a": a})
+    content = bytearray(path.read_bytes())
+    content[content.find(a.tobytes()) + 41] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"w\{suffix} can't be read as \{suffix}: (BadZipFile: )?Bad CRC-32"):
+        weight_files.load(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    """PyTorch can be told to write none."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(3.0)}, tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    np.testing.assert_array_equal(weight_files.load(tmp_path / "w.pt").tensors["a"], [0, 1, 2])
+
+
+def bomb(path, megabytes):
+    """A .npz of a thousandth of that size."""
+    header = io.BytesIO()
+    shape = (megabytes << 18,)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("weight.npy", "w") as file:
+        file.write(header.getvalue())
+        for _ in range(megabytes):
+            file.write(bytes(1 << 20))
+
+
+MODULES = """
+import torch, flax.linen
+def net(): return torch.nn.Linear(3, 4)
+def flax_net(): return flax.linen.Dense(4)
+"""
+
+
+def test_what_unpacks_to_too_much(tmp_path, monkeypatch, capsys):
+    """By the file's own size alone, and by what the module may have: before anything is unpacked."""
+    bomb(tmp_path / "w.npz", 200)
+    said = damage.tried(lambda: weight_files.load(tmp_path / "w.npz"), 0)
+    assert said is not None
+    assert "it unpacks to 210 MB; allowed: " in said
+    assert "it unpacks to 210 MB" in damage.tried(lambda: read_arrays("--inputs", tmp_path / "w.npz"), 0)
+    # What is expected counts, in either direction.
+    bomb(tmp_path / "v.npz", 70)
+    assert weight_files.load(tmp_path / "v.npz", expected=70 << 20).tensors["weight"].nbytes == 70 << 20
+    assert "it unpacks to 73 MB; allowed: 67 MB" in damage.tried(lambda: weight_files.load(tmp_path / "v.npz", 1), 0)
+    (tmp_path / "nets_of_a_test.py").write_text(MODULES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(array_files, "MOST_TIMES", 10**6)
+    names = {"torch_module": "nets_of_a_test.py:net", "flax_module": "nets_of_a_test.py:flax_net"}
+    assert convert.convert(tmp_path / "w.npz", tmp_path / "x.npz", **names) == 2
+    assert "it unpacks to 210 MB; allowed: 67 MB" in capsys.readouterr().err
+
+
+def test_a_size_that_is_a_lie(tmp_path):
+    """A member that unpacks to more than it says costs no more than it says."""
+    bomb(tmp_path / "w.npz", 100)
+    content = bytearray((tmp_path / "w.npz").read_bytes())
+    size = zipfile.ZipFile(tmp_path / "w.npz").infolist()[0].file_size.to_bytes(4, "little")
+    for _ in range(content.count(size)):
+        at = content.find(size)
+        content[at : at + 4] = (1000).to_bytes(4, "little")
+    (tmp_path / "w.npz").write_bytes(content)
+    said = damage.tried(lambda: weight_files.load(tmp_path / "w.npz"), 0)
+    assert said is not None
+    assert "can't be read as .npz" in said
+
+
+def test_one_number_that_stands_for_many(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="its tensors have 4000 MB; allowed: 67 MB"):
+        weight_files.load(tmp_path / "w.pt")
+
+
+def test_a_header_that_promises_more(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)})
+    (tmp_path / "x.npy").write_bytes(header.getvalue() + bytes(80))
+    with pytest.raises(ValueError, match=r"--inputs is .* is said to be float64 \(1000000000000000,\), and has 208 b"):
+        read_arrays("--inputs", tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "a": 2}', "'a' is in it twice"),
+        ('{"a": NaN}', "NaN is no number of JSON's"),
+        ("1e999", "1e999 is beyond what a float holds"),
+        ("[" * 200 + "]" * 200, "it is nested too deeply"),
+        ("[" * 200_000, "it is nested too deeply"),
+        ("1" * 5000, "Exceeds the limit"),
+        (b'"\xff"', "byte 1 is no UTF-8"),
+    ],
+)
+def test_json(text, said):
+    with pytest.raises(ValueError, match=said):
+        strict_json.loads(text)
+    assert strict_json.loads('{"a": [1, 2.5, null, true, "x"]}') == json.loads('{"a": [1, 2.5, null, true, "x"]}')
+
+
+def test_inputs_that_are_damaged(tmp_path):
+    for name, write in {"x.npy": lambda f: np.save(f, np.eye(3)), "x.npz": lambda f: np.savez(f, a=np.eye(3))}.items():
+        for damaged in damage.every_kind(damage.bytes_of(write), np.random.default_rng(1), 100):
+            (tmp_path / name).write_bytes(damaged)
+            damage.tried(lambda name=name: read_arrays("--inputs", tmp_path / name), len(damaged))
