@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import zipfile
 
 import numpy as np
@@ -81,6 +82,8 @@ def test_what_unpacks_to_too_much(tmp_path, monkeypatch, capsys):
     assert weight_files.load(tmp_path / "v.npz", expected=70 << 20).tensors["weight"].nbytes == 70 << 20
     assert "it unpacks to 73 MB; allowed: 67 MB" in damage.tried(lambda: weight_files.load(tmp_path / "v.npz", 1), 0)
     (tmp_path / "nets_of_a_test.py").write_text(MODULES)
+    monkeypatch.setitem(sys.modules, "nets_of_a_test", None)  # so that what is imported is taken away again
+    del sys.modules["nets_of_a_test"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(array_files, "MOST_TIMES", 10**6)
     names = {"torch_module": "nets_of_a_test.py:net", "flax_module": "nets_of_a_test.py:flax_net"}
