@@ -94,3 +94,18 @@ def check_can_be_made(name: str, path: Path) -> None:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{name} is {path}: {why}; allowed: {allowed}") from None
+
+
+def check_can_write(name: str, path: Path) -> None:
+    """A file that can be written as `write_whole` does, beside its place. It is tried, and nothing is left.
+
+    Raises:
+      ValueError: "`name` is `path`: why not; allowed: ...".
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{name} is {str(path)[:200]}: {why}; allowed: a file that can be written") from None

@@ -13,6 +13,7 @@ import tyro
 from numpy.typing import NDArray
 
 from bn_common.checks import require
+from bn_common.files import check_can_write
 from parity.cli.named_objects import check_name, module_of, object_of, pair_of, read_arrays, taken
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class _Output:
         for name, path in (("--json", self.json), ("--html", self.html)):
             fine = path is None or (path.absolute().parent.is_dir() and not path.is_dir())
             require(fine, name, path, "a file in a folder that is there")
+            if path is not None:
+                check_can_write(name, path)
 
     def finish(self, report: Report) -> int:
         """Print the report and write its files; gives the exit status."""
@@ -230,6 +233,7 @@ class Dump:
             check_name("--loss", self.loss)
         require(self.given.are_given, "--inputs", "not given", "--inputs FILE or --shape SIZES")
         require(self.out.absolute().parent.is_dir(), "--out", self.out, "a name in a folder that is there")
+        check_can_write("--out", self.out)
         if self.weights is not None:
             from parity.records.dump_file import is_dump
 

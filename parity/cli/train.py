@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bn_common.checks import require
+from bn_common.files import check_can_be_made
 from parity.wings.blenet import batches, blenets
 
 # Where a recipe for BLeNet has it.
@@ -54,6 +55,8 @@ class Train:
         both = (self.torch is None) == (self.flax is None)
         require(both, "--torch and --flax", f"{self.torch} and {self.flax}", "both or neither")
         require(self.out is None or not self.out.is_file(), "--out", self.out, "a folder")
+        if self.out is not None:
+            check_can_be_made("--out", self.out)
 
     def run(self) -> int:
         """Train, show, write; gives the exit status."""

@@ -198,6 +198,9 @@ def test_inputs_and_variables(nets, checked):
         ("check {t} exits.py:net --shape 3", "flax is 'exits.py:net', which can't be imported: SystemExit: 3 (exits"),
         ("dump nets_of_a_test:Ends --out a --shape 3", "a module ends the program: SystemExit: 0 (nets_of_a_test.py,"),
         ("check {t} lacks.py:net --shape 3", "flax 'lacks.py:net' needs PyTorch, which is not installed; allowed: pip"),
+        ("check {t} {f} --shape 3 --html {long}", "a: File name too long; allowed: a file that can be written"),
+        ("compare a b --json {long}", "a: File name too long; allowed: a file that can be written"),
+        ("dump {t} --out {long} --shape 3", "a: File name too long; allowed: a file that can be written"),
         ("compare a b", "a is no dump ("),
     ],
 )  # fmt: skip
@@ -210,7 +213,7 @@ def test_refused(nets, checked, capsys, monkeypatch, args, message):
     Path("lacks.py").write_text("import sys; sys.modules['torch'] = None; import torch")
     monkeypatch.setitem(sys.modules, "torch", torch)  # which is put back
     before = sorted(nets.iterdir())
-    names = args.format(t="nets_of_a_test:Torch", f="nets_of_a_test:Flax").split()
+    names = args.format(long=254 * "a", t="nets_of_a_test:Torch", f="nets_of_a_test:Flax").split()
     assert run(*names) == 2
     out, err = capsys.readouterr()
     assert message in err
