@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from parity.judge import Judge, stopped
+from parity.judge import Judge
 from parity.records.inputs import Calls, Inputs, calls
 from parity.records.kinds import HALF
 from parity.report import Report
+from parity.report.verdict import stopped
 from parity.sides.installed import BOTH, need
 from parity.sides.module import framework_of
 

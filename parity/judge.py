@@ -37,7 +37,7 @@ from parity.records.evidence import Evidence
 from parity.records.kinds import HALF
 from parity.records.recording import NETWORK, PHASES, Failure
 from parity.report import Report, verdict
-from parity.report.verdict import Stop, layer_rows, which
+from parity.report.verdict import Numbers, Stop, layer_rows, which
 
 LEAST_FELT = 1e-9
 """Of the largest gradient: a place with a smaller one leaves no trace in the output."""
@@ -62,15 +62,6 @@ def of_dumps(torch: Evidence, flax: Evidence, layer_map: Mapping[str, str] | Non
         side = "PyTorch" if torch.answers else "Flax"
         judge.notes.append(f"only {side}'s dump has an optimiser: the two rules were not compared")
     return judge
-
-
-def stopped(torch: Evidence) -> Report:
-    """PyTorch's module came to no end in float64: there is nothing to hold the other side against."""
-    failure = torch.free.failure
-    assert failure is not None
-    stop = Stop("PyTorch, on its own,", failure.phase, failure.layer, "", failure.error)
-    about = {name: torch.details[name] for name in ("mode", "dtype", "torch", "numpy")}
-    return verdict.report(None, [], [], torch.notes, stops=[stop], torch=torch.free, bound=lambda _: 0, details=about)
 
 
 class Judge(cut.Sides):
@@ -381,8 +372,16 @@ class Judge(cut.Sides):
             stops=self.stops,
             torch=self.torch.free,
             bound=self.bound,
+            numbers=self._numbers(),
             details=self._details(),
         )
+
+    def _numbers(self) -> Numbers:
+        """Where the numbers that show a finding are looked for: each layer on PyTorch's input first."""
+        forced, runs = self.flax.forced, [([d for d in self.free if self.bound(d) < d.error], self.flax.free)]
+        if forced is not None:
+            runs.insert(0, ([d for d in self.local if self.bound(d, local=True) < d.error], forced))
+        return Numbers(self.translation, runs, self.train)
 
     def _details(self) -> dict[str, Any]:
         a, b = self.torch.details, self.flax.details

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -87,6 +87,8 @@ class _Output:
     """Write the report to this file as JSON."""
     html: Path | None = None
     """Write the report to this file as one HTML page."""
+    rows: Literal["differing", "all"] | None = None
+    """Which rows the table has. None: those that differ, and three around the first; of trace, all."""
 
     def __post_init__(self) -> None:
         for name, path in (("--json", self.json), ("--html", self.html)):
@@ -95,11 +97,19 @@ class _Output:
             if path is not None:
                 check_can_write(name, path)
 
-    def finish(self, report: Report) -> int:
-        """Print the report and write its files; gives the exit status."""
-        from rich.console import Console
+    def finish(self, report: Report, rows: str = "differing") -> int:
+        """Print the report, with these rows if --rows says nothing, and write its files; gives the exit status."""
+        rows = self.rows or rows
+        if sys.stdout.isatty():
+            from rich import box
+            from rich.console import Console
 
-        Console().print(report) if sys.stdout.isatty() else print(report)
+            from parity.report.table import parts
+
+            console = Console()
+            console.print(*parts(report, console.width, box.SIMPLE_HEAD, rows), sep="\n")
+        else:
+            print(report.table(rows=rows))
         if self.json is not None:
             report.to_json(self.json)
         if self.html is not None:
@@ -196,7 +206,7 @@ class Trace(_Pair):
         with taken("both modules", given):
             options: dict[str, Any] = {"train": not self.given.eval, "layer_map": layer_map(self.map), "loss": loss}
             report = trace(torch_module, flax_module, *given, **self.given.options(), **options)
-        return self.output.finish(report)
+        return self.output.finish(report, "all")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.kept import kept_difference
-from parity.pairing.arrangements import SAME, Slot, fitting, result
+from parity.pairing.arrangements import Slot, fitting, result
 from parity.pairing.pairs import LayerPair, Pairing
 from parity.pairing.translation import Translation
 from parity.records import kinds
@@ -40,52 +40,86 @@ class Difference(NamedTuple):
     error: float
 
 
+class Compared(NamedTuple):
+    """One array that both sides have, in Flax's layout.
+
+    Attributes:
+      phase, key, flax_layer, quantity: see `Difference`.
+      given: Flax's.
+      truth: PyTorch's; None, as `given`, where there is none to be compared.
+      floor: see `error_of`.
+      source: PyTorch's in its own layout, of which `way` makes the truth; None where that is not known.
+      way: from PyTorch's layout to Flax's.
+    """
+
+    phase: str
+    key: tuple[str, int]
+    flax_layer: str
+    quantity: str
+    given: NDArray | None = None
+    truth: NDArray | None = None
+    floor: float = 0.0
+    source: NDArray | None = None
+    way: Callable[[NDArray], NDArray] | None = None
+
+    @property
+    def difference(self) -> Difference:
+        """How far apart; infinitely, where there is nothing to be compared."""
+        error = float("inf")
+        if self.given is not None and self.truth is not None:
+            error = error_of(self.given, self.truth, self.floor)
+        return Difference(self.phase, self.key, self.flax_layer, self.quantity, error)
+
+
 def differences(translation: Translation, flax: Recording, *, train: bool) -> list[Difference]:
     """Every difference of a run of Flax's from PyTorch's: forward in order, backward from behind, then statistics."""
-    torch, found = translation.torch, []
+    return [*_not_finite(translation), *(c.difference for c in compared(translation, flax, train=train))]
+
+
+def compared(translation: Translation, flax: Recording, *, train: bool) -> Iterator[Compared]:
+    """Every array that is compared there, in the same order."""
+    torch = translation.torch
     calls = {call.key: call for call in flax.calls}
     keys = [
         (call, (pair.flax.path, call.index)) for call in torch.calls if (pair := translation.pair_of.get(call.path))
     ]
-
-    def add(phase, key, layer, quantity, error):
-        found.append(Difference(phase, key, layer, quantity, error))
-
-    found += _not_finite(translation)
     for call, flax_key in keys:
         mine = calls.get(flax_key)
         if mine is None:
             # A layer that was never seen is inside a transformation of the user's own.
             if flax.has_ended and any(c.path == flax_key[0] for c in flax.calls):
-                add("forward", call.key, flax_key[0], "output", float("inf"))
+                yield Compared("forward", call.key, flax_key[0], "output")
             continue
         for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
-            add("forward", call.key, flax_key[0], "input", error_of(arrived, translation.input(call, i, arrived)))
-        add("forward", call.key, flax_key[0], "output", error_of(mine.output, translation.output(call, mine.output)))
+            truth, way = translation.input(call, i, arrived), translation.way(Slot(call.key, "input", i))
+            yield Compared("forward", call.key, flax_key[0], "input", arrived, truth, source=call.inputs[i], way=way.of)
+        truth, way = translation.output(call, mine.output), translation.way(Slot(call.key, "output"))
+        yield Compared("forward", call.key, flax_key[0], "output", mine.output, truth, source=call.output, way=way.of)
     if flax.has_ended and torch.has_ended:
         pairs = translation.results(flax.named_outputs)
         for _ in range(max(len(torch.outputs), len(flax.outputs)) - len(pairs)):
-            add("forward", NETWORK, "", "output", float("inf"))
+            yield Compared("forward", NETWORK, "", "output")
         for i, j in pairs:
-            add("forward", NETWORK, "", "output", _output_error(translation, i, flax.outputs[j], flax))
+            yield _output(translation, i, flax.outputs[j], flax)
     if flax.gradients and torch.gradients:
-        found += _backward(translation, flax, keys, calls)
+        yield from _backward(translation, flax, keys, calls)
     if train and flax.has_ended and torch.has_ended:
         for _, pair in translation.pair_of.items():
             for t in pair.tensors:
                 if t.torch_name in pair.torch.statistics and pair.flax.tensors[t.flax_name] in flax.new_statistics:
-                    truth = t.to_flax(torch.new_statistics[pair.torch.tensors[t.torch_name]])
+                    source = torch.new_statistics[pair.torch.tensors[t.torch_name]]
                     given = flax.new_statistics[pair.flax.tensors[t.flax_name]]
-                    add("statistics", (pair.torch.path, 0), pair.flax.path, t.torch_name, error_of(given, truth))
-    return found
+                    place = "statistics", (pair.torch.path, 0), pair.flax.path, t.torch_name
+                    yield Compared(*place, given, t.to_flax(source), source=source, way=t.to_flax)
 
 
-def _output_error(translation: Translation, i: int, output: NDArray, flax: Recording) -> float:
-    """Of PyTorch's i-th output. An empty one beside others agrees by its shape."""
-    truth = translation.result(i, output)
+def _output(translation: Translation, i: int, output: NDArray, flax: Recording) -> Compared:
+    """PyTorch's i-th output. An empty one beside others agrees by its shape."""
+    truth, way = translation.result(i, output), translation.way(result(i))
     if truth.shape == output.shape and not output.size and any(y.size for y in flax.outputs):
-        return 0.0
-    return error_of(output, truth)
+        output = truth = np.zeros(1)
+    source = translation.torch.outputs[i]
+    return Compared("forward", NETWORK, "", "output", output, truth, source=source, way=way.of)
 
 
 def input_gradients(torch: Recording, flax: Recording) -> Iterator[Difference]:
@@ -145,8 +179,8 @@ def _not_finite(translation: Translation) -> Iterator[Difference]:
             yield Difference("forward", (path, 0), flax_path.get(path, ""), local, float("nan"))
 
 
-def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Difference]:
-    torch, found = translation.torch, []
+def _backward(translation: Translation, flax: Recording, keys, calls) -> Iterator[Compared]:
+    torch = translation.torch
     # A gradient that is 0 by cancellation is compared with what cancelled: no more than 1e-6 of the largest there is.
     activations = [g for c in torch.calls for g in (*c.input_gradients, c.output_gradient) if g is not None]
     floor = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in activations), default=0.0)
@@ -154,24 +188,23 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Di
     for i, j in translation.results(flax.named_outputs):
         gradient = flax.output_gradients[j] if j < len(flax.output_gradients) else None
         truth = torch.output_gradients[i] if i < len(torch.output_gradients) else None
-        truth = translation.gradient(result(i), truth)
+        source, truth = truth, translation.gradient(result(i), truth)
         if gradient is not None and truth is not None and (gradient.size or truth.shape != gradient.shape):
-            found.append(Difference("loss", NETWORK, "", "gradient", error_of(gradient, truth)))
+            way = translation.way(result(i)).of
+            yield Compared("loss", NETWORK, "", "gradient", gradient, truth, source=source, way=way)
     for call, flax_key in reversed(keys):
         mine, pair = calls.get(flax_key), translation.pair_of[call.path]
         if mine is None or mine.output_gradient is None or call.output_gradient is None:
             continue
-        dy = translation.chosen.get(Slot(call.key, "output"), SAME).of(call.output_gradient)
-        found.append(
-            Difference("backward", call.key, flax_key[0], "output gradient", error_of(mine.output_gradient, dy, floor))
-        )
+        way, place = translation.way(Slot(call.key, "output")).of, ("backward", call.key, flax_key[0])
+        dy = way(call.output_gradient)
+        yield Compared(*place, "output gradient", mine.output_gradient, dy, floor, call.output_gradient, way)
         if call.index == max(c.index for c, k in keys if c.path == call.path):
-            found += _parameters(translation, flax, pair, call, dy, largest)
+            yield from _parameters(translation, flax, pair, call, dy, largest)
         for i, gradient in enumerate(mine.input_gradients[: len(call.input_gradients)]):
-            truth = translation.gradient(Slot(call.key, "input", i), call.input_gradients[i])
-            if gradient is not None and truth is not None:
-                error = error_of(gradient, truth, floor)
-                found.append(Difference("backward", call.key, flax_key[0], "input gradient", error))
+            source, way = call.input_gradients[i], translation.way(Slot(call.key, "input", i)).of
+            if gradient is not None and source is not None:
+                yield Compared(*place, "input gradient", gradient, way(source), floor, source, way)
     compared = {call.path for call, flax_key in keys if flax_key in calls}
     for torch_name, flax_name, t in translation.pairing.tensors():
         owner = next((p for p in translation.pair_of.values() if torch_name in p.torch.tensors.values()), None)
@@ -180,29 +213,23 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> list[Di
             and torch_name in torch.gradients
             and flax_name in flax.gradients
         ):
-            error = error_of(flax.gradients[flax_name], t.to_flax(torch.gradients[torch_name]), largest)
-            key = (torch_name.rpartition(".")[0], 0)
-            found.append(
-                Difference(
-                    "backward", key, flax_name.partition("/")[2].rpartition("/")[0], f"{t.torch_name} gradient", error
-                )
-            )
-    return found
+            source, path = torch.gradients[torch_name], flax_name.partition("/")[2].rpartition("/")[0]
+            tensor = "backward", (torch_name.rpartition(".")[0], 0), path, f"{t.torch_name} gradient"
+            yield Compared(*tensor, flax.gradients[flax_name], t.to_flax(source), largest, source, t.to_flax)
 
 
-def _parameters(translation, flax, pair: LayerPair, call: Call, dy: NDArray, largest: float) -> list[Difference]:
-    torch, found = translation.torch, []
+def _parameters(translation, flax, pair: LayerPair, call: Call, dy: NDArray, largest: float) -> Iterator[Compared]:
+    torch = translation.torch
     for t in pair.tensors:
         torch_name, flax_name = pair.torch.tensors[t.torch_name], pair.flax.tensors[t.flax_name]
         if torch_name not in torch.gradients or flax_name not in flax.gradients:
             continue
-        truth = t.to_flax(torch.gradients[torch_name])
+        source = torch.gradients[torch_name]
         # A bias before a batch norm is a gauge: what its gradient sums up cancels to 0.
         is_bias = kinds.SHIFT.fullmatch(t.flax_name.rpartition("/")[2]) is not None
         summed = float(np.abs(dy).sum(tuple(range(dy.ndim - 1))).max(initial=0)) if is_bias else 0.0
-        error = error_of(flax.gradients[flax_name], truth, max(largest, summed))
-        found.append(Difference("backward", call.key, pair.flax.path, f"{t.torch_name} gradient", error))
-    return found
+        place, floor = ("backward", call.key, pair.flax.path, f"{t.torch_name} gradient"), max(largest, summed)
+        yield Compared(*place, flax.gradients[flax_name], t.to_flax(source), floor, source, t.to_flax)
 
 
 Projections = Callable[[Sequence[Any]], list[NDArray]]

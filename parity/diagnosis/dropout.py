@@ -60,4 +60,4 @@ def _located(translation: Translation, position: int, finding: Finding) -> Locat
     pair = translation.pair_of.get(call.path) if call else None
     layer = modules[0].path if modules else call.path if call else ""
     key = call.key if call and position < len(torch.calls) else NETWORK
-    return Located("forward", position - 0.5, layer, pair.flax.path if pair else "", finding, key)
+    return Located("forward", position - 0.5, layer, pair.flax.path if pair else "", finding, key, True)

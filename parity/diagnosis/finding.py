@@ -54,6 +54,7 @@ class Located(NamedTuple):
       flax_layer: Flax's path.
       finding: what was found.
       key: PyTorch's call at which it shows.
+      is_between: whether it lies in front of that call, or of the network's output, and not in a layer.
     """
 
     phase: str
@@ -62,6 +63,7 @@ class Located(NamedTuple):
     flax_layer: str
     finding: Finding
     key: tuple[str, int] = NETWORK
+    is_between: bool = False
 
 
 def in_order(found: Sequence[Located]) -> list[Located]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from parity.diagnosis.fixes import FIXES, Fix
+
 
 class Mistake(NamedTuple):
     """One known mistake.
@@ -20,6 +22,7 @@ class Mistake(NamedTuple):
         "dropout" or "flatten". "", and everywhere else: the layer itself.
       sentence: what the mistake is.
       one_sided: whether it may be a parameter that one side only has. That is known before any number differs.
+      convention: what is to be said, where it is no mistake of the port, but a convention of the frameworks themselves.
     """
 
     code: str
@@ -27,6 +30,12 @@ class Mistake(NamedTuple):
     charges: str
     sentence: str
     one_sided: bool = False
+    convention: str = ""
+
+    @property
+    def fix(self) -> Fix:
+        """What to write instead, in both frameworks."""
+        return FIXES[self.code]
 
 
 # The order is the rank: of two at one place the upper one is named first, as the lower one may follow from it.
@@ -50,7 +59,13 @@ TABLE = (
     Mistake("statistics-frozen", "statistics", "", "the moving statistics never move"),
     Mistake("momentum-inverted", "statistics", "", "the weight of the old value taken for the weight of the new one"),
     Mistake("momentum", "statistics", "", "another momentum, neither equal nor the complement"),
-    Mistake("unbiased-variance", "statistics", "", "the moving variance is kept times m/(m-1) on one side"),
+    Mistake(
+        "unbiased-variance",
+        "statistics",
+        "",
+        "the moving variance is kept times m/(m-1) on one side",
+        convention="PyTorch's BatchNorm keeps it so, and Flax's does not: no mistake of the port",
+    ),
     Mistake("stopped-statistics-gradient", "backward", "", "mean and var taken as constants in the derivative"),
     Mistake("tied-weights", "backward", "", "one tensor of two layers on one side, a copy for each on the other"),
     # products

@@ -157,7 +157,7 @@ class Diagnosis:
             g for g in self.torch.glue if g.position == position and fits is not None and fits(" ".join(g.class_names))
         ]
         layer = modules[0].path if modules else call.path
-        return Located("forward", position - 0.5, layer, flax_layer, finding, call.key)
+        return Located("forward", position - 0.5, layer, flax_layer, finding, call.key, is_between=True)
 
     def _last_glue(self) -> list[Located]:
         found: list[Finding] = []

@@ -65,7 +65,11 @@ class Translation:
 
     def gradient(self, slot: Slot, gradient: NDArray | None) -> NDArray | None:
         """A gradient, arranged as what it belongs to."""
-        return None if gradient is None else self.chosen.get(slot, SAME).of(gradient)
+        return None if gradient is None else self.way(slot).of(gradient)
+
+    def way(self, slot: Slot) -> Arrangement:
+        """How what stands there goes across; as it is, where that has not been asked yet."""
+        return self.chosen.get(slot, SAME)
 
     def _arranged(
         self, slot: Slot, a: NDArray, kind: str, like: Any, flattened: Sequence[tuple[int, ...]] = ()

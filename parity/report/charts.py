@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
+
+from parity.report.findings import escaped
 
 WIDTH, HEIGHT = 960, 280
 LEFT, RIGHT, TOP = 64, 24, 16
@@ -42,7 +43,7 @@ def error_chart(points: Sequence[Point], title: str) -> str:
     for x, p in zip(xs, points, strict=True):
         shapes = [_local(x, scale(p.local_error))] if p.local_error is not None else []
         shapes.append(_mark(x, scale(p.error), p.mark))
-        body.append(f'<g class="{p.mark.replace(" ", "-")}"><title>{escape(p.title)}</title>{"".join(shapes)}</g>')
+        body.append(f'<g class="{p.mark.replace(" ", "-")}"><title>{escaped(p.title)}</title>{"".join(shapes)}</g>')
     ticks, bottom = _layer_ticks([p.label for p in points], xs, scale.floor + 10)
     return _svg(body + ticks, bottom, title)
 
@@ -73,13 +74,13 @@ def line_chart(curves: Mapping[str, Sequence[float]], title: str, *, logarithmic
                 f'<circle class="dot{i % SERIES}" cx="{_at_step(0, steps):.1f}" cy="{scale(curve[0]):.1f}" r="3"/>'
             )
         body.append(f'<path {look} d="M{x_legend:.1f} {scale.floor + 36}h28"/>')
-        body.append(f'<text x="{x_legend + 34:.1f}" y="{scale.floor + 40}">{escape(name)}</text>')
+        body.append(f'<text x="{x_legend + 34:.1f}" y="{scale.floor + 40}">{escaped(name)}</text>')
         x_legend += 56 + 7.5 * len(name)
     return _svg(body, scale.floor + 52, title)
 
 
 def _svg(body: Sequence[str], height: float, title: str) -> str:
-    box = f'viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}"'
+    box = f'viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escaped(title)}"'
     return f'<div class="chart"><svg {box}>{"".join(body)}</svg></div>'
 
 
@@ -173,6 +174,6 @@ def _layer_ticks(labels: Sequence[str], xs: Sequence[float], top: float) -> tupl
     for i in shown:
         label = labels[i] if len(labels[i]) <= 24 else f"…{labels[i][-23:]}"
         place = f'x="{xs[i]:.1f}" y="{top + 4:.1f}" transform="rotate(-45 {xs[i]:.1f} {top:.1f})"'
-        texts.append(f'<text {place} text-anchor="end">{escape(label)}</text>')
+        texts.append(f'<text {place} text-anchor="end">{escaped(label)}</text>')
     longest = max((min(len(labels[i]), 24) for i in shown), default=0)
     return texts, top + 16 + 5.4 * longest

@@ -4,6 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from parity.comparison.values import Values
+
+
+class Place(NamedTuple):
+    """Where something is, in a layer or between two.
+
+    Attributes:
+      torch_layer: PyTorch's dotted name of the layer, or of the module between two; "" where neither has one.
+      flax_layer: Flax's path, "a/b"; between two layers: of the one behind, or before the network's output of the last.
+      class_name: what PyTorch calls it, "GELU"; "" where that is not known.
+      before: between two layers, PyTorch's name of the one behind; `NETWORK` in front of the network's output; "" in a
+        layer.
+    """
+
+    torch_layer: str
+    flax_layer: str = ""
+    class_name: str = ""
+    before: str = ""
+
+    @property
+    def text(self) -> str:
+        """In words, with the preposition."""
+        named = both_names(self.torch_layer, self.class_name)
+        if not self.before:
+            return f"at {both_names(self.torch_layer, self.flax_layer)}"
+        if self.before == NETWORK:
+            last = f"behind {both_names(self.torch_layer, self.flax_layer)}"
+            return f"in front of the output, at {named}" if self.class_name else last
+        behind = f"in front of {both_names(self.before, self.flax_layer)}"
+        return behind if self.torch_layer == self.before else f"{behind}, at {named}"
 
 
 @dataclass(frozen=True)
@@ -17,6 +51,8 @@ class Divergence:
       error: how far apart, relative; infinite where the shapes differ or a value is not finite.
       bound: what rounding explains.
       quantity: which number of the layer, see `LayerRow`.
+      before: between two layers, PyTorch's name of the one behind, see `Place`.
+      class_name: of what is between them, see `Place`.
     """
 
     phase: str
@@ -25,6 +61,20 @@ class Divergence:
     error: float
     bound: float
     quantity: str = ""
+    before: str = ""
+    class_name: str = ""
+
+    @property
+    def place(self) -> Place:
+        """Where."""
+        return Place(self.torch_layer, self.flax_layer, self.class_name, self.before)
+
+    def is_at(self, row: LayerRow) -> bool:
+        """Whether this is the number of that row, which differs."""
+        layer = {NETWORK: "", "": self.torch_layer}.get(self.before, self.before)
+        flax_layer = "" if self.before == NETWORK else self.flax_layer
+        same = (row.phase, row.torch_layer, row.flax_layer) == (self.phase, layer, flax_layer)
+        return same and self.quantity in ("", row.quantity) and not row.ok
 
 
 @dataclass(frozen=True)
@@ -37,6 +87,8 @@ class Diagnosis:
       evidence: one sentence with the numbers that show it.
       flax_layer: Flax's path of the layer charged, where there is one.
       more: (PyTorch's name, Flax's path) of the layers behind it of which the same sentence is true.
+      places: of it and of those, where more is known of them than their names.
+      values: the two numbers that are farthest apart in the first; None where there are none.
     """
 
     code: str
@@ -44,6 +96,8 @@ class Diagnosis:
     evidence: str
     flax_layer: str = ""
     more: tuple[tuple[str, str], ...] = ()
+    places: tuple[Place, ...] = ()
+    values: Values | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -52,19 +106,30 @@ class Diagnosis:
 
     @property
     def where(self) -> str:
-        """All of them, in words."""
+        """All of them, in words: names alone, or where one is between two layers, all with the preposition."""
+        if any(place.before for place in self.at):
+            return "; ".join(place.text for place in self.at)
         return ", ".join(both_names(*names) for names in ((self.layer, self.flax_layer), *self.more))
+
+    @property
+    def at(self) -> tuple[Place, ...]:
+        """All places."""
+        return self.places or tuple(Place(*names) for names in ((self.layer, self.flax_layer), *self.more))
 
 
 def together(diagnoses: Iterable[Diagnosis]) -> list[Diagnosis]:
     """One diagnosis for what is the same mistake, in the same words, in several layers; in the order of the first."""
-    same: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
+    same: dict[tuple[str, str], dict[Place, Values | None]] = {}
     for d in diagnoses:
-        same.setdefault((d.code, d.evidence), {}).update(dict.fromkeys([(d.layer, d.flax_layer), *d.more]))
+        seen = same.setdefault((d.code, d.evidence), {})
+        for place in d.at:
+            seen.setdefault(place, d.values)
     found = []
     for (code, evidence), places in same.items():
-        (layer, flax_layer), *more = places
-        found.append(Diagnosis(code, layer, evidence, flax_layer, tuple(more)))
+        first, *more = dict.fromkeys((place.torch_layer, place.flax_layer) for place in places)
+        found.append(
+            Diagnosis(code, first[0], evidence, first[1], tuple(more), tuple(places), next(iter(places.values())))
+        )
     return found
 
 
@@ -115,9 +180,19 @@ NETWORK = "(network)"
 def both_names(torch_layer: str, flax_layer: str) -> str:
     """The layer as PyTorch calls it, and in brackets as Flax does where that is another name."""
     names = [name for name in dict.fromkeys((torch_layer, flax_layer)) if name]
-    return f"{names[0]} ({names[1]})" if len(names) == 2 else names[0] if names else NETWORK
+    return shown(f"{names[0]} ({names[1]})" if len(names) == 2 else names[0] if names else NETWORK)
+
+
+def shown(text: str) -> str:
+    r"""The text with all that is not printable escaped, as \x1b: names are the user's, and might steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def number(value: float | None) -> str:
     """Two digits: 3.0e-03, 0, inf, nan; nothing for None."""
     return "" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def escaped(text: str) -> str:
+    """The text for HTML, with all that is not printable escaped as well."""
+    return escape(shown(text))

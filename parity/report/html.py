@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from parity.records.recording import PHASES
 from parity.report.charts import Point, error_chart, line_chart
-from parity.report.findings import NETWORK, both_names, number
+from parity.report.findings import NETWORK, both_names, escaped, number
 
 if TYPE_CHECKING:
     from parity.report.findings import LayerRow
@@ -85,21 +84,22 @@ def page(report: Report) -> str:
 
 
 def _verdict(report: Report) -> str:
-    summary = escape(report.summary)
+    summary = escaped(report.summary)
     first, colon, rest = summary.partition(":")
     return f'<p class="verdict{" good" if report.ok else ""}"><strong>{first}</strong>{colon}{rest}</p>'
 
 
 def _diagnoses(report: Report) -> str:
     items = [
-        f'<li><span class="code">{escape(d.code)}</span> at <code>{escape(d.where)}</code><br>{escape(d.evidence)}</li>'
+        f'<li><span class="code">{escaped(d.code)}</span> at <code>{escaped(d.where)}</code><br>'
+        f"{escaped(d.evidence)}</li>"
         for d in report.diagnoses
     ]
     return f'<h2>What was recognised</h2><ol class="diagnoses">{"".join(items)}</ol>' if items else ""
 
 
 def _notes(report: Report) -> str:
-    items = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    items = "".join(f"<li>{escaped(note)}</li>" for note in report.notes)
     return f"<h2>Notes</h2><ul>{items}</ul>" if items else ""
 
 
@@ -176,9 +176,9 @@ def _row(report: Report, row: LayerRow) -> str:
     verdict = report.verdict(row)
     numbers = (row.error, row.bound, row.local_error, row.error32, row.rounding32)
     names = (row.torch_layer, row.flax_layer) if row.torch_layer or row.flax_layer else (NETWORK, NETWORK)
-    cells = [f"<td>{row.phase}</td>", *(f'<td class="name">{escape(name)}</td>' for name in names)]
-    cells += [f"<td>{escape(row.kind)}</td>"]
-    cells += [f"<td>{escape(row.quantity)}</td>"]
+    cells = [f"<td>{row.phase}</td>", *(f'<td class="name">{escaped(name)}</td>' for name in names)]
+    cells += [f"<td>{escaped(row.kind)}</td>"]
+    cells += [f"<td>{escaped(row.quantity)}</td>"]
     cells += [f'<td class="number">{number(value)}</td>' for value in numbers]
     return f'<tr class="{verdict.replace(" ", "-")}">{"".join(cells)}<td class="mark">{verdict}</td></tr>'
 
@@ -187,7 +187,7 @@ def _details(report: Report) -> str:
     drawn = {key for key in ("losses", "distances") if isinstance(report.details.get(key), Mapping)}
     fields = {key: value for key, value in report.to_dict()["details"].items() if key not in drawn}
     rows = "".join(
-        f'<tr><th scope="row">{escape(key)}</th><td><code>{escape(_text(value))}</code></td></tr>'
+        f'<tr><th scope="row">{escaped(key)}</th><td><code>{escaped(_text(value))}</code></td></tr>'
         for key, value in fields.items()
     )
     return f"<h2>Details</h2><table>{rows}</table>" if rows else ""

@@ -20,11 +20,13 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from bn_common.checks import require
 from bn_common.files import write_whole
 from parity.records.dump_file import plain
-from parity.report.findings import Diagnosis, Divergence, LayerRow, both_names, number
+from parity.report.cards import answer
+from parity.report.findings import Diagnosis, Divergence, LayerRow, number, shown
 from parity.report.html import page
-from parity.report.table import parts, takes
+from parity.report.table import ROWS, parts, takes
 
 
 @dataclass
@@ -54,12 +56,8 @@ class Report:
     def is_first(self, row: LayerRow) -> bool:
         """Whether this row is the first divergence."""
         first = self.first_divergence
-        same = first is not None and (row.phase, row.torch_layer, row.flax_layer) == (
-            first.phase,
-            first.torch_layer,
-            first.flax_layer,
-        )
-        return same and first is not None and first.quantity in ("", row.quantity) and not row.ok
+        # Where a layer is called several times, the first of its rows that differs.
+        return first is not None and first.is_at(row) and next(r for r in self.layers if first.is_at(r)) == row
 
     def verdict(self, row: LayerRow) -> str:
         """In words: "ok", "differs first", "differs" or, only because of the layers before, "inherits"."""
@@ -71,15 +69,15 @@ class Report:
     def summary(self) -> str:
         """The result in one line."""
         one_layer = len({layer for diagnosis in self.diagnoses for layer in diagnosis.layers}) < 2
-        codes = ", ".join(dict.fromkeys(d.code if one_layer else _named(d) for d in self.diagnoses))
+        codes = shown(", ".join(dict.fromkeys(d.code if one_layer else _named(d) for d in self.diagnoses)))
         first = self.first_divergence
         if first is not None:
-            where = both_names(first.torch_layer, first.flax_layer)
+            where = first.place.text
             if math.isnan(first.error):
-                return f"not compared from {first.phase} at {where} on{f': {codes}' if codes else ''}"
-            what = f" {first.quantity}" if first.quantity else ""
+                return f"not compared from {first.phase} {where} on{f': {codes}' if codes else ''}"
+            what = f" {shown(first.quantity)}" if first.quantity else ""
             return (
-                f"differs first in {first.phase} at {where}:{what} error {number(first.error)}, "
+                f"differs first in {first.phase} {where}:{what} error {number(first.error)}, "
                 f"bound {number(first.bound)}{f': {codes}' if codes else ''}"
             )
         if codes:
@@ -93,15 +91,23 @@ class Report:
         """As plain Python values that are strict JSON.
 
         A float that JSON has no word for is the string "inf", "-inf" or "nan". Next to the fields stand "ok" (also in
-        each row of "layers"), "summary", and in a diagnosis of several layers "layers",
-        PyTorch's names of all of them.
+        each row of "layers"), "summary", "answer", and in a diagnosis "places", each with the fields of `Place` and
+        "text", "values" with those of `Values`, and where it is of several layers "layers", PyTorch's names of all.
         """
         rows = [dataclasses.asdict(row) | {"ok": row.ok} for row in self.layers]
-        found = [dataclasses.asdict(d) | ({"layers": d.layers} if d.more else {}) for d in self.diagnoses]
-        for diagnosis in found:
-            del diagnosis["more"]
+        found = []
+        for d in self.diagnoses:
+            named: dict[str, Any] = {
+                "code": d.code,
+                "layer": d.layer,
+                "evidence": d.evidence,
+                "flax_layer": d.flax_layer,
+            }
+            named |= {"layers": d.layers} if d.more else {}
+            places = [place._asdict() | {"text": place.text} for place in d.at]
+            found.append(named | {"places": places, "values": None if d.values is None else d.values._asdict()})
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"diagnoses": found}
-        return plain({"ok": self.ok, "summary": self.summary, **fields, "layers": rows})
+        return plain({"ok": self.ok, "summary": self.summary, "answer": answer(self), **fields, "layers": rows})
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()` to a file, whole or not at all.
@@ -123,15 +129,28 @@ class Report:
         yield from parts(self, options.max_width, box.SIMPLE_HEAD)
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, *, rows: str = "differing", width: int | None = None) -> str:
+        """What `print` shows: the answer, a card for each cause, the table of what differs, the notes, the result.
+
+        Args:
+          rows: "differing", and three rows around the first of them; or "all".
+          width: in letters; None: of the terminal, or 120 where there is none.
+
+        Raises:
+          ValueError: rows is neither.
+        """
+        require(rows in ROWS, "rows", repr(rows), " or ".join(map(repr, ROWS)))
         # As wide as the terminal, if there is one: a table that is wrapped by the terminal can't be read. Elsewhere
         # sentences stay in one line, for grep.
         terminal = sys.stdout is not None and sys.stdout.isatty()
-        width = shutil.get_terminal_size().columns if terminal else 120
+        width = width or (shutil.get_terminal_size().columns if terminal else 120)
         # In an ASCII terminal the rules of the table would be an error.
         lines = box.SIMPLE_HEAD if takes("─") else box.ASCII_DOUBLE_HEAD
         text = io.StringIO()
         console = Console(file=text, width=width, color_system=None, legacy_windows=False, force_terminal=False)
-        for part in parts(self, width, lines):
+        for part in parts(self, width, lines, rows):
             console.print(part, soft_wrap=isinstance(part, Text) and not terminal)
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from parity.comparison.bounds import FORWARD_BOUND
 from parity.comparison.differences import Difference
+from parity.comparison.values import Values, values_at
 from parity.diagnosis.finding import Located
 from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED, UNEXPLAINED, is_one_sided
 from parity.pairing.pairs import Pairing
+from parity.pairing.translation import Translation
+from parity.records.evidence import Evidence
 from parity.records.recording import NETWORK, PHASES, Recording
-from parity.report.findings import Diagnosis, Divergence, LayerRow, together
+from parity.report.findings import NETWORK as NETWORK_NAME
+from parity.report.findings import Diagnosis, Divergence, LayerRow, Place, together
 from parity.report.report import Report
 
 MOST_BESIDES = 8
@@ -43,6 +48,31 @@ class Stop(NamedTuple):
         return f"{self.run} could not run: {self.error}{where}"
 
 
+class Numbers(NamedTuple):
+    """Where the two numbers that show a finding are looked for.
+
+    Attributes:
+      translation: how PyTorch's arrays go across.
+      runs: (what differs there, Flax's run), the one that shows it best first.
+      train: as the runs were made.
+    """
+
+    translation: Translation
+    runs: Sequence[tuple[Sequence[Difference], Recording]]
+    train: bool
+
+    def of(self, f: Located) -> Values | None:
+        """The two that are farthest apart, in what the finding is about; None where there are none."""
+        wanted = "input" if f.is_between and f.key != NETWORK else "output"
+        for found, run in self.runs:
+            here = [d for d in found if d.key == f.key]
+            here.sort(key=lambda d: (d.phase != f.phase, d.quantity != wanted, PHASES.index(d.phase)))
+            for d in here:
+                if (values := values_at(self.translation, run, d, train=self.train)) is not None:
+                    return values
+        return None
+
+
 def report(
     first: Difference | None,
     located: Sequence[Located],
@@ -52,6 +82,7 @@ def report(
     stops: Sequence[Stop] = (),
     torch: Recording,
     bound: Callable[[Difference], float],
+    numbers: Numbers | None = None,
     details: dict[str, Any],
 ) -> Report:
     """The report of a comparison.
@@ -64,6 +95,7 @@ def report(
       stops: what of the comparison could not be run.
       torch: PyTorch's run.
       bound: what rounding explains of a difference.
+      numbers: where the two numbers that show a finding are looked for; None: nowhere.
       details: see `Report`.
 
     Returns:
@@ -71,7 +103,8 @@ def report(
     """
     known = [f for f in located if f.finding.code != UNEXPLAINED]
     others = [f for f in located if f.finding.code == UNEXPLAINED][0 if known else 1 :]
-    chosen = [Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer) for f in known or located[:1]]
+    told_of = {(f.finding.code, f.layer, f.flax_layer, f.finding.evidence): f for f in reversed(known or located[:1])}
+    chosen = [_diagnosis(f, torch) for f in known or located[:1]]
     divergence = _divergence(first, located, torch, bound)
     stop = next((s for s in stops if first is None or PHASES.index(s.phase) < PHASES.index(first.phase)), None)
     stopped = stop is not None and not located
@@ -82,7 +115,8 @@ def report(
         chosen = [Diagnosis(NOT_COMPARED, divergence.torch_layer, text, divergence.flax_layer)]
     elif divergence is not None and not chosen:
         text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
-        chosen = [Diagnosis(UNEXPLAINED, divergence.torch_layer, text, divergence.flax_layer)]
+        place = (divergence.place,) if divergence.before else ()
+        chosen = [Diagnosis(UNEXPLAINED, divergence.torch_layer, text, divergence.flax_layer, places=place)]
     # Where a known mistake has been found, it is what stops a run that others of its shapes would not.
     told = [] if known else stops
     chosen += [Diagnosis(COULD_NOT_RUN, s.torch_layer, s.text, s.flax_layer) for s in told]
@@ -90,7 +124,34 @@ def report(
     besides += [f"besides, at {f.layer or 'the network'}: {f.finding.evidence}" for f in others[:MOST_BESIDES]]
     if len(others) > MOST_BESIDES:
         besides.append(f"besides, at {len(others) - MOST_BESIDES} more places what differs is not explained")
-    return Report(divergence, together(chosen), rows, [*notes, *besides, *_not_compared(rows)], details)
+    diagnoses = together(chosen)
+    for i, d in enumerate(diagnoses):
+        # Of the same mistake in several layers, those of the first.
+        shown = told_of.get((d.code, d.layer, d.flax_layer, d.evidence))
+        diagnoses[i] = d if shown is None or numbers is None else replace(d, values=numbers.of(shown))
+    return Report(divergence, diagnoses, rows, [*notes, *besides, *_not_compared(rows)], details)
+
+
+def _diagnosis(f: Located, torch: Recording) -> Diagnosis:
+    return Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer, places=(_place(f, torch),))
+
+
+def _place(f: Located, torch: Recording) -> Place:
+    """Where a finding is, and what PyTorch calls that."""
+    if not f.is_between:
+        layer = torch.layers.get(f.layer)
+        return Place(f.layer, f.flax_layer, layer.class_name if layer is not None and layer.is_called else "")
+    names = next((g.class_names for g in torch.glue if g.path == f.layer), ("",))
+    return Place(f.layer, f.flax_layer, names[0].rpartition(".")[2], NETWORK_NAME if f.key == NETWORK else f.key[0])
+
+
+def stopped(torch: Evidence) -> Report:
+    """PyTorch's module came to no end in float64: there is nothing to hold the other side against."""
+    failure = torch.free.failure
+    assert failure is not None
+    stop = Stop("PyTorch, on its own,", failure.phase, failure.layer, "", failure.error)
+    about = {name: torch.details[name] for name in ("mode", "dtype", "torch", "numpy")}
+    return report(None, [], [], torch.notes, stops=[stop], torch=torch.free, bound=lambda _: 0, details=about)
 
 
 def _why_not_compared(divergence: Divergence, torch: Recording) -> str:
@@ -115,17 +176,20 @@ def _divergence(
     """Where the two part: at the first difference, or where none is left but a finding, at that."""
     if first is None:
         return _of_finding(located[0]) if located else None
-    layer, flax_layer = first.key[0], first.flax_layer
+    place = Place(first.key[0], first.flax_layer)
     if first.quantity == "input" or first.key == NETWORK:
         # What lies before a layer may be a module of its own, and is charged then.
         here = [f for f in located if f.key == first.key and f.phase == first.phase == "forward"]
         if here:
-            layer, flax_layer = here[0].layer, here[0].flax_layer
+            place = _place(here[0], torch)
         elif first.key == NETWORK and torch.calls and first.phase == "forward":
-            layer = torch.calls[-1].path
+            place = Place(torch.calls[-1].path, before=NETWORK_NAME)
+        elif first.quantity == "input":
+            place = place._replace(before=place.torch_layer)
     if first.phase == "loss":
-        layer = flax_layer = ""
-    return Divergence(first.phase, layer, flax_layer, first.error, bound(first), first.quantity)
+        place = Place("")
+    number = first.error, bound(first), first.quantity
+    return Divergence(first.phase, place.torch_layer, place.flax_layer, *number, place.before, place.class_name)
 
 
 def _of_finding(f: Located) -> Divergence:

@@ -105,7 +105,7 @@ def table(outcomes: list[Outcome]) -> str:
         "| code | the mistake | PyTorch, alone | PyTorch, deep | Flax, alone | Flax, deep | what the numbers say |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
-    for code, _, _, sentence, _ in TABLE:
+    for code, sentence in ((m.code, m.sentence) for m in TABLE):
         of_code = [o for o in outcomes if o.case.code == code]
         if not of_code:
             continue

@@ -420,6 +420,13 @@ def test_trace_dump_and_compare(nets, capsys):
     assert "alone" in out
     assert run("trace", pair[0], "nets_of_a_test:Relu", "--shape", "2,4") == 1
     assert "differs first in forward" in capsys.readouterr().out
+    assert run("check", pair[0], "nets_of_a_test:Relu", "--shape", "2,4") == 1
+    few = capsys.readouterr().out
+    assert run("check", pair[0], "nets_of_a_test:Relu", "--shape", "2,4", "--rows", "all") == 1
+    every = capsys.readouterr().out
+    assert "not shown: " in few
+    assert "not shown: " not in every
+    assert few.count("\n") < every.count("\n")
     assert run("dump", pair[0], "--out", "a", "--shape", "2,4") == 0
     assert capsys.readouterr().out == "written: a.safetensors and a.json\n"
     assert run("dump", pair[1], "--out", "b", "--shape", "2,4", "--weights", "a") == 0

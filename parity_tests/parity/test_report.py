@@ -68,7 +68,7 @@ def test_text():
     text = str(example())
     assert "\x1b" not in text
     for part in ("conv.0", "BatchNorm_0", "fc[3].<0>", "input gradient", "4.0e-04", "inf", "nan", NETWORK, "rounding"):
-        assert part in text
+        assert part in example().table(rows="all")
     assert f"epsilon at conv.1 (BatchNorm_0): {EVIDENCE}" in text.splitlines()
     assert "note: dropout was switched off on both sides" in text.splitlines()
     first = "differs first in forward at conv.1 (BatchNorm_0): output error 4.0e-04, bound 1.0e-10: epsilon"
@@ -132,7 +132,18 @@ def test_json(tmp_path):
         "layer": "conv.1",
         "evidence": EVIDENCE,
         "flax_layer": "BatchNorm_0",
+        "places": [
+            {
+                "torch_layer": "conv.1",
+                "flax_layer": "BatchNorm_0",
+                "class_name": "",
+                "before": "",
+                "text": "at conv.1 (BatchNorm_0)",
+            }
+        ],
+        "values": None,
     }
+    assert read["answer"] == "The two differ by one mistake: epsilon in one layer, at conv.1 (BatchNorm_0)."
     assert [row["ok"] for row in read["layers"]] == [True, False, False, False, False, True]
     assert read["layers"][3]["error"] == "inf"
     assert read["layers"][3]["local_error"] == "nan"

@@ -1,0 +1,148 @@
+"""The answer in one sentence, and a card for each cause: where, the numbers that show it, what to write instead."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, NamedTuple
+
+from parity.diagnosis.finding import told_apart
+from parity.diagnosis.fixes import FIXES, Fix
+from parity.diagnosis.mistakes import COULD_NOT_RUN, MISTAKES, NOT_COMPARED
+from parity.report.findings import NETWORK, Diagnosis, Place, shown
+
+if TYPE_CHECKING:
+    from parity.comparison.values import Values
+    from parity.report.report import Report
+
+PROJECT = "blenet-parity"
+PAGE = "docs/parity_mistakes.md"
+PREDICTS = "to predict: ok"
+"""Of a convention that no prediction shows, where all else agrees."""
+
+
+class Card(NamedTuple):
+    """What is told of one cause.
+
+    Attributes:
+      code: of the mistake.
+      places: all of them.
+      classes: how many places of which class, "12 LayerNorm"; "" for a single one.
+      evidence: the sentence.
+      numbers: the two numbers that are farthest apart, and where; "" where there are none.
+      fix: the code, where it is a known mistake.
+      convention: what is to be said of a known convention; "" for a mistake.
+      link: into the page of mistakes; "" where it is none of them.
+    """
+
+    code: str
+    places: tuple[Place, ...]
+    classes: str
+    evidence: str
+    numbers: str
+    fix: Fix | None
+    convention: str
+    link: str
+
+
+def cards(report: Report) -> list[Card]:
+    """One for each diagnosis, in their order."""
+    return [
+        Card(
+            d.code,
+            d.at,
+            _classes(d.at),
+            shown(d.evidence),
+            "" if d.values is None else numbers(d.values),
+            FIXES.get(d.code),
+            _convention(report, d.code),
+            link(d.code),
+        )
+        for d in report.diagnoses
+    ]
+
+
+def answer(report: Report) -> str:
+    """What differs, where, and in how many layers, in one sentence; that all agrees, where it does."""
+    if report.ok:
+        return "The two agree: nothing differs by more than rounding explains."
+    first = report.first_divergence
+    if not report.diagnoses:
+        return f"The two differ{'' if first is None else f' first {first.place.text}'}."
+    known = [d for d in report.diagnoses if d.code in MISTAKES]
+    if not known:
+        d = report.diagnoses[0]
+        if d.code in (COULD_NOT_RUN, NOT_COMPARED):
+            return f"The two could not be compared to the end: {shown(d.evidence)}."
+        return f"The two differ {_where(d)}, by no mistake that is known."
+    mistakes = [d for d in known if not MISTAKES[d.code].convention]
+    conventions = "; ".join(f"{d.code} {_where(d)}" for d in known if d not in mistakes)
+    if not mistakes and _only_conventions(report):
+        return f"To predict: ok; in training the two differ by a convention of the frameworks, {conventions}."
+    told = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    told = f"by {told}: {'; '.join(f'{d.code} {_where(d)}' for d in mistakes)}" if mistakes else ""
+    besides = f"by a convention of the frameworks: {conventions}" if conventions else ""
+    return f"The two differ {'; and '.join(part for part in (told, besides) if part)}."
+
+
+def _where(d: Diagnosis) -> str:
+    """Where first, and in how many layers or places; nothing where it is in no layer, as an optimiser's."""
+    if len(d.at) > 1:
+        return f"in {len(d.at)} {'places' if any(p.before for p in d.at) else 'layers'}, first {d.at[0].text}"
+    if not d.at[0].torch_layer and not d.at[0].flax_layer:
+        return f"at {NETWORK}" if d.code not in MISTAKES or MISTAKES[d.code].phase == "forward" else "in all layers"
+    return f"in one {'place' if d.at[0].before else 'layer'}, {d.at[0].text}"
+
+
+def _only_conventions(report: Report) -> bool:
+    """Whether nothing else differs: a convention is in what training keeps and what comes of it, not in an output."""
+    elsewhere = any(not row.ok and row.phase not in ("statistics", "optimizer") for row in report.layers)
+    return not elsewhere and all(d.code in MISTAKES and MISTAKES[d.code].convention for d in report.diagnoses)
+
+
+def _convention(report: Report, code: str) -> str:
+    if code not in MISTAKES or not MISTAKES[code].convention:
+        return ""
+    return f"{MISTAKES[code].convention} ({PREDICTS})" if _only_conventions(report) else MISTAKES[code].convention
+
+
+def _classes(places: Sequence[Place]) -> str:
+    if len(places) == 1:
+        return ""
+    classes = Counter(shown(place.class_name or "layers") for place in places)
+    return ", ".join(f"{n} {name}" for name, n in classes.items())
+
+
+def numbers(v: Values) -> str:
+    """In words: of which array, at which index, PyTorch's number and Flax's."""
+    what = f"{v.quantity} of {v.torch_layer or NETWORK}"
+    if v.torch is None or v.flax is None:
+        return shown(
+            f"{what}: its shape is {list(v.torch_shape)} in PyTorch, in Flax's layout, {list(v.flax_shape)} there"
+        )
+    both = (f"{v.torch}", f"{v.flax}")
+    if isinstance(v.torch, float) and isinstance(v.flax, float):
+        both = told_apart(v.torch, v.flax)
+    at = f"{list(v.flax_index)}" if v.torch_index in (None, v.flax_index) else f"{list(v.torch_index or ())}"
+    other = "" if v.torch_index in (None, v.flax_index) else f" at {list(v.flax_index)}"
+    return shown(f"{what} at {at}: {both[0]} in PyTorch, {both[1]} in Flax{other}")
+
+
+def link(code: str) -> str:
+    """Into the page of mistakes: on the web, if the project says where it is, else in its folder."""
+    return f"{_site()}{PAGE}#{code}" if code in MISTAKES else ""
+
+
+@cache
+def _site() -> str:
+    try:
+        urls = metadata.metadata(PROJECT).get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    named = dict(tuple(part.strip() for part in url.split(",", 1)) for url in urls if "," in url)
+    for name in ("Source", "Repository", "Homepage"):
+        if named.get(name, "").startswith("https://"):
+            return f"{named[name].rstrip('/')}/blob/main/"
+    return ""
