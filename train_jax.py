@@ -1,13 +1,12 @@
-"""Train BLeNet (LeNet-5 with batch norm before every sigmoid) on Fashion-MNIST with JAX, on CPU, GPU or TPU.
+"""Train BLeNet on Fashion-MNIST with JAX, on all CPUs, GPUs or TPUs there are.
 
-    python train_jax.py                                          10 epochs on the full data set
-    python train_jax.py --data sample --epochs 2                 a quick look, no download
-    python train_jax.py --optimizer momentum --batch-size 128 --out runs/momentum
-    python train_jax.py --data-dir ~/kmnist                      any four IDX files named like MNIST's
-    python train_jax.py --devices 4 --batch-size 512             on four of the devices there are, else on all
+    python train_jax.py                             the full data set, 10 epochs
+    python train_jax.py --data sample --epochs 2    a quick look, no download
+    python train_jax.py --data-dir ~/kmnist         any files named like MNIST's
+    python train_jax.py --devices 4 --batch-size 512 --out runs/four
+    python train_jax.py --config runs/four/config.toml --seed 1
 
-Prints a line per epoch and leaves a run folder: config.json, metrics.jsonl (a line per epoch), weights.safetensors and,
-at the end, curves.png. Same options, same order of the data as `python -m torch_bn.training`, its twin in PyTorch.
+It leaves a run folder. `python -m torch_bn.training` is the same in PyTorch.
 """
 
 from __future__ import annotations

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, cast
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from bn_common.checks import check_blenet, require
-from bn_common.config import MOST_STEPS, NUM_CLASS, Config
+from bn_common.config import GROUPS, MOST_STEPS, NUM_CLASS, Config
+from bn_common.config_file import read_toml
 from bn_common.files import check_can_be_made
 from bn_common.memory import imports
 from bn_common.record import (
@@ -41,11 +44,23 @@ HELP = "what --help lists"
 
 
 def parse(
-    kind: type[Options], args: Sequence[str] | None, *, prog: str, description: str, default: Options | None = None
+    kind: type[Options],
+    args: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    groups: Sequence[type[Any]] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Options:
     """The dataclass `kind` as the command line says; bad input ends the program with exit status 2 and one line.
 
-    What the command line leaves out is as in `default`.
+    Args:
+      kind: of the options.
+      args: the command line; None: the process's.
+      prog: the program's name in messages.
+      description: of the program, for --help.
+      groups: the dataclasses that `kind` inherits all its fields from, as --help is to show them.
+      defaults: what the command line leaves out, by the field's name, where it is not as in the groups.
     """
     args = sys.argv[1:] if args is None else args
     for option, value in zip(("", *args), args, strict=False):
@@ -53,16 +68,31 @@ def parse(
         if not value or re.fullmatch(r"--[\w-]+=", value):
             refuse(prog, f"{value.removesuffix('=') or option} is ''; allowed: {HELP}")
     errors = io.StringIO()
+    asked = _nested(groups, defaults or {}) if groups else kind
     try:
         with contextlib.redirect_stderr(errors):
-            if default is None:
-                return tyro.cli(kind, prog=prog, description=description, args=args)
-            return tyro.cli(kind, prog=prog, description=description, args=args, default=default)
+            found = tyro.cli(asked, prog=prog, description=description, args=args)
     except SystemExit as stop:
         if stop.code == 2:
             refuse(prog, _in_one_line(errors.getvalue()))
         sys.stderr.write(errors.getvalue())
         raise
+    if not groups:
+        return cast(Options, found)
+    try:
+        return kind(**{name: value for group in vars(found).values() for name, value in vars(group).items()})
+    except ValueError as error:
+        refuse(prog, str(error))
+
+
+def _nested(groups: Sequence[type[Any]], defaults: Mapping[str, Any]) -> type[Any]:
+    """A dataclass with a field for each group, which tyro shows as one, under the field's name alone."""
+    fields: list[Any] = []
+    for group in groups:
+        own = {field.name: defaults[field.name] for field in dataclasses.fields(group) if field.name in defaults}
+        kind: Any = Annotated[tyro.conf.OmitArgPrefixes[group], tyro.conf.arg(help="")]  # type: ignore[misc, valid-type]
+        fields.append((group.__name__.lower(), kind, dataclasses.field(default=group(**own))))
+    return dataclasses.make_dataclass("Options", fields)
 
 
 def _in_one_line(box: str) -> str:
@@ -94,16 +124,20 @@ def refuse(prog: str, message: str) -> NoReturn:
 def read_config(args: Sequence[str] | None, *, prog: str, description: str, framework: str | None = None) -> Config:
     """The configuration that the command line asks for; a bad one ends the program, as does a folder of another run.
 
-    With --resume, what the command line leaves out is as the run in --out has it. A run that is finished already is
-    told, and ends the program with exit status 0.
+    What the command line leaves out is as the file of --config has it, and else, with --resume, the run in --out. A
+    run that is finished already is told, and ends the program with exit status 0.
     """
-    config = parse(Config, args, prog=prog, description=description).resolved()
+    read = partial(parse, Config, args, prog=prog, description=description, groups=GROUPS)
     try:
-        if config.resume:
-            if config.out is None:
+        defaults: dict[str, Any] = {}
+        asked = read()
+        if asked.resume:
+            if asked.out is None:
                 raise ValueError("--out is missing; allowed with --resume: the folder of the run to continue")
-            recorded = recorded_config(config.out)
-            config = parse(Config, args, prog=prog, description=description, default=recorded).resolved()
+            defaults = vars(recorded_config(asked.out))
+        if asked.config is not None:
+            defaults |= read_toml(asked.config)
+        config = read(defaults=defaults).resolved()
         # Before a download, and before another of several processes could have made it.
         if config.out is not None:
             refuse_other(config.out, record_of(config, framework) if framework else {})

@@ -16,7 +16,7 @@ NUM_CLASS = 10
 
 # What a run may be continued with otherwise: no number of it changes, with the number of devices the last digits. (What
 # the data are, their digest tells.)
-MAY_CHANGE = frozenset({"out", "resume", "checkpoint_every", "keep_checkpoints", "until_accuracy", "profile"})
+MAY_CHANGE = frozenset({"config", "out", "resume", "checkpoint_every", "keep_checkpoints", "until_accuracy", "profile"})
 MAY_CHANGE |= {"data", "data_dir", "devices", "coordinator", "num_processes", "process_id"}
 
 # Learning rate and weight decay of each optimiser. Those of adamw and momentum were found at batch size 64 on 10,000
@@ -29,70 +29,102 @@ MOST_STEPS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """How to train BLeNet. Every field is a command-line option of the same name."""
+class Model:
+    """The network, and what it is computed in."""
 
-    epochs: int = 10
-    """Passes over the training set, >= 1; their steps are at most 2^31 - 1."""
+    bn_momentum: float = 0.9
+    """Batch norm: weight of the OLD value in the moving statistics, 0 to 1."""
+    bn_eps: float = 1e-5
+    """Added to batch norm's variance, > 0."""
+    sync_bn: Literal["global", "local"] = "global"
+    """Whose statistics batch norm takes: the whole batch's, or each device its share's."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of layers; parameters, gradients, statistics and the loss stay float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is learnt from, and in what portions."""
+
+    data: Literal["fashion-mnist", "sample"] = "fashion-mnist"
+    """fashion-mnist: downloaded, if it is not here. sample: 6,000 + 1,000 images of it."""
+    data_dir: Path | None = None
+    """Instead of --data: a folder with four IDX files, named as MNIST's."""
     batch_size: int = 64
-    """Images in a step, from 2 to the size of the training set. What is left of an epoch is seen in other epochs."""
+    """Images in a step, 2 to all there are."""
+    seed: int = 0
+    """Of weights and batches, 0 to 2^32 - 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimiser:
+    """How it is learnt, and for how long."""
+
     optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "adamw"
-    """sgd: plain. momentum: SGD with Nesterov momentum 0.9. adam, adamw: betas 0.9 and 0.999, epsilon 1e-8."""
+    """momentum is Nesterov's, 0.9."""
+    epochs: int = 10
+    """Passes over the training set, >= 1."""
     lr: float | None = None
-    """Highest learning rate, > 0. None: 0.5 for sgd and momentum, 0.01 for adam, 0.03 for adamw."""
-    weight_decay: float | None = None
-    """Weight decay, >= 0. adamw: decoupled, times the learning rate. The others: added to the gradient.
-    None: 1e-4 for sgd and momentum, 0 for adam, 0.01 for adamw."""
-    label_smoothing: float = 0.05
-    """Share of the label that is spread evenly over the classes in the training objective, >= 0 and < 1."""
+    """Highest learning rate, > 0. None: 0.5 for sgd and momentum, 0.01 adam, 0.03 adamw."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or falling to 0 along half a cosine."""
-    until_accuracy: float | None = None
-    """Stop after the first epoch with this test accuracy, > 0 and at most 1. None: all epochs. The learning rate is
-    that of a run over all epochs."""
     warmup_epochs: float = 1.0
-    """Epochs in which the learning rate rises linearly from 0, >= 0, at most the epochs."""
-    seed: int = 0
-    """Of the initial weights and of the batches' order, 0 to 2^32 - 1."""
-    bn_momentum: float = 0.9
-    """Batch norm: weight of the OLD value in the moving statistics, 0 to 1 (PyTorch counts the new one's)."""
-    bn_eps: float = 1e-5
-    """Batch norm: added to the variance, > 0."""
-    sync_bn: Literal["global", "local"] = "global"
-    """Batch norm on several devices. global: normalise with the statistics of the whole batch, as one device would.
-    local: each device with those of its own share, as PyTorch's DistributedDataParallel does unless told otherwise;
-    the moving statistics are the first device's."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What convolutions and linear layers are computed in, and what lies between them. Parameters, their gradients, the
-    statistics of batch norm and the loss are float32 in either case, as with PyTorch's autocast."""
+    """Epochs of rising from 0, 0 to --epochs."""
+    weight_decay: float | None = None
+    """Weight decay, >= 0; adamw: decoupled. None: 1e-4 for sgd, momentum; 0 adam; 0.01 adamw."""
+    label_smoothing: float = 0.05
+    """Share of the label that is spread over all classes, >= 0 and < 1."""
+    until_accuracy: float | None = None
+    """Stop after the first epoch with this test accuracy, > 0 and at most 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What it is computed on."""
+
     devices: int | None = None
-    """Devices that share each batch, >= 1. None: all there are; for PyTorch's twin, the processes of torchrun."""
+    """How many share each batch, >= 1. None: all there are; of PyTorch, torchrun's processes."""
     coordinator: str | None = None
-    """Train with other processes, each with its own devices: HOST:PORT where process 0 listens, or auto for what JAX
-    finds of SLURM, Cloud TPU or Kubernetes. None: alone. (PyTorch's twin is started by torchrun.)"""
+    """With other processes: HOST:PORT of the first, or auto (SLURM, TPU, Kubernetes)."""
     num_processes: int | None = None
     """How many processes there are, >= 2; with --coordinator HOST:PORT."""
     process_id: int | None = None
-    """Which one this is, from 0 on; with --coordinator HOST:PORT. Process 0 writes the run folder."""
-    deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Ask GPUs for the same bytes in every run with the same seed, which makes them slower. CPUs give them anyway."""
-    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Leave a trace of some steps in the run folder, for TensorBoard's profiler: tensorboard --logdir RUN/profile."""
-    data: Literal["fashion-mnist", "sample"] = "fashion-mnist"
-    """fashion-mnist: from the cache folder, Debian's package dataset-fashion-mnist, the download, or else the sample.
-    sample: the 6,000 + 1,000 images that ship with the project."""
-    data_dir: Path | None = None
-    """Use the four IDX files in this folder (named as MNIST, Fashion-MNIST and KMNIST name them) instead of --data."""
+    """Which one this is, from 0 on; with --coordinator HOST:PORT."""
+    deterministic: bool = False
+    """Same bytes each time on GPUs too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is left of it, and where."""
+
     out: Path | None = None
-    """Run folder for config.json, metrics.jsonl, weights.safetensors, curves.png and checkpoints. If it holds a run of
-    the same options that has not ended, that is continued. None: a new folder below runs/, named by the framework and
-    the time."""
+    """Run folder; the same run in it is continued. None: a new one in runs/."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints within an epoch, >= 1. None: after every epoch only."""
+    keep_checkpoints: int = 3
+    """How many of the last are kept, >= 1, beside the one with the best test accuracy."""
+    profile: bool = False
+    """Trace some steps, into RUN/profile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class General:
+    """Where options come from that the command line leaves out."""
+
+    config: Path | None = None
+    """TOML file with options by name, as in lr = 0.1. The command line wins."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue the run in --out, with its own options; those given again must be the same."""
-    checkpoint_every: int | None = None
-    """Steps between two checkpoints within an epoch, >= 1. None: one after every epoch only."""
-    keep_checkpoints: int = 3
-    """How many of the last checkpoints are kept, >= 1; the one with the best test accuracy is kept beside them."""
+
+
+GROUPS = (General, Model, Data, Optimiser, Devices, Output)
+"""The groups of --help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Output, Devices, Optimiser, Data, Model, General):  # reversed: the last one's fields come first
+    """How to train BLeNet. Every field is a command-line option of the same name."""
 
     def __post_init__(self) -> None:
         check_int("--epochs", self.epochs, 1)

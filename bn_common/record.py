@@ -18,12 +18,14 @@ from bn_common.files import LOCK, check_can_be_made, lock
 from image_data import ImageDataset
 
 CONFIG, METRICS, WEIGHTS, CURVES = "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
+OPTIONS = "config.toml"
+"""For people, and for --config; what a run is, config.json says."""
 
 
 def record_of(config: Config, framework: str) -> dict[str, Any]:
     """What config.json says of a configuration."""
     fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
-    return {"framework": framework, **{name: v for name, v in fields.items() if name != "resume"}}
+    return {"framework": framework, **{name: v for name, v in fields.items() if name not in ("config", "resume")}}
 
 
 def identity_of(dataset: ImageDataset) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def refuse_other(path: Path, mine: Mapping[str, Any]) -> None:
     check_can_be_made("--out", path)
     theirs = readrecord_of(path)
     if theirs is None:
-        held = [name for name in (CONFIG, METRICS, WEIGHTS, CURVES) if os.path.exists(path / name)]
+        held = [name for name in (CONFIG, OPTIONS, METRICS, WEIGHTS, CURVES) if os.path.exists(path / name)]
         if held:
             raise ValueError(f"--out is {path}, which holds {held[0]} of another run; allowed: a folder without a run")
         return

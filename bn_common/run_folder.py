@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import math
 import os
 import struct
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bn_common import checkpoints
 from bn_common.checkpoints import Checkpoint, Fetched, Place
 from bn_common.config import Config
+from bn_common.config_file import as_toml
 from bn_common.files import check_can_be_made, leftovers, lock, write_together, write_whole
 from bn_common.record import (
     CONFIG,
     CURVES,
     METRICS,
+    OPTIONS,
     WEIGHTS,
     reached,
     read_metrics,
@@ -35,6 +37,7 @@ from bn_common.record import (
     refuse_other,
     under_way,
 )
+from bn_common.shown import as_text, draw_curves, epoch_line, summary
 from bn_common.stopping import Stopped
 
 
@@ -100,9 +103,10 @@ class RunFolder:
             # Now that nobody else writes.
             refuse_other(self.path, self.record)
             _tidy(self.path)
-            if not (self.path / CONFIG).exists():
-                write_whole(self.path / CONFIG, (json.dumps(self.record, indent=2) + "\n").encode())
-                write_whole(self.path / METRICS, b"")
+            begun = {CONFIG: json.dumps(self.record, indent=2) + "\n", METRICS: "", OPTIONS: as_toml(config)}
+            for name, content in begun.items():  # in this order: what another process's end has left out comes now
+                if not (self.path / name).exists():
+                    write_whole(self.path / name, content.encode())
             self.metrics = read_metrics(self.path)
         except OSError as error:
             self.close()
@@ -118,6 +122,20 @@ class RunFolder:
     def close(self) -> None:
         """Wait for what is being written, and let go of the folder."""
         self._open.close()
+
+    def say_what_runs_where(self, kind: str, count: int, *, processes: int = 1, framework: str) -> None:
+        """Before the first step: so many devices of that kind, in how many processes, and what each has of a batch."""
+        batch = self.config.batch_size
+        least, most = batch // count, -(-batch // count)
+        within = "" if processes == 1 else f" in {processes} processes"
+        each = f"{least} each" if least == most else f"{least} or {most} each"
+        self.say(f"{count} x {kind}{within}, global batch {batch}, {each}, {self.config.precision}")
+        self.say(f"{framework}, data: {self.about['data']}")
+
+    def waiting(self, what: str) -> contextlib.AbstractContextManager[object]:
+        """Around what takes seconds and prints nothing: a spinner, where standard error is a terminal."""
+        shows = self.writes and sys.stderr.isatty()
+        return Console(stderr=True).status(what) if shows else contextlib.nullcontext()
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """Where the run is to be continued, if an earlier process has left a checkpoint; and that is said."""
@@ -287,22 +305,19 @@ class RunFolder:
         )
         if self.writes:
             write_together({self.path / WEIGHTS: content, self.path / METRICS: lines.encode()})
-        epochs = str(self.config.epochs)
-        self.say(
-            f"epoch {line['epoch']:{len(epochs)}d}/{epochs}  loss {line['loss']:.4f}"
-            f"  train accuracy {line['train_accuracy']:.4f}  test accuracy {line['test_accuracy']:.4f}"
-            f"  {line['images_per_second']:,.0f} images/s"
-        )
+        self.say(epoch_line(line, self.config.epochs))
 
     def reached(self, epoch: int) -> bool:
         """Whether the test accuracy after that many epochs is what config.until_accuracy asks for."""
         return reached(self.config, self.metrics[:epoch])
 
     def finish(self) -> None:
-        """Draw the curves, let go of the folder, and say where everything is."""
+        """Draw the curves, let go of the folder, and say what has come of the run and where everything is."""
         if not self.writes:
             return
         write_whole(self.path / CURVES, draw_curves(self.metrics, self.about["data"]))
+        if self.metrics:
+            self.say(summary(self.metrics))
         if self.config.until_accuracy is not None:
             found = "reached" if reached(self.config, self.metrics) else "not reached"
             self.say(f"test accuracy {self.config.until_accuracy:g} {found} after {len(self.metrics)} epochs")
@@ -311,17 +326,12 @@ class RunFolder:
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line, never wrapped: it may be read by a program."""
-        self.console.print(_as_text(text), style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        self.console.print(as_text(text), style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def _new_path(framework: str) -> Path:
     base = Path("runs") / f"{framework}-{time.strftime('%Y%m%d-%H%M%S')}"
     return next(p for p in (base, *(Path(f"{base}-{i}") for i in range(2, 1000))) if not p.exists())
-
-
-def _as_text(name: str) -> str:
-    """The name with "?" for what is no text: a folder's name is any bytes."""
-    return name.encode(errors="replace").decode()
 
 
 def _tidy(path: Path) -> None:
@@ -334,7 +344,7 @@ def _tidy(path: Path) -> None:
             continue
         if lines and str(lines[-1]["epoch"]) == weights_metadata(path / WEIGHTS).get("epoch"):
             os.replace(left, path / METRICS)
-    for name in (CONFIG, METRICS, WEIGHTS, CURVES):
+    for name in (CONFIG, OPTIONS, METRICS, WEIGHTS, CURVES):
         for left in leftovers(path / name):
             left.unlink()
 
@@ -356,29 +366,3 @@ def weights_metadata(path: Path) -> dict[str, str]:
             return json.loads(file.read(size))["__metadata__"] if size < 2**24 else {}
     except (OSError, ValueError, KeyError, struct.error):
         return {}
-
-
-def draw_curves(metrics: list[dict[str, Any]], data: str) -> bytes:
-    """Loss and accuracy over the epochs, as a PNG."""
-    # Only now: what is refused or interrupted before has not waited half a second for it.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    epochs = [line["epoch"] for line in metrics]
-    marker = "o" if len(epochs) < 30 else None
-    for axes, title, curves in (
-        (loss, "cross-entropy", {"training": "loss", "test": "test_loss"}),
-        (accuracy, "accuracy", {"training": "train_accuracy", "test": "test_accuracy"}),
-    ):
-        for label, key in curves.items():
-            axes.plot(epochs, [line[key] for line in metrics], marker=marker, markersize=3, label=label)
-        axes.set(xlabel="epoch", title=title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    best = f", test accuracy {metrics[-1]['test_accuracy']:.4f}" if metrics else ""
-    figure.suptitle(f"BLeNet on {_as_text(data)}{best}", fontsize=10, parse_math=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()

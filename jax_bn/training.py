@@ -285,8 +285,9 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     )
     optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
     initial_state = on_mesh(partial(init_state, model, optimizer, config.seed), mesh, ()).trace()
-    processes = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
-    run.say(f"{mesh.size} x {mesh.devices[0].device_kind}{processes}, jax {jax.__version__}, data: {dataset.name}")
+    run.say_what_runs_where(
+        mesh.devices[0].device_kind, mesh.size, processes=jax.process_count(), framework=f"jax {jax.__version__}"
+    )
 
     def train_batch(
         state: TrainState, data: DeviceData, where: Array, mask: Array | None = None
@@ -318,7 +319,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     jitted_step = on_mesh(train_batch, mesh, arguments, donate_argnums=0, compiler_options=compiler_options(train=True))
     epoch_data, batches = feed(0)
     lowered_step = jitted_step.lower(initial_state.out_info, epoch_data, next(iter(batches)), *masks)
-    with ThreadPoolExecutor(1) as beside:  # beside the initial weights, a program that takes nearly as long to compile
+    # Beside the initial weights, a program that takes nearly as long to compile.
+    with run.waiting("compiling"), ThreadPoolExecutor(1) as beside:
         compiling = beside.submit(lowered_step.compile)
         make_state = initial_state.lower().compile()
         state = make_state()

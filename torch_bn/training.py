@@ -1,10 +1,10 @@
-"""Training BLeNet in PyTorch: one step, evaluation, the loop. `jax_bn/training.py` is the same in JAX.
+"""Training BLeNet in PyTorch. `jax_bn/training.py` is the same in JAX.
 
-    python -m torch_bn.training                      10 epochs on Fashion-MNIST
+    python -m torch_bn.training                       10 epochs on Fashion-MNIST
     python -m torch_bn.training --data sample --epochs 2 --out runs/sample
-    torchrun --nproc-per-node 4 -m torch_bn.training --batch-size 256      four processes, a device each
+    torchrun --nproc-per-node 4 -m torch_bn.training --batch-size 256
 
-Same options, same order of the data, same run folder as train_jax.py. The data stay on the device as uint8.
+Same options, same order of the data, same run folder as train_jax.py.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
         return model, trained, *make_optimizer(config, steps, model)
 
     model, trained, optimizer, scheduler = make_state()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    run.say(f"{processes} x {name}, torch {torch.__version__}, data: {dataset.name}")
+    kind = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    run.say_what_runs_where(kind, processes, framework=f"torch {torch.__version__}")
 
     size = len(np.array_split(np.arange(config.batch_size), processes)[rank])
     share = size * processes / config.batch_size

@@ -1,12 +1,16 @@
 """The configuration and the command line: what is refused, with which words."""
 
 import dataclasses
+import inspect
 import math
+import re
 
 import pytest
 
-from bn_common.command_line import parse
-from bn_common.config import DEFAULTS, Config
+import torch_bn.training
+import train_jax
+from bn_common.command_line import parse, read_config
+from bn_common.config import DEFAULTS, GROUPS, Config
 
 BAD = {
     "epochs": (0, -1, 1.5, True, 2**31),
@@ -56,12 +60,41 @@ def test_home(monkeypatch):
     assert (str(config.data_dir), str(config.out)) == ("/home/somebody/kmnist", "/home/somebody/runs/a")
 
 
+PROGRAMS = {"train_jax.py": train_jax.__doc__, "python -m torch_bn.training": torch_bn.training.__doc__}
+
+
+def help_of(description, capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_config(["--help"], prog="train_jax.py", description=description)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prog", PROGRAMS)
+def test_help_on_two_screens(prog, capsys, monkeypatch):
+    """Of 50 lines and 80 columns, in groups, no word of it broken."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_of(PROGRAMS[prog], capsys)
+    lines = text.splitlines()
+    assert len(lines) <= 2 * 50
+    assert max(map(len, lines)) <= 80
+    _, *parts = re.split(r"^\W*(\w+) options\W*$", text, flags=re.MULTILINE)
+    within = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(within) == ["general", "model", "data", "optimiser", "devices", "output"]
+    for group in GROUPS:
+        for field in dataclasses.fields(group):
+            assert f" --{field.name.replace('_', '-')}" in within[group.__name__.lower()]
+    words = set(text.split())
+    for group in GROUPS:
+        said = re.findall(r'"""(.*)"""', inspect.getsource(group))[1:]
+        assert len(said) == len(dataclasses.fields(group))
+        for one in said:
+            assert set(one.split()) <= words, one
+
+
 def test_help_tells_the_defaults(capsys):
     """The numbers in the help text are those of the table."""
-    with pytest.raises(SystemExit) as stop:
-        parse(Config, ["--help"], prog="train_jax.py", description="")
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    text = " ".join(help_of(PROGRAMS["train_jax.py"], capsys).replace("│", " ").split())
     for optimizer, (lr, decay) in DEFAULTS.items():
         assert f"{lr:g}" in text.partition("Highest learning rate")[2].partition("(default")[0], optimizer
         assert f"{decay:g}".replace("0.0001", "1e-4") in text.partition("Weight decay")[2].partition("(default")[0]
@@ -104,7 +137,7 @@ COMMANDS = {
 @pytest.mark.parametrize(("args", "words"), [(c[0], c[1:]) for c in COMMANDS.values()], ids=COMMANDS)
 def test_one_line_and_exit_status_2(args, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(Config, args, prog="train_jax.py", description="")
+        read_config(args, prog="train_jax.py", description="")
     assert stop.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -121,7 +154,7 @@ def test_every_option_reaches_the_config():
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
         " --until-accuracy 0.75 --resume --checkpoint-every 11 --keep-checkpoints 5 --deterministic"
         " --sync-bn local --devices 3 --precision bfloat16 --profile"
-        " --coordinator host:1234 --num-processes 4 --process-id 2"
+        " --coordinator host:1234 --num-processes 4 --process-id 2 --config c.toml"
     )
     config = parse(Config, args.split(), prog="", description="")
     given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -152,4 +185,5 @@ def test_every_option_reaches_the_config():
         "deterministic": "True",
         "checkpoint_every": "11",
         "keep_checkpoints": "5",
+        "config": "c.toml",
     }

@@ -38,6 +38,7 @@ def test_a_run(tmp_path):
     run.finish()
     assert sorted(p.name for p in run.path.iterdir()) == [
         "config.json",
+        "config.toml",
         "curves.png",
         "metrics.jsonl",
         "weights.safetensors",
@@ -66,10 +67,12 @@ def test_a_run(tmp_path):
     )
     assert (run.path / "curves.png").read_bytes().startswith(b"\x89PNG")
     printed = run.console.file.getvalue().splitlines()
-    assert printed[0] == "epoch  1/12  loss 0.5000  train accuracy 0.8000  test accuracy 0.9000  200 images/s"
+    assert printed[0] == "epoch  1/12  loss 0.5000  train 0.8000  test accuracy 0.9000  200 images/s"
+    assert printed[-2] == "test accuracy 0.9000 after 2 epochs (best 0.9000, epoch 1), 0:00:01 of training"
+    assert printed[-1] == f"run folder: {run.path}"
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "weights.safetensors", "curves.png"])
+@pytest.mark.parametrize("name", ["config.json", "config.toml", "metrics.jsonl", "weights.safetensors", "curves.png"])
 def test_another_run_is_not_overwritten(tmp_path, name):
     (tmp_path / name).write_text("precious")
     (tmp_path / "notes.txt").write_text("other files do no harm")
@@ -180,7 +183,8 @@ def test_killed_between_two_files(tmp_path, monkeypatch, replaced):
     assert epochs == [line["epoch"] for line in again.metrics] == [1, 2][: 1 + (replaced > 0)]
     assert run_folder.weights_metadata(tmp_path / "weights.safetensors")["epoch"] == str(epochs[-1])
     again.close()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "metrics.jsonl", "weights.safetensors"]
+    names = ["config.json", "config.toml", "metrics.jsonl", "weights.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 def test_no_folder(tmp_path):
