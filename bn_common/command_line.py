@@ -36,6 +36,7 @@ from bn_common.record import (
 from bn_common.run_folder import RunFolder
 from bn_common.stopping import Signals, Stopped
 from bn_common.streams import fill_standard_streams
+from bn_common.tensorboard import check_installed
 from bn_common.watch import Watch
 from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample, steps_per_epoch
 
@@ -138,6 +139,8 @@ def read_config(args: Sequence[str] | None, *, prog: str, description: str, fram
         if asked.config is not None:
             defaults |= read_toml(asked.config)
         config = read(defaults=defaults).resolved()
+        if config.tensorboard:
+            check_installed()
         # Before a download, and before another of several processes could have made it.
         if config.out is not None:
             refuse_other(config.out, record_of(config, framework) if framework else {})

@@ -17,7 +17,7 @@ NUM_CLASS = 10
 # What a run may be continued with otherwise: no number of it changes, with the number of devices the last digits. (What
 # the data are, their digest tells.)
 MAY_CHANGE = frozenset({"config", "out", "resume", "checkpoint_every", "keep_checkpoints", "until_accuracy", "profile"})
-MAY_CHANGE |= {"data", "data_dir", "devices", "coordinator", "num_processes", "process_id"}
+MAY_CHANGE |= {"tensorboard", "data", "data_dir", "devices", "coordinator", "num_processes", "process_id"}
 
 # Learning rate and weight decay of each optimiser. Those of adamw and momentum were found at batch size 64 on 10,000
 # held-out training images, as was the label smoothing.
@@ -106,6 +106,8 @@ class Output:
     """How many of the last are kept, >= 1, beside the one with the best test accuracy."""
     profile: bool = False
     """Trace some steps, into RUN/profile."""
+    tensorboard: bool = False
+    """Scalars of each epoch in RUN/tensorboard."""
 
 
 @dataclasses.dataclass(frozen=True)

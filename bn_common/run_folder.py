@@ -39,6 +39,7 @@ from bn_common.record import (
 )
 from bn_common.shown import as_text, draw_curves, epoch_line, summary
 from bn_common.stopping import Stopped
+from bn_common.tensorboard import Scalars
 
 
 class Totals(NamedTuple):
@@ -86,6 +87,7 @@ class RunFolder:
         self.saved_step: int | None = None
         self.told_to_stop: Callable[[int], int | None] = lambda step: None
         self._open = contextlib.ExitStack()
+        self._scalars: Scalars | None = None
         self.metrics: list[dict[str, Any]] = []
         self.path = config.out or Path("runs")
         if not writes:
@@ -108,6 +110,9 @@ class RunFolder:
                 if not (self.path / name).exists():
                     write_whole(self.path / name, content.encode())
             self.metrics = read_metrics(self.path)
+            if config.tensorboard:
+                self._scalars = Scalars(self.path)
+                self._open.callback(self._scalars.close)
         except OSError as error:
             self.close()
             raise ValueError(f"--out is {self.path}: {error.strerror}; allowed: a folder that can be written") from None
@@ -305,6 +310,8 @@ class RunFolder:
         )
         if self.writes:
             write_together({self.path / WEIGHTS: content, self.path / METRICS: lines.encode()})
+        if self._scalars is not None:
+            self._scalars.write(line)
         self.say(epoch_line(line, self.config.epochs))
 
     def reached(self, epoch: int) -> bool:

@@ -15,6 +15,7 @@ FOLDERS = sorted(path.name for path in ROOT.iterdir() if any(path.glob("*.py")))
 OWN = {Path(name).stem for name in (*INSTALLED, *FOLDERS)}
 # Folder -> the extras that its imports may come from, beside the dependencies.
 EXTRAS = dict.fromkeys(INSTALLED, ()) | {"parity": ("torch",), "torch_bn": ("torch",), "benchmarks": ("bench",)}
+EXTRAS |= {"bn_common": ("tensorboard",)}
 # Where a distribution is called otherwise than the module.
 DISTRIBUTIONS = {"haiku": "dm-haiku", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
 OF_TESTS = {"convert_models", "nets_of_a_test", "no_such_module"}
@@ -43,8 +44,8 @@ def declared(*extras: str) -> set[str]:
     project = PYPROJECT["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     names = {name_of(line) for line in lines} - {project["name"]}
-    within = re.findall(rf"{project['name']}\[(\w+)\]", " ".join(lines))
-    return names | (declared(*within) if within else set())
+    within = re.findall(rf"{project['name']}\[([\w,]+)\]", " ".join(lines))
+    return names | (declared(*",".join(within).split(",")) if within else set())
 
 
 @pytest.mark.parametrize("place", sorted({*INSTALLED, *FOLDERS}))

@@ -153,7 +153,7 @@ def test_every_option_reaches_the_config():
     args += (
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
         " --until-accuracy 0.75 --resume --checkpoint-every 11 --keep-checkpoints 5 --deterministic"
-        " --sync-bn local --devices 3 --precision bfloat16 --profile"
+        " --sync-bn local --devices 3 --precision bfloat16 --profile --tensorboard"
         " --coordinator host:1234 --num-processes 4 --process-id 2 --config c.toml"
     )
     config = parse(Config, args.split(), prog="", description="")
@@ -178,6 +178,7 @@ def test_every_option_reaches_the_config():
         "num_processes": "4",
         "process_id": "2",
         "profile": "True",
+        "tensorboard": "True",
         "data": "fashion-mnist",
         "data_dir": "a",
         "out": "b",
