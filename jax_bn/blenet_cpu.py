@@ -17,6 +17,9 @@ vector registers idle where the last axis is 6 or 16 long. So:
 - A bias before a batch norm moves nothing but the moving mean, so it is added there. Its gradient is exactly 0, where
   `blenet.py` and PyTorch have rounding noise.
 
+Batches of a few examples run the layers, whatever the platform; of a symbolic size (`jax.export`) both forms are
+traced, and the size decides when it is known.
+
 No derivative is written by hand but for that choice; so all of JAX's transformations apply.
 """
 
@@ -62,7 +65,7 @@ def takes(model: Any, x: Array, train: bool) -> bool:
         return False
     # Flax has no public name for the interceptors; a test sees that they see the layers.
     watched = model.is_mutable_collection("intermediates") or bool(nn.module._global_interceptor_stack)
-    if watched or model.is_initializing() or x.shape[0] < FEWEST_EXAMPLES:
+    if watched or model.is_initializing() or is_small(x.shape[0]):
         return False
     if not train and model.fig_size > LARGEST_PREDICTED:
         return False
@@ -70,6 +73,14 @@ def takes(model: Any, x: Array, train: bool) -> bool:
     # Of variables that do not fit, `BLeNet.layers` says in Flax's words what is wrong.
     wanted = _shapes(model.clone(parent=None, name=None))
     return x.dtype in (jnp.float32, jnp.float64) and given == {path: (shape, x.dtype) for path, shape in wanted}
+
+
+def is_small(batch_size: Any) -> bool | None:
+    """Whether a batch is left to the layers; None of a symbolic size (`jax.export`) that may be either."""
+    try:
+        return bool(batch_size < FEWEST_EXAMPLES)
+    except jax.errors.InconclusiveDimensionOperation:
+        return None
 
 
 def apply(model: Any, x: Array, train: bool, mask: Array | None = None) -> Array:
@@ -103,11 +114,16 @@ def _by_platform(model: Any, variables: Any, x: Array, train: bool, mask: Array 
         logits, updated = model.apply(variables, x, train, mask, method="layers", mutable=["batch_stats"])
         return logits, updated["batch_stats"]
 
-    def cpu(variables: Any, x: Array, mask: Array | None) -> tuple[Array, Any]:
+    def blocks(variables: Any, x: Array, mask: Array | None) -> tuple[Array, Any]:
         # One for each of x's columns there, which are the examples.
         options = Options(model.momentum, model.epsilon, mask=mask, axis_name=model.axis_name, long_sum=LONG_SUM)
         return forward(variables["params"], variables["batch_stats"], x, options, train=train)
 
+    def by_size(variables: Any, x: Array, mask: Array | None) -> tuple[Array, Any]:
+        # Settled when the program is compiled for a size: the branch not taken costs nothing.
+        return lax.cond(jnp.asarray(x.shape[0]) < FEWEST_EXAMPLES, layers, blocks, variables, x, mask)
+
+    cpu = blocks if is_small(x.shape[0]) is False else by_size
     if model.platform == "cpu":
         return cpu(variables, x, mask)
     return lax.platform_dependent(variables, x, mask, cpu=cpu, default=layers)

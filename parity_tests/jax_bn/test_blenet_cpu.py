@@ -153,6 +153,22 @@ def test_few_examples_run_the_layers():
     assert "stablehlo.convolution" in _lowered("cpu", batch=blenet_cpu.FEWEST_EXAMPLES - 1)
 
 
+def test_a_symbolic_batch():
+    """Its form follows the size, once it is known: for each the same program as of that size from the start."""
+    model, variables, x, _ = case(1, 12, blenet_cpu.FEWEST_EXAMPLES, "float32")
+    predict = jax.jit(functools.partial(model.apply, train=False))
+    (size,) = jax.export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+    exported = jax.export.export(predict, platforms=("cpu", "cuda", "tpu"))(variables, shape)
+    if jax.default_backend() == "cpu":
+        for n in 1, blenet_cpu.FEWEST_EXAMPLES - 1, blenet_cpu.FEWEST_EXAMPLES:
+            assert (exported.call(variables, x[:n]) == predict(variables, x[:n])).all()
+    forms = [jax.export.export(predict, platforms=(name,))(variables, shape).mlir_module() for name in ("cpu", "tpu")]
+    products = [form.count("stablehlo.dot_general") for form in forms]
+    assert products[0] > 3, "the blocks are products, beside the layers' three"
+    assert products[1] == 3
+
+
 def test_large_images_are_predicted_by_the_layers():
     largest = blenet_cpu.LARGEST_PREDICTED
     assert "stablehlo.convolution" in _lowered("cpu", fig_size=largest + 1, train=False)
