@@ -15,9 +15,10 @@ from bn_common.checks import check_epsilon, check_int, check_momentum, check_rea
 NUM_CLASS = 10
 
 # What a run may be continued with otherwise: no number of it changes, with the number of devices the last digits. (What
-# the data are, their digest tells.)
+# the data are, their digest tells, and so what their pixels' mean is.)
 MAY_CHANGE = frozenset({"config", "out", "resume", "checkpoint_every", "keep_checkpoints", "until_accuracy", "profile"})
 MAY_CHANGE |= {"tensorboard", "data", "data_dir", "devices", "coordinator", "num_processes", "process_id"}
+MAY_CHANGE |= {"pixel_mean", "pixel_std"}
 
 # Learning rate and weight decay of each optimiser. Those of adamw and momentum were found at batch size 64 on 10,000
 # held-out training images, as was the label smoothing.

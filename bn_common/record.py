@@ -15,7 +15,7 @@ import numpy as np
 from bn_common.config import MAY_CHANGE, NUM_CLASS, Config
 from bn_common.conventions import PROJECT
 from bn_common.files import LOCK, check_can_be_made, lock
-from image_data import ImageDataset
+from image_data import ImageDataset, pixel_mean_and_std
 
 CONFIG, METRICS, WEIGHTS, CURVES = "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
 OPTIONS = "config.toml"
@@ -33,12 +33,15 @@ def identity_of(dataset: ImageDataset) -> dict[str, Any]:
     sha256 = hashlib.sha256()
     for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
         sha256.update(repr(array.shape).encode() + np.ascontiguousarray(array).data)
+    mean, std = pixel_mean_and_std(dataset.train_images)
     return {
         "network": "BLeNet",
         "fig_size": dataset.train_images.shape[1],
         "num_class": NUM_CLASS,
         "convention": {name: v for name, v in PROJECT._asdict().items() if name != "momentum"},
         "data_sha256": sha256.hexdigest(),
+        "pixel_mean": float(mean),
+        "pixel_std": float(std),
     }
 
 

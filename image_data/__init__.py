@@ -3,7 +3,7 @@
 from image_data.batches import epoch_batches, epoch_order, padded_batches, steps_per_epoch
 from image_data.dataset import ImageDataset, load_folder, read_images, read_labels
 from image_data.idx import read_idx, write_idx
-from image_data.sources import load_fashion_mnist, load_sample
+from image_data.sources import FASHION_MNIST_CLASSES, load_fashion_mnist, load_sample
 from image_data.standardization import (
     FeatureStatistics,
     feature_statistics,
@@ -13,6 +13,7 @@ from image_data.standardization import (
 )
 
 __all__ = [
+    "FASHION_MNIST_CLASSES",
     "FeatureStatistics",
     "ImageDataset",
     "epoch_batches",

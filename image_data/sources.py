@@ -9,6 +9,10 @@ from pathlib import Path
 from image_data.dataset import ImageDataset, is_complete, load_folder
 from image_data.download import Progress, download
 
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+"""What the labels 0 to 9 of Fashion-MNIST are called."""
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 SAMPLE_NOTICE = (

@@ -14,7 +14,12 @@ INSTALLED = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-includ
 FOLDERS = sorted(path.name for path in ROOT.iterdir() if any(path.glob("*.py")))
 OWN = {Path(name).stem for name in (*INSTALLED, *FOLDERS)}
 # Folder -> the extras that its imports may come from, beside the dependencies.
-EXTRAS = dict.fromkeys(INSTALLED, ()) | {"parity": ("torch",), "torch_bn": ("torch",), "benchmarks": ("bench",)}
+EXTRAS = dict.fromkeys(INSTALLED, ()) | {
+    "jax_bn": ("export",),
+    "parity": ("torch",),
+    "torch_bn": ("torch",),
+    "benchmarks": ("bench",),
+}
 EXTRAS |= {"bn_common": ("tensorboard",)}
 # Where a distribution is called otherwise than the module.
 DISTRIBUTIONS = {"haiku": "dm-haiku", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}

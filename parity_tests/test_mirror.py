@@ -14,7 +14,7 @@ WINGS = {"jax_bn": "JAX only", "torch_bn": "PyTorch only"}
 FILES = {wing: {path.stem for path in (ROOT / wing).glob("*.py")} - {"__init__"} for wing in WINGS}
 PAIRS = sorted(FILES["jax_bn"] & FILES["torch_bn"])
 
-FILES_ALONE = {"jax_bn": {"blenet_cpu", "mesh", "nnx", "settings"}, "torch_bn": {"native"}}
+FILES_ALONE = {"jax_bn": {"blenet_cpu", "export", "mesh", "nnx", "settings"}, "torch_bn": {"native"}}
 # Frameworks differ in how they differentiate (transposing, or a function of autograd's), in where state lives
 # (collections, or buffers), and in what they leave to their users (devices, layouts, initial values).
 ALONE = {

@@ -1,0 +1,113 @@
+"""Write a run's network into one file that predicts without this project: by `jax.export`, for CPU, CUDA and TPU.
+
+    python -m jax_bn.export runs/mine --out fashion.jaxexport
+
+Weights, moving statistics and the standardisation of the images are inside. A program with nothing but JAX (and
+flatbuffers, which JAX reads such files with) has the logits of raw images, from one image on:
+
+    predict = jax.jit(jax.export.deserialize(bytearray(open("fashion.jaxexport", "rb").read())).call)
+    logits = predict(images)    # uint8 [b, 28, 28] -> float32 [b, 10]; jax.nn.softmax(logits) are the probabilities
+
+JAX only: PyTorch has no such files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from bn_common.command_line import parse, refuse
+from bn_common.config import NUM_CLASS
+from bn_common.files import write_whole
+from bn_common.trained import Trained, check_new_file, check_weights, read_trained
+from jax_bn.blenet import BLeNet
+
+PROG = "python -m jax_bn.export"
+PLATFORMS = ("cpu", "cuda", "tpu")
+# What the exported function is called: all that such a file says of its classes.
+FASHION_MNIST, ANY = "fashion_mnist_logits", "logits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is exported, and where to."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder, of train_jax.py."""
+    out: Path
+    """The new file."""
+
+
+def network(run: Trained) -> tuple[BLeNet, Mapping[str, Any]]:
+    """The network of a run, and its variables.
+
+    Raises:
+      ValueError: the weights are another network's.
+    """
+    dtype = None if run.precision == "float32" else jnp.dtype(run.precision)
+    model = BLeNet(fig_size=run.fig_size, num_class=NUM_CLASS, epsilon=run.epsilon, dtype=dtype)
+    x = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32)
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
+    check_weights(run.weights, {name: v.shape for name, v in flatten_dict(variables, sep="/").items()})
+    return model, unflatten_dict(dict(run.weights), sep="/")
+
+
+def predictor(run: Trained) -> Callable[[Array], Array]:
+    """The function that is exported: raw images uint8 [b, H, W] -> logits float32 [b, num_class]."""
+    model, variables = network(run)
+
+    def logits(images: Array) -> Array:
+        # As values that only the run knows, by a 0 made of a pixel: what a compiler works out of constants beforehand,
+        # it rounds otherwise than the module does, whose variables are arguments.
+        zero = (images[:1, 0, 0] // 255 // 2)[0].astype(np.float32)
+        given, levels = jax.tree.map(lambda v: v + jnp.broadcast_to(zero, v.shape), (variables, run.levels))
+        x = levels.at[images].get(mode="promise_in_bounds")
+        found: Any = model.apply(given, x[..., None], train=False)
+        return found
+
+    logits.__name__ = FASHION_MNIST if run.is_fashion_mnist else ANY
+    return logits
+
+
+def exported(run: Trained) -> bytes:
+    """The file's content. Each platform has the form of BLeNet that it runs fastest, whatever this machine is.
+
+    Raises:
+      ValueError: flatbuffers is not installed, or the weights are another network's.
+    """
+    try:
+        importlib.import_module("flatbuffers")
+    except ImportError:
+        raise ValueError("flatbuffers is not installed; allowed: pip install 'blenet-parity[export]'") from None
+    (size,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((size, run.fig_size, run.fig_size), np.uint8)
+    return bytes(jax.export.export(jax.jit(predictor(run)), platforms=PLATFORMS)(images).serialize())
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The program: exit status 2 and one line for what it refuses."""
+    options = parse(Options, args, prog=PROG, description=__doc__ or "")
+    try:
+        check_new_file("--out", options.out)
+        content = exported(read_trained(options.run, "jax"))
+        write_whole(options.out, content)
+    except ValueError as error:
+        refuse(PROG, str(error))
+    except OSError as error:
+        refuse(PROG, f"--out is {options.out}: {error.strerror}; allowed: a new file")
+    print(f"{options.out}: {len(content):,} bytes, for {', '.join(PLATFORMS)}")
+
+
+if __name__ == "__main__":
+    main()
