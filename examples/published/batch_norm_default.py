@@ -1,7 +1,7 @@
 """A guide that says Flax's default momentum is 0.9; it is 0.99.
 
 Where: https://github.com/google/flax, commit 18f8f311c275d57f46d95e41b15aa97b454754c0,
-docs/guides/converting_and_upgrading/convert_pytorch_to_flax.rst:174 says that `torch.nn.BatchNorm2d` uses 0.1 by default,
+docs/guides/converting_and_upgrading/convert_pytorch_to_flax.rst:174: `torch.nn.BatchNorm2d` has 0.1 by default,
 Flax's `nn.BatchNorm` 0.9, and that this is the same computation. It is, for 0.9, which the guide's own code writes out;
 but the default is 0.99 (flax/linen/normalization.py:310, flax/nnx/nn/normalization.py:295).
 

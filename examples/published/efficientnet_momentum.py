@@ -1,7 +1,7 @@
 """bonsai's EfficientNet b5 to b7: momentum 0.1 in an NNX batch norm, where the checkpoint's has 0.99.
 
 Where: https://github.com/jax-ml/bonsai, commit 36284254cf738d99c1c5d1e3a292d27656a0a365,
-bonsai/models/efficientnet/modeling.py:92, :96 and :100 (`"SAME", 1e-1, 1e-3`) hand 0.1 to `nnx.BatchNorm(momentum=...)`,
+bonsai/models/efficientnet/modeling.py:92, :96, :100 (`"SAME", 1e-1, 1e-3`) hand 0.1 to `nnx.BatchNorm(momentum=...)`,
 the weight of the old value; b0 to b4 have 0.99 there. The port is compared with timm's `tf_efficientnet_b5_ap`, whose
 batch norm has `BN_MOMENTUM_TF_DEFAULT = 1 - 0.99` (timm/models/_efficientnet_builder.py:36 at commit
 aa4b5850c1543fa488abf260f18390eda46cf85d), 0.01 as the weight of the new value. Its test compares prediction.
