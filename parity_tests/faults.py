@@ -43,12 +43,13 @@ def small_folder(folder: Path) -> Path:
 
 
 def start(program: str, data: Path, out: Path, *more: str) -> subprocess.Popen:
-    """The program on those data, its output in pipes; Ctrl-C is not ignored, whatever started us."""
+    """The program on those data, its output in pipes; no signal is ignored, whatever started us (as `nohup` does)."""
     command = [sys.executable, *PROGRAMS[program], "--data-dir", str(data), "--out", str(out), *OPTIONS, *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | QUICKLY_COMPILED, **pipes)
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return process
 
 
