@@ -45,18 +45,19 @@ def identity_of(dataset: ImageDataset) -> dict[str, Any]:
     }
 
 
-def readrecord_of(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
     """What config.json in a run folder says; None if there is none, or it is no run's."""
     try:
         record = json.loads((path / CONFIG).read_bytes())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.keys() >= record_of(Config(), "").keys() else None
+    # What changes no number may be missing: an option that is new does not make another run of an older one.
+    return record if isinstance(record, dict) and record.keys() >= record_of(Config(), "").keys() - MAY_CHANGE else None
 
 
 def recorded_config(path: Path) -> Config:
     """The configuration of the run in a folder. ValueError if there is none."""
-    record = readrecord_of(path)
+    record = read_record(path)
     if record is None:
         raise ValueError(f"--out is {path}, which holds no run; allowed with --resume: a folder with one")
     names = {field.name for field in dataclasses.fields(Config)} & record.keys()
@@ -80,7 +81,7 @@ def refuse_other(path: Path, mine: Mapping[str, Any]) -> None:
       mine: what is to be run: names and values as config.json has them, all of them or some.
     """
     check_can_be_made("--out", path)
-    theirs = readrecord_of(path)
+    theirs = read_record(path)
     if theirs is None:
         held = [name for name in (CONFIG, OPTIONS, METRICS, WEIGHTS, CURVES) if os.path.exists(path / name)]
         if held:

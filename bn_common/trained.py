@@ -12,7 +12,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from bn_common.checks import require
-from bn_common.record import WEIGHTS, readrecord_of
+from bn_common.record import WEIGHTS, read_record
 from image_data import FASHION_MNIST_CLASSES
 
 PROGRAMS = {"jax": "train_jax.py", "torch": "python -m torch_bn.training"}
@@ -64,7 +64,7 @@ def read_trained(path: Path, framework: str | None = None) -> Trained:
     Raises:
       ValueError: no run, one of the other framework, none of its epochs finished, damaged weights.
     """
-    record = readrecord_of(path)
+    record = read_record(path)
     if record is None:
         raise ValueError(f"the run is {path}, which holds none; allowed: the folder that a training program has left")
     theirs = record["framework"]

@@ -107,6 +107,17 @@ def test_the_same_run_goes_on(tmp_path):
     assert [(line["epoch"], line["test_loss"]) for line in lines] == [(1, 0.5), (2, 0.6)]
 
 
+def test_a_run_from_before_an_option_goes_on(tmp_path):
+    """config.json lacks an option that changes no number: it is the same run all the same."""
+    run = open_run(tmp_path, epochs=3)
+    end_epoch(run, 0)
+    run.close()
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["tensorboard"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert [line["epoch"] for line in open_run(tmp_path, epochs=3).metrics] == [1]
+
+
 OTHER = {"epochs": 11, "seed": 1, "bn_momentum": 0.8, "bn_eps": 1e-3, "optimizer": "sgd", "lr": 0.5}
 
 
