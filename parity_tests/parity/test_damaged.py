@@ -142,3 +142,10 @@ def test_inputs_that_are_damaged(tmp_path):
         for damaged in damage.every_kind(damage.bytes_of(write), np.random.default_rng(1), 100):
             (tmp_path / name).write_bytes(damaged)
             damage.tried(lambda name=name: read_arrays("--inputs", tmp_path / name), len(damaged))
+
+
+def test_objects_are_refused_for_what_they_are(tmp_path):
+    """They would have to be unpickled, which runs whatever the file says."""
+    np.savez(tmp_path / "objects.npz", a=np.array([{}, 1], object))
+    with pytest.raises(ValueError, match="objects of Python's; allowed: numbers"):
+        array_files.read(tmp_path / "objects.npz")
