@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,10 +28,9 @@ from parity.diagnosis.mistakes import UNEXPLAINED
 from parity.diagnosis.optimizer.family import findings as optimizer_findings
 from parity.diagnosis.parameters.conversion import conversion_findings
 from parity.diagnosis.product.rounded import precision_findings
-from parity.pairing.layers import pairing_of
 from parity.pairing.pairs import Pairing
 from parity.pairing.recut import cut
-from parity.pairing.translation import Translation, translated
+from parity.pairing.translation import Translation
 from parity.records.answers import matched
 from parity.records.evidence import Evidence
 from parity.records.kinds import HALF
@@ -41,27 +40,6 @@ from parity.report.verdict import Numbers, Stop, layer_rows, which
 
 LEAST_FELT = 1e-9
 """Of the largest gradient: a place with a smaller one leaves no trace in the output."""
-
-
-def of_dumps(torch: Evidence, flax: Evidence, layer_map: Mapping[str, str] | None) -> Judge:
-    """Two dumps side by side; the run in single-layer mode counts only where it was fed this very dump."""
-    if flax.details.get("fed_by") != torch.sha256:
-        flax.forced = None
-    pairing = pairing_of(torch.free, flax.free, layer_map, same_weights=True)
-    translation = translated(torch.free, flax.forced or flax.free, pairing)
-    judge = Judge(torch, flax, translation)
-    given = [made.details["inputs"] for made in (torch, flax)]
-    if None not in given and given[0] != given[1]:
-        judge.notes.append("the two dumps were given different inputs")
-    if judge.other_weights:
-        judge.notes.append(
-            f"{len(judge.other_weights)} of {len(pairing.tensors())} tensors differ before the run, "
-            f"{judge.other_weights[0]} first: dump --weights takes the weights of the other dump"
-        )
-    if bool(torch.answers) != bool(flax.answers):
-        side = "PyTorch" if torch.answers else "Flax"
-        judge.notes.append(f"only {side}'s dump has an optimiser: the two rules were not compared")
-    return judge
 
 
 class Judge(cut.Sides):

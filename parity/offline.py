@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from parity.evidence.about import about
-from parity.judge import of_dumps
-from parity.pairing.translation import flat_layout_inputs
+from parity.judge import Judge
+from parity.pairing.layers import pairing_of
+from parity.pairing.translation import flat_layout_inputs, translated
 from parity.records import dump_file
 from parity.records.evidence import Evidence
 from parity.records.inputs import Inputs, calls
@@ -175,4 +176,25 @@ def compare(first: str | Path, second: str | Path, *, layer_map: Mapping[str, st
     ]:
         if a != b:
             raise ValueError(f"{key} is {a} in {torch.name} and {b} in {flax.name}; allowed: the same in both")
-    return of_dumps(torch, flax, layer_map).report()
+    return _judge(torch, flax, layer_map).report()
+
+
+def _judge(torch: Evidence, flax: Evidence, layer_map: Mapping[str, str] | None) -> Judge:
+    """Two dumps side by side; the run in single-layer mode counts only where it was fed this very dump."""
+    if flax.details.get("fed_by") != torch.sha256:
+        flax.forced = None
+    pairing = pairing_of(torch.free, flax.free, layer_map, same_weights=True)
+    translation = translated(torch.free, flax.forced or flax.free, pairing)
+    judge = Judge(torch, flax, translation)
+    given = [made.details["inputs"] for made in (torch, flax)]
+    if None not in given and given[0] != given[1]:
+        judge.notes.append("the two dumps were given different inputs")
+    if judge.other_weights:
+        judge.notes.append(
+            f"{len(judge.other_weights)} of {len(pairing.tensors())} tensors differ before the run, "
+            f"{judge.other_weights[0]} first: dump --weights takes the weights of the other dump"
+        )
+    if bool(torch.answers) != bool(flax.answers):
+        side = "PyTorch" if torch.answers else "Flax"
+        judge.notes.append(f"only {side}'s dump has an optimiser: the two rules were not compared")
+    return judge
