@@ -95,8 +95,14 @@ class Question(NamedTuple):
     optimizers: tuple[Callable[[Any], torch.optim.Optimizer], Any] | None = None
 
 
-def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by_layer: bool = False) -> Report:
-    """The report. layer_by_layer: single-layer mode in any case, and nothing but float64."""
+def _answer(
+    torch_module: Any, flax_module: Any, question: Question, *, layer_by_layer: bool = False, is_aside: bool = False
+) -> Report:
+    """The report. layer_by_layer: single-layer mode in any case, and nothing but float64.
+
+    is_aside: inputs and weights are aside already, where rounding decides nothing, see `evidence/aside.py`.
+    """
+    from parity.evidence import aside
     from parity.evidence.jax import FlaxRuns
     from parity.evidence.torch import TorchRuns
 
@@ -115,7 +121,13 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by
         # Which layer, tensor and axis is which; the weights go across; Flax on its own.
         inputs = torch_runs.inputs_for_flax(torch.free, called.flax)
         lifts = torch.details["parameters"] in HALF
-        options: dict[str, Any] = {"train": train, "loss": flax_loss, "flax_call": called.flax_call, "lifts": lifts}
+        options: dict[str, Any] = {
+            "train": train,
+            "loss": flax_loss,
+            "flax_call": called.flax_call,
+            "lifts": lifts,
+            "op_by_op": is_aside,
+        }
         flax_runs = FlaxRuns(flax_module, inputs, **options)
         if optimizers is not None:
             flax_runs.check_optimizer(optimizers[1])
@@ -135,6 +147,17 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, *, layer_by
             flax.forced = flax_runs.forced(translation)
         if judge.asks_for_rounding():
             torch.noise, flax.noise = torch_runs.noise(torch.free), flax_runs.noise(flax.free)
+        if not is_aside and (decided := judge.decided_by_rounding()):
+            moved = aside.module_aside(torch_runs)
+            weights = dict(moved.named_parameters(remove_duplicate=False))
+            there = question._replace(
+                called=aside.calls_aside(torch_runs, flax_runs, torch.free, called),
+                variables=aside.variables_aside(flax_runs.given, translation, torch.free.tensors, weights),
+            )
+            report = _answer(moved, flax_module, there, layer_by_layer=layer_by_layer, is_aside=True)
+            if told := aside.told(decided, report):
+                report.notes.append(told)
+                return report
         # The optimisers' rules by themselves; training, if all agrees so far: else a step only carries on what differs.
         if optimizers is not None:
             torch_runs.add_optimizer(torch, optimizers[0])

@@ -19,7 +19,7 @@ from parity.comparison.differences import (
     input_gradients,
     step_differences,
 )
-from parity.comparison.rounding import rounding
+from parity.comparison.rounding import explained, rounding
 from parity.diagnosis import places
 from parity.diagnosis.dropout import common_dropout, dropout_findings
 from parity.diagnosis.finding import Located, in_order
@@ -164,13 +164,27 @@ class Judge(cut.Sides):
         if d.phase == "optimizer":
             return max(STEP_BOUND, 30 * max(self.loss_rounds_by, self.flax.noise.get(("optimizer", NETWORK), 0.0)))
         bound = BACKWARD_BOUND if d.phase == "backward" else FORWARD_BOUND
-        phase = "backward" if d.phase == "loss" else d.phase
-        keys = (self.torch.noise, d.key), (self.flax.noise, (d.flax_layer, d.key[1]))
-        largest = [max((v for (p, _), v in noise.items() if p != "optimizer"), default=0.0) for noise, _ in keys]
-        measured = 30 * max(noise.get((phase, key), usual) for (noise, key), usual in zip(keys, largest, strict=True))
+        measured = self._measured(d)
         if d.phase in ("loss", "backward") and not local:
             measured = max(measured, 30 * self.loss_rounds_by)
         return max(bound, min(measured, MOST_NOISE if local else MOST_CARRIED))
+
+    def _measured(self, d: Difference) -> float:
+        phase = "backward" if d.phase == "loss" else d.phase
+        return explained(phase, (self.torch.noise, d.key), (self.flax.noise, (d.flax_layer, d.key[1])))
+
+    def decided_by_rounding(self) -> list[Difference]:
+        """Gradients that rounding decides, where all agrees forward: of two equal maxima, of a number next to 0.
+
+        There a side's own gradient jumps when it is nudged, by as much as the two sides differ.
+        """
+        return [d for d in self._jumps() if d.error <= self._measured(d)]
+
+    def _jumps(self) -> list[Difference]:
+        """Gradients that are farther apart than any rounding that is carried along, where forward all agrees."""
+        failing = self._failing()
+        forward = any(d.phase == "forward" for d in failing)
+        return [] if forward else [d for d in failing if d.phase == "backward" and d.error > MOST_CARRIED]
 
     def _failing(self) -> list[Difference]:
         """What no rounding explains, in the order of the phases."""
@@ -235,12 +249,13 @@ class Judge(cut.Sides):
     def asks_for_rounding(self) -> bool:
         """Whether what the layers differ by may be rounding.
 
-        Larger differences no rounding explains, and where nothing local differs, rounding is what is carried along.
+        Larger differences no rounding explains, and where nothing local differs, rounding is what is carried along; but
+        it may decide which way a gradient goes.
         """
         if self.flax.forced is None:
             return False
         doubtful = [d for d in self.local if self.bound(d) < d.error]
-        return not doubtful or any(d.error <= MOST_NOISE for d in doubtful)
+        return not doubtful or any(d.error <= MOST_NOISE for d in doubtful) or bool(self._jumps())
 
     # Which mistakes it is.
 

@@ -18,6 +18,8 @@ from parity.records.kinds import is_floating
 from parity.records.recording import NETWORK, Recording
 
 STEP = 1e-6
+# So many times the measured rounding are allowed: it is that of one step, and another step rounds otherwise.
+MARGIN = 30
 # What is 0 but for rounding (a bias's gradient before a batch norm) says nothing of the rest of its layer.
 SMALL = 1e-6
 
@@ -45,6 +47,20 @@ def noise_of(base: Recording, plus: Recording, minus: Recording) -> Noise:
         if np.isfinite(value):
             found[place[:2]] = max(value, found.get(place[:2], 0.0))
     return found
+
+
+def explained(phase: str, *sides: tuple[Noise, tuple[str, int]]) -> float:
+    """What the rounding measured on either side explains; at a place where none was measured, the largest there is.
+
+    Args:
+      phase: of what is compared.
+      *sides: (what was measured, the side's own call).
+    """
+    found = 0.0
+    for noise, key in sides:
+        usual = max((v for (p, _), v in noise.items() if p != "optimizer"), default=0.0)
+        found = max(found, noise.get((phase, key), usual))
+    return MARGIN * found
 
 
 def rounding(rough: Recording, exact: Recording) -> Noise:

@@ -41,6 +41,7 @@ class FlaxRuns:
       loss: of the output; None: the default one.
       flax_call: see `parity.check`.
       lifts: in float64 what the module says to compute in 16 bits is computed in float64, too.
+      op_by_op: nothing is compiled, see `sides/jax/record.py`.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class FlaxRuns:
         loss: Callable | None,
         flax_call: Callable | None = None,
         lifts: bool = False,
+        op_by_op: bool = False,
     ) -> None:
         self.module, self.inputs, self.train, self.loss = module, Inputs.of(inputs), train, loss
         self.side = flax_side.side_of(module, flax_call)
-        self.side.lifts = lifts
+        self.side.lifts, self.op_by_op = lifts, op_by_op
         self.layers, self.shapes = flax_side.structure(self.side, self.inputs, train=train)
         self.variables: dict[str, Any] = {}
         self.carried: dict[str, Any] = {}
@@ -92,6 +94,7 @@ class FlaxRuns:
             force=force,
             gradients=gradients,
             programs=self.programs,
+            op_by_op=self.op_by_op,
         )
 
     @property
@@ -296,7 +299,14 @@ class FlaxRuns:
     def add_steps(self, evidence: Evidence, transform: Any, steps: int) -> None:
         """The parameters before the first step of training and after each."""
         evidence.states = flax_side.flax_steps(
-            self.side, self.variables, self.inputs, transform, steps, train=self.train, loss=self._loss()
+            self.side,
+            self.variables,
+            self.inputs,
+            transform,
+            steps,
+            train=self.train,
+            loss=self._loss(),
+            op_by_op=self.op_by_op,
         )
 
     def _loss(self) -> Callable:

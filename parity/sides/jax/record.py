@@ -56,6 +56,7 @@ def record(
     force: Force | None = None,
     gradients: bool = True,
     programs: dict | None = None,
+    op_by_op: bool = False,
     seed: int = 0,
 ) -> Recording:
     """Run the module forward and backward, and record every layer.
@@ -71,6 +72,8 @@ def record(
       force: for single-layer mode.
       gradients: take them too.
       programs: keeps what was compiled for the next run of the same module, variables' statistics and inputs' shapes.
+      op_by_op: nothing is compiled. What XLA fuses it computes several times, rounded otherwise each time: a maximum
+        may be equal to none of the numbers that it was taken of, and the gradient is lost.
       seed: of the random numbers in the run.
 
     Returns:
@@ -87,6 +90,7 @@ def record(
         given = call.arrays()
         floating = [i for i, v in enumerate(given) if jnp.issubdtype(v.dtype, jnp.floating)]
         run = _Run(side, layers, others, call, floating, train, loss, force, seed)
+        compiled = _as_it_is if op_by_op else _compiled
         recording = Recording("flax", layers, inputs=[_numpy(v) for v in given])
         recording.tensors = {name: _numpy(v) for name, v in every.items()}
         xs = [given[i] for i in floating]
@@ -94,10 +98,10 @@ def record(
         try:
             if gradients:
                 total, (by_parameter, by_input, by_probe), seen, run = _with_gradients(
-                    run, parameters, xs, None if force is not None else programs, (train, float64)
+                    run, parameters, xs, None if force is not None else programs, (train, float64), compiled
                 )
             else:
-                total, seen, run = _forward(run, parameters, xs, None if force is not None else programs)
+                total, seen, run = _forward(run, parameters, xs, None if force is not None else programs, compiled)
         except LossError:
             raise
         except Exception as error:  # whatever a stranger's module raises
@@ -114,21 +118,23 @@ def record(
     return recording
 
 
-def _with_gradients(run: _Run, parameters: Any, xs: Any, programs: dict | None, key: tuple) -> tuple:
+def _with_gradients(
+    run: _Run, parameters: Any, xs: Any, programs: dict | None, key: tuple, compiled: Callable
+) -> tuple:
     """(loss, gradients by parameters, inputs and probes, what was seen, the run that saw it)."""
     # A run without another side's arrays differs from the next in its arguments only.
     key = (*key, tuple((v.shape, v.dtype) for v in run.inputs.arrays()))
     kept = {} if programs is None else programs
     if key not in kept:
-        kept[key] = run, _program(run, parameters, xs)
+        kept[key] = run, _program(run, parameters, xs, compiled)
     run, whole = kept[key]
     return *whole(parameters, xs), run
 
 
-def _forward(run: _Run, parameters: Any, xs: Any, programs: dict | None) -> tuple:
+def _forward(run: _Run, parameters: Any, xs: Any, programs: dict | None, compiled: Callable) -> tuple:
     """(loss, what was seen, the run that saw it); a program that is kept takes the statistics as arguments, too."""
     if programs is None:
-        return *_compiled(lambda p, x: run(p, x, None))(parameters, xs), run
+        return *compiled(lambda p, x: run(p, x, None))(parameters, xs), run
     statistics = {name: v for name, v in run.others.items() if jnp.issubdtype(v.dtype, jnp.floating)}
     key = ("forward", run.train, *run.layers, *run.side.turns, *((v.shape, v.dtype) for v in run.inputs.arrays()))
     if key not in programs:
@@ -137,12 +143,12 @@ def _forward(run: _Run, parameters: Any, xs: Any, programs: dict | None) -> tupl
             run.others = {**run.others, **statistics}
             return run(parameters, xs, None)
 
-        programs[key] = run, _compiled(whole)
+        programs[key] = run, compiled(whole)
     run, whole = programs[key]
     return *whole(parameters, statistics, xs), run
 
 
-def _program(run: _Run, parameters: Any, xs: Any) -> Callable:
+def _program(run: _Run, parameters: Any, xs: Any, compiled: Callable) -> Callable:
     """(parameters, floating inputs) -> (loss, gradients by them and by the probes, what was seen)."""
     probes = jax.eval_shape(run.probes, parameters, xs)
 
@@ -151,7 +157,11 @@ def _program(run: _Run, parameters: Any, xs: Any) -> Callable:
         total, pull, seen = jax.vjp(run, parameters, xs, zeros, has_aux=True)
         return total, pull(jnp.ones_like(total)), seen
 
-    return _compiled(whole)
+    return compiled(whole)
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
 
 
 def _program_of(function: Callable, args: tuple) -> Callable:

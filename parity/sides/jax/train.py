@@ -81,7 +81,9 @@ class FlaxRun:
         return kinds["parameters"] | (kinds["statistics"] if train else {})
 
 
-def flax_step(side: Side, transform: optax.GradientTransformation, loss: Callable, *, train: bool = True) -> Callable:
+def flax_step(
+    side: Side, transform: optax.GradientTransformation, loss: Callable, *, train: bool = True, op_by_op: bool = False
+) -> Callable:
     """(parameters, statistics, state, inputs, *target) -> the same three after a step, and the loss before; jitted."""
 
     def intercept(path, call, args, kwargs):
@@ -96,14 +98,13 @@ def flax_step(side: Side, transform: optax.GradientTransformation, loss: Callabl
         check_loss(value, "JAX")
         return value.reshape(()), after
 
-    @jax.jit
     def step(tree, statistics, state, inputs, *target):
         (value, after), gradients = jax.value_and_grad(total, has_aux=True)(tree, statistics, inputs, *target)
         updates, state = transform.update(gradients, state, tree)
         # A rate that a schedule makes in float64 must not lift float32 parameters.
         return optax.apply_updates(tree, updates), {**statistics, **after}, state, value
 
-    return step
+    return step if op_by_op else jax.jit(step)
 
 
 def flax_steps(
@@ -115,10 +116,12 @@ def flax_steps(
     *,
     train: bool,
     loss: Callable,
+    op_by_op: bool = False,
 ) -> list[dict[str, NDArray]]:
     """As `torch_steps` of the other side; by full name."""
     with environment(float64=True):
-        run = FlaxRun(variables, transform, flax_step(side, transform, loss, train=train), dtype="float64")
+        take_step = flax_step(side, transform, loss, train=train, op_by_op=op_by_op)
+        run = FlaxRun(variables, transform, take_step, dtype="float64")
         states = [run.held(train=train)]
         for _ in range(steps):
             run.step(inputs)

@@ -6,6 +6,7 @@ with needed_by("PyTorch's side of the bridge"):
     from parity.sides.torch.ask import answers
     from parity.sides.torch.module import (
         COUNTER,
+        changed,
         has_dropout,
         lifted,
         load_state,
@@ -24,6 +25,7 @@ with needed_by("PyTorch's side of the bridge"):
 __all__ = [
     "COUNTER",
     "answers",
+    "changed",
     "check_optimizer",
     "default_dtype",
     "has_dropout",

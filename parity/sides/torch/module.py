@@ -53,6 +53,16 @@ def _floating(module: nn.Module) -> list[str]:
     return [n for n, v in (*module.named_parameters(), *module.named_buffers()) if v.is_floating_point()]
 
 
+def changed(module: nn.Module, change: Callable[[NDArray, int, float], NDArray]) -> nn.Module:
+    """A copy of the module whose floating parameters are change(parameter, its number, its dtype's eps)."""
+    module = copied(module)
+    with torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            if p.is_floating_point():
+                p.copy_(torch.from_numpy(change(numpy(p), i, torch.finfo(p.dtype).eps)))
+    return module
+
+
 def randomised(module: nn.Module) -> nn.Module:
     """A copy of the module in float64 with other weights, such as no symmetry leaves alike; the same each time."""
     module, random = lifted(module, float64=True), torch.Generator().manual_seed(20150211)
