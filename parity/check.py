@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parity.judge import Judge
 from parity.records.inputs import Calls, Inputs, calls
@@ -80,7 +81,7 @@ def check(
     called = calls(inputs, keywords, flax_inputs, flax_call)
     question = Question(called, train, layer_map, loss, variables, steps, optimizers)
     _check_arguments(torch_module, flax_module, question)
-    return _answer(torch_module, flax_module, question)
+    return _answer(torch_module, flax_module, question, Manner())
 
 
 class Question(NamedTuple):
@@ -95,14 +96,24 @@ class Question(NamedTuple):
     optimizers: tuple[Callable[[Any], torch.optim.Optimizer], Any] | None = None
 
 
-def _answer(
-    torch_module: Any, flax_module: Any, question: Question, *, layer_by_layer: bool = False, is_aside: bool = False
-) -> Report:
-    """The report. layer_by_layer: single-layer mode in any case, and nothing but float64.
+class Manner(NamedTuple):
+    """How the question is put.
 
-    is_aside: inputs and weights are aside already, where rounding decides nothing, see `evidence/aside.py`.
+    Attributes:
+      layer_by_layer: single-layer mode in any case, and nothing but float64.
+      is_aside: inputs and weights are aside already, where rounding decides nothing, see `evidence/aside.py`.
+      tables: of PyTorch's module, as Flax's code has them, see `evidence/constants.py`; None: not looked for yet.
     """
+
+    layer_by_layer: bool = False
+    is_aside: bool = False
+    tables: Mapping[str, NDArray] | None = None
+
+
+def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Manner) -> Report:
+    """The report."""
     from parity.evidence import aside
+    from parity.evidence.constants import rounded_constants
     from parity.evidence.jax import FlaxRuns
     from parity.evidence.torch import TorchRuns
 
@@ -113,6 +124,7 @@ def _answer(
         # PyTorch on its own, in float64.
         called = question.called
         torch_runs = TorchRuns(torch_module, called.torch or Inputs(), train=train, loss=torch_loss)
+        torch_runs.use(manner.tables or {})
         if optimizers is not None:
             torch_runs.check_optimizer(optimizers[0])
         torch = torch_runs.evidence()
@@ -126,7 +138,7 @@ def _answer(
             "loss": flax_loss,
             "flax_call": called.flax_call,
             "lifts": lifts,
-            "op_by_op": is_aside,
+            "op_by_op": manner.is_aside,
         }
         flax_runs = FlaxRuns(flax_module, inputs, **options)
         if optimizers is not None:
@@ -140,21 +152,30 @@ def _answer(
             if other is not None:
                 flax = flax if other is translation else flax_runs.evidence()
                 judge, translation = Judge(torch, flax, other), other
-        if judge.asks_for_own_dtype() and not layer_by_layer:
+        # What is float32 on one side alone: the same question, with float64 there too.
+        small = judge.first_small() if manner.tables is None else None
+        if small is not None and (constants := rounded_constants(torch_runs, flax_runs, translation)):
+            tables = {constant.name: constant.exact for constant in constants}
+            report = _answer(torch_module, flax_module, question, manner._replace(tables=tables))
+            if report.agrees_at(small.phase, small.key[0], small.quantity):
+                report.notes += [constant.text for constant in constants]
+                return report
+        if judge.asks_for_own_dtype() and not manner.layer_by_layer:
             torch_runs.add_own_dtype(torch)
             flax_runs.add_own_dtype(flax)
-        if judge.asks_for_layers() or layer_by_layer:
+        if judge.asks_for_layers() or manner.layer_by_layer:
             flax.forced = flax_runs.forced(translation)
         if judge.asks_for_rounding():
             torch.noise, flax.noise = torch_runs.noise(torch.free), flax_runs.noise(flax.free)
-        if not is_aside and (decided := judge.decided_by_rounding()):
+        # What rounding decides: the same question, a little aside of it.
+        if not manner.is_aside and (decided := judge.decided_by_rounding()):
             moved = aside.module_aside(torch_runs)
             weights = dict(moved.named_parameters(remove_duplicate=False))
             there = question._replace(
                 called=aside.calls_aside(torch_runs, flax_runs, torch.free, called),
                 variables=aside.variables_aside(flax_runs.given, translation, torch.free.tensors, weights),
             )
-            report = _answer(moved, flax_module, there, layer_by_layer=layer_by_layer, is_aside=True)
+            report = _answer(moved, flax_module, there, manner._replace(is_aside=True))
             if told := aside.told(decided, report):
                 report.notes.append(told)
                 return report
@@ -233,4 +254,4 @@ def trace(
     need("parity.trace", *BOTH)
     question = Question(calls(inputs, keywords, flax_inputs, flax_call), train, layer_map, loss)
     _check_arguments(torch_module, flax_module, question)
-    return _answer(torch_module, flax_module, question, layer_by_layer=True)
+    return _answer(torch_module, flax_module, question, Manner(layer_by_layer=True))

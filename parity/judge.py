@@ -169,6 +169,11 @@ class Judge(cut.Sides):
             measured = max(measured, 30 * self.loss_rounds_by)
         return max(bound, min(measured, MOST_NOISE if local else MOST_CARRIED))
 
+    def first_small(self) -> Difference | None:
+        """What differs first, if it does so forward and by no more than what rounding may have become on its way."""
+        first = next(iter(self._failing()), None)
+        return first if first is not None and first.phase == "forward" and first.error <= MOST_CARRIED else None
+
     def _measured(self, d: Difference) -> float:
         phase = "backward" if d.phase == "loss" else d.phase
         return explained(phase, (self.torch.noise, d.key), (self.flax.noise, (d.flax_layer, d.key[1])))

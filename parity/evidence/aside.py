@@ -86,8 +86,7 @@ def told(decided: Sequence[Difference], report: Report) -> str:
       decided: the gradients that rounding decides, from behind.
       report: of the modules aside.
     """
-    agrees = {(row.phase, row.torch_layer, row.quantity) for row in report.layers if row.ok}
-    if not decided or any((d.phase, d.key[0], d.quantity) not in agrees for d in decided[:1]):
+    if not report.agrees_at(decided[0].phase, decided[0].key[0], decided[0].quantity):
         return ""
     first = decided[0]
     return (

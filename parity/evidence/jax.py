@@ -312,6 +312,10 @@ class FlaxRuns:
     def _loss(self) -> Callable:
         return self.loss or partial(flax_side.default_loss, swapped=self.swapped)
 
+    def constants(self, *, float64: bool) -> list[NDArray]:
+        """The numbers that the module's code brings with it, see `sides/jax/constants.py`."""
+        return flax_side.constants(self.side, self.variables, self.inputs, train=self.train, float64=float64)
+
     def noise(self, free: Recording) -> Noise:
         """How much of the free run is rounding."""
         return noise_of(free, self.run(step=STEP), self.run(step=-STEP)) if free.failure is None else {}

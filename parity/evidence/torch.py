@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,14 @@ class TorchRuns:
             if own.failure is not None and own.failure.cause is not None and not own.has_ended:
                 raise own.failure.cause
         return found
+
+    def tables(self, partnered: Collection[str]) -> dict[str, NDArray]:
+        """Tensors that are no parameters, by name, but for those that have a partner."""
+        return {name: a for name, a in torch_side.tables(self.own).items() if name not in partnered}
+
+    def use(self, tables: Mapping[str, NDArray]) -> None:
+        """Go on, in float64, with these in their places."""
+        self.module = torch_side.with_tables(self.own, tables) if tables else self.module
 
     def random(self) -> Recording:
         """The run on its own with random weights: what it gives is chance, unless the other side is the same."""

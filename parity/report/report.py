@@ -53,6 +53,12 @@ class Report:
         """No divergence and no diagnosis."""
         return self.first_divergence is None and not self.diagnoses
 
+    def agrees_at(self, phase: str, torch_layer: str, quantity: str) -> bool:
+        """Whether that number was compared, and agrees."""
+        wanted = phase, torch_layer, quantity
+        here = [row for row in self.layers if (row.phase, row.torch_layer, row.quantity) == wanted]
+        return bool(here) and all(row.ok for row in here)
+
     def is_first(self, row: LayerRow) -> bool:
         """Whether this row is the first divergence."""
         first = self.first_divergence

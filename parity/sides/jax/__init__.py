@@ -4,6 +4,7 @@ from parity.sides.installed import needed_by
 
 with needed_by("Flax's side of the bridge"):
     from parity.sides.jax.ask import answers, check_transform, is_float32_inside
+    from parity.sides.jax.constants import constants
     from parity.sides.jax.layers import layers_of, structure
     from parity.sides.jax.linen import LinenSide
     from parity.sides.jax.module import Side, default_loss, environment, flat, lifted, nested, versions
@@ -18,6 +19,7 @@ __all__ = [
     "Side",
     "answers",
     "check_transform",
+    "constants",
     "default_loss",
     "environment",
     "flat",

@@ -20,6 +20,7 @@ with needed_by("PyTorch's side of the bridge"):
         without_dropout,
     )
     from parity.sides.torch.record import default_dtype, layers_of, own_dtype, products, record
+    from parity.sides.torch.tables import tables, with_tables
     from parity.sides.torch.train import check_optimizer, torch_steps
 
 __all__ = [
@@ -40,8 +41,10 @@ __all__ = [
     "put",
     "randomised",
     "record",
+    "tables",
     "to_dtype",
     "torch_steps",
     "versions",
+    "with_tables",
     "without_dropout",
 ]
