@@ -310,6 +310,8 @@ class Diagnosis:
             before = tensors["before"]
             kernel = before["kernel"] if "kernel" in before else before["scale"]
             dkernel = tensors["gradient"].get("kernel", tensors["gradient"].get("scale"))
+            if pair.is_out_in:
+                kernel, dkernel = kernel.T, None if dkernel is None else dkernel.T
             dx = call.input_gradients[0] if is_torch else mine.input_gradients[0] if mine.input_gradients else None
             sides.append(
                 ProductSide(

@@ -154,7 +154,7 @@ def _apart(ts: Sequence[Layer], fs: Sequence[Layer], positions: tuple[dict, dict
     return apart / max(float(apart.max(initial=0.0)), 1.0)
 
 
-OPTIONS = kinds.IN_OUT, "transpose_kernel"
+OPTIONS = kinds.IN_OUT, kinds.OUT_IN, "transpose_kernel"
 """What a layer's config says of its tensors that their shapes do not."""
 
 _Look = tuple[str, Any, tuple[tuple[str, Shape], ...]]

@@ -28,10 +28,12 @@ def _reorder(pair: LayerPair, torch: Structure, flax: Structure, shapes: Mapping
 
     def reads_all(tensor: rules.TensorPair) -> bool:
         moved = shapes[pair.torch.tensors[tensor.torch_name]]
-        is_matrix = len(moved) == 2 and moved[1] == size and pair.kind == "linear"
+        inputs = 0 if pair.torch.config.get(kinds.IN_OUT) else 1
+        is_matrix = len(moved) == 2 and moved[inputs] == size and pair.kind == "linear"
         return tensor.fits and (is_matrix or (pair.kind != "linear" and moved == (size,)))
 
-    pair.tensors = [rules.with_flatten(t, shape) if reads_all(t) else t for t in pair.tensors]
+    out_in = pair.is_out_in
+    pair.tensors = [rules.with_flatten(t, shape, out_in=out_in) if reads_all(t) else t for t in pair.tensors]
 
 
 def flatten_shape(torch: Flattened | None, flax: Flattened | None) -> tuple[int, int] | None:

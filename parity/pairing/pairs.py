@@ -32,6 +32,11 @@ class LayerPair:
         """The kind; PyTorch's where they differ and it is known."""
         return kinds.common(self.torch.kind, self.flax.kind)
 
+    @property
+    def is_out_in(self) -> bool:
+        """Whether it is a linear layer whose matrix is [out, in] in Flax, too."""
+        return bool(self.flax.config.get(kinds.OUT_IN))
+
 
 @dataclass
 class Pairing:
@@ -160,7 +165,7 @@ class Pairing:
                 pair.tensors = [
                     rules.each_with_flatten(t, shape)
                     if each
-                    else rules.with_flatten(t, shape)
+                    else rules.with_flatten(t, shape, out_in=pair.is_out_in)
                     if _is_matrix(pair, t)
                     else t
                     for t in pair.tensors

@@ -164,6 +164,7 @@ def pair_tensors(
       torch_shapes: local name -> shape, parameters and statistics ("out_proj.weight" for a sub-layer's).
       flax_shapes: local name -> shape, without the collection ("query/kernel" for a sub-layer's).
       options: what shapes do not say: {"in_out": True} of a linear layer whose PyTorch matrix is [in, out], as GPT-2's;
+        {"out_in": True} of one whose Flax matrix is [out, in];
         {"transpose_kernel": True} of a transposed convolution with as many channels in
         as out (default: False, as in Flax).
 
@@ -200,12 +201,13 @@ def pair_tensors(
     return Paired(pairs, torch_left, flax_left)
 
 
-def with_flatten(pair: TensorPair, shape: Sequence[int]) -> TensorPair:
+def with_flatten(pair: TensorPair, shape: Sequence[int], *, out_in: bool = False) -> TensorPair:
     """The pair of a linear layer's matrix, its inputs reordered: it stands behind a flatten of [C, *spatial].
 
     Args:
       pair: of a linear kernel.
       shape: (C, *spatial), what PyTorch flattens, without the batch.
+      out_in: Flax's matrix is [out, in].
 
     Returns:
       The pair with both moves extended: Flax's inputs come as *spatial, C.
@@ -216,12 +218,14 @@ def with_flatten(pair: TensorPair, shape: Sequence[int]) -> TensorPair:
     to_flax = np.moveaxis(order, 0, -1).ravel()
     to_torch = np.argsort(to_flax)
 
+    def ordered(b: NDArray, order: NDArray) -> NDArray:
+        return b[..., order] if out_in else b.reshape(size, -1)[order].reshape(b.shape)
+
     def forward(a: NDArray) -> NDArray:
-        b = pair.to_flax(a)
-        return b.reshape(size, -1)[to_flax].reshape(b.shape)
+        return ordered(pair.to_flax(a), to_flax)
 
     def backward(b: NDArray) -> NDArray:
-        return pair.to_torch(b.reshape(size, -1)[to_torch].reshape(b.shape))
+        return pair.to_torch(ordered(b, to_torch))
 
     return pair._replace(to_flax=forward, to_torch=backward)
 
@@ -289,8 +293,10 @@ def _by_shape(
 def _with_options(rule: Rule, options: Mapping[str, Any]) -> Rule:
     if rule.kind == "conv_transpose" and options.get("transpose_kernel"):
         return rule._replace(layouts=tuple(reversed(rule.layouts)))
-    if rule.kind == "linear" and OUT_IN in rule.layouts and options.get(kinds.IN_OUT):
-        return rule._replace(layouts=(SAME,))
+    if rule.kind == "linear" and OUT_IN in rule.layouts:
+        torch_is_usual, flax_is_usual = (not options.get(name) for name in (kinds.IN_OUT, kinds.OUT_IN))
+        if torch_is_usual != flax_is_usual:
+            return rule._replace(layouts=(SAME,))
     return rule
 
 

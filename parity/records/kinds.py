@@ -66,6 +66,8 @@ Shape = tuple[int, ...]
 
 IN_OUT = "in_out"
 """In a linear layer's config: PyTorch's matrix is [in, out], as Flax's."""
+OUT_IN = "out_in"
+"""In a linear layer's config: Flax's matrix is [out, in], as PyTorch's."""
 
 MADE_OF = "parametrizations."
 """In PyTorch, the beginning of the names of tensors that a layer makes its own of: they are no weights of the kind."""

@@ -91,6 +91,19 @@ def test_the_corner_of_the_causal_mask(swap):
 
 
 @SWAP
+def test_queries_of_another_text_than_the_keys(swap):
+    """In cross-attention the last projections before the result are as long as the other text."""
+    made = {name: projected(length, WIDTH, seed) for seed, (name, length) in enumerate(
+        (("q", LENGTH), ("self", LENGTH), ("k", 9), ("v", 9)))}  # fmt: skip
+    q, _, k, v = (torch.from_numpy(a).reshape(N, -1, HEADS, SIZE).transpose(1, 2) for a in made.values())
+    sources = [Source(f"the output of {name}", a) for name, a in reversed(made.items())]
+    sources.append(Source("the output of qkv", projected(9)))
+    assert codes(sources, attended(q, k, v), attended(q, k, v, scale=1.0), swap) == ["attention-scale"]
+    alike = attended(q, k, v)[:, ::-1]  # nothing that attention of these gives
+    assert codes(sources, attended(q, k, v), alike, swap) == ["unexplained"]
+
+
+@SWAP
 def test_what_is_no_mask(swap):
     """A bias that grows with the distance, and weights dropped at random."""
     u, rng = projected(), np.random.default_rng(5)

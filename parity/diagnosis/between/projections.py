@@ -61,7 +61,7 @@ class Arrays(NamedTuple):
 
 
 def projections(sources: Sequence[Source], o: Array) -> Iterator[tuple[Heads, Arrays]]:
-    """Every way to read query, key, value and result as heads."""
+    """Every way to read query, key, value and result as heads; there are as many queries as results."""
     width = o.shape[-1]
     counts = [n for n in range(1, width + 1) if width % n == 0]
     outputs = [s for s in sources if s.name.startswith("the output")][:MOST_PROJECTIONS]
@@ -70,7 +70,7 @@ def projections(sources: Sequence[Source], o: Array) -> Iterator[tuple[Heads, Ar
             continue  # the same
         result = _heads(o, count, merged)
         for source in outputs:
-            if source.value.shape[-1] == 3 * width:
+            if source.value.shape[1:] == (o.shape[1], 3 * width):
                 sizes = {"qkv": 3, "head": count, "channel": width // count}
                 for split in SPLITS:
                     axes = split.split(", ")
@@ -82,6 +82,8 @@ def projections(sources: Sequence[Source], o: Array) -> Iterator[tuple[Heads, Ar
                         q, k, v = (parts[order.index(letter)] for letter in "qkv")
                         yield Heads(source.name, count, split, order, merged=merged), Arrays(q, k, v, result)
         for split, three in itertools.product(MERGED, itertools.permutations(outputs, 3)):
+            if three[0].value.shape[1] != o.shape[1]:
+                continue  # of another text: in cross-attention only keys and values are
             name = ", ".join(s.name for s in sorted(three, key=lambda s: outputs.index(s), reverse=True))
             for shared, (q, k, v) in _three([s.value for s in three], count, width, split):
                 heads = Heads(name, count, split, ", ".join(s.name for s in three), shared, merged)

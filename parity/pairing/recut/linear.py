@@ -53,8 +53,15 @@ def sizes_of(layer: Layer, structure: Structure, framework: str) -> Sizes | None
         return Sizes(inputs, outputs, kernels[0], next(iter(biases), None))
     if framework == "torch" and len(shape) != 2:
         return None
-    first = shape[0] if framework == "flax" or layer.config.get(kinds.IN_OUT) else shape[1]
-    return Sizes(first, size // first, kernels[0], next(iter(biases), None))
+    inputs, bias = shape[-1] if _is_out_in(layer, framework) else shape[0], next(iter(biases), None)
+    if bias is not None and np.prod(shapes[bias]) != size // inputs:
+        return None  # which of its axes are the outputs is not known
+    return Sizes(inputs, size // inputs, kernels[0], bias)
+
+
+def _is_out_in(layer: Layer, framework: str) -> bool:
+    """Whether the outputs are the first axis of a linear layer's matrix."""
+    return bool(layer.config.get(kinds.OUT_IN) if framework == "flax" else not layer.config.get(kinds.IN_OUT))
 
 
 def role_of(path: str) -> str | None:
@@ -148,10 +155,8 @@ def split(
 
 def _axis(whole: Layer, framework: str, *, is_bias: bool) -> int:
     """Of the outputs; of a `DenseGeneral`'s kernel, after all axes behind the first are joined."""
-    if is_bias:
+    if is_bias or _is_out_in(whole, framework):
         return 0
-    if framework == "torch":
-        return 1 if whole.config.get(kinds.IN_OUT) else 0
     return -1
 
 

@@ -23,6 +23,7 @@ from parity.records.marks import channel_counts, code, read_code
 from parity.records.recording import Failure, Layer
 from parity.records.structure import Flattened, Guess, Structure, natural
 from parity.sides.jax.linen import LinenSide, linen_interceptor
+from parity.sides.jax.matrices import is_out_in
 from parity.sides.jax.module import INSIDE, Side, environment
 from parity.sides.jax.module import flat as flat_dict
 from parity.sides.jax.nnx import nnx_state
@@ -73,6 +74,8 @@ def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[s
         kind = kind_of(names, shapes, statistics)
         below = kind != "attention" and any(p != path and (p.startswith(f"{path}/") or path == "") for p in own)
         config = {name: getattr(module, name) for name in CONFIG if hasattr(module, name)}
+        if kind == "linear" and is_out_in(side, path, module, shapes):
+            config[kinds.OUT_IN] = True
         layers[path] = Layer(
             path,
             kind,
