@@ -33,6 +33,12 @@ def _load(config: Config) -> Program:
     )
     from jax_bn.training import train
 
+    export = None
+    if config.export is not None:
+        from jax_bn import export as files
+
+        files.check_installed()
+        export = files.exported
     if config.deterministic:
         be_deterministic()
     keep_memory()
@@ -44,7 +50,7 @@ def _load(config: Config) -> Program:
     find_devices()
     make_mesh(config)  # which refuses what the devices cannot do
 
-    return Program(train, process, watch, leave)
+    return Program(train, process, watch, leave, export)
 
 
 def _prog() -> str:

@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from bn_common import afterwards
 from bn_common.checks import check_blenet, require
 from bn_common.config import GROUPS, MOST_STEPS, NUM_CLASS, Config
 from bn_common.config_file import read_toml
@@ -34,9 +35,11 @@ from bn_common.record import (
     refuse_under_way,
 )
 from bn_common.run_folder import RunFolder
+from bn_common.shown import as_text
 from bn_common.stopping import Signals, Stopped
 from bn_common.streams import fill_standard_streams
 from bn_common.tensorboard import check_installed
+from bn_common.trained import Trained
 from bn_common.watch import Watch
 from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample, steps_per_epoch
 
@@ -126,7 +129,8 @@ def read_config(args: Sequence[str] | None, *, prog: str, description: str, fram
     """The configuration that the command line asks for; a bad one ends the program, as does a folder of another run.
 
     What the command line leaves out is as the file of --config has it, and else, with --resume, the run in --out. A
-    run that is finished already is told, and ends the program with exit status 0.
+    run that is finished already is told, and ends the program with exit status 0, unless something is to be done with
+    it.
     """
     read = partial(parse, Config, args, prog=prog, description=description, groups=GROUPS)
     try:
@@ -147,15 +151,24 @@ def read_config(args: Sequence[str] | None, *, prog: str, description: str, fram
             refuse_under_way(config.out)
         else:
             check_can_be_made("--out", Path("runs"))
+        if config.coordinator is None or config.process_id == 0:
+            afterwards.check(config)
     except ValueError as error:
         refuse(prog, str(error))
-    alone = config.coordinator is None  # else the others are waiting
-    if config.out is not None and framework and alone and is_finished(config, config.out):
-        Console().print(
-            f"run folder: {config.out} holds all of this run", soft_wrap=True, markup=False, highlight=False
-        )
-        raise SystemExit(0)
+    if framework and _nothing_to_train(config):
+        _say(f"run folder: {config.out} holds all of this run")
+        if not afterwards.is_asked(config):
+            raise SystemExit(0)
     return config
+
+
+def _nothing_to_train(config: Config) -> bool:
+    """Whether the run in --out is finished; of one in several processes nobody asks, the others are waiting."""
+    return config.coordinator is None and config.out is not None and is_finished(config, config.out)
+
+
+def _say(text: str) -> None:
+    Console().print(as_text(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 class Program(NamedTuple):
@@ -166,12 +179,14 @@ class Program(NamedTuple):
       process: the number of this process.
       watch: over the other processes, if there are any.
       leave: what the framework does when all are done.
+      export: gives the content of the file for --export; None where that is not asked for.
     """
 
     train: Callable[..., Any]
     process: int = 0
     watch: Watch | None = None
     leave: Callable[[], None] = lambda: None
+    export: Callable[[Trained], bytes] | None = None
 
 
 def start(
@@ -196,6 +211,8 @@ def start(
         if config.out is not None:
             refuse_other(config.out, {**record_of(config, framework), **identity})
         program = loading.result()
+        if program.process == 0:
+            afterwards.check(config)
         about = {"data": dataset.name} | ({"notice": dataset.notice} if dataset.notice else {})
         run = RunFolder(config, framework, about, console, identity, writes=program.process == 0)
     except ValueError as error:
@@ -203,6 +220,14 @@ def start(
     if dataset.notice:
         run.say(f"Notice: {dataset.notice}", style="yellow")
     return program, dataset, run
+
+
+def _loaded(loading: Future[Program], prog: str) -> Program:
+    """The wing, where there is nothing to train."""
+    try:
+        return loading.result()
+    except ValueError as error:
+        refuse(prog, str(error))
 
 
 def load(config: Config, console: Console) -> ImageDataset:
@@ -242,13 +267,24 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
                 meanwhile = ThreadPoolExecutor(1)
                 try:
                     loading = meanwhile.submit(load, config)
-                    program, dataset, run = start(config, loading, framework=framework, prog=prog)
+                    if _nothing_to_train(config):
+                        program = _loaded(loading, prog)
+                    else:
+                        program, dataset, run = start(config, loading, framework=framework, prog=prog)
                 except SystemExit as stop:
                     end(int(stop.code or 0))  # what is refused does not wait for what is still being imported
                 meanwhile.shutdown()
-            signals.deferred = True
-            run.told_to_stop = lambda step: signals.asked
-            _train(program, config, dataset, run)
+            if run is not None:
+                signals.deferred = True
+                run.told_to_stop = lambda step: signals.asked
+                _train(program, config, dataset, run)
+            if afterwards.is_asked(config) and program.process == 0:
+                signals.deferred = False
+                if signals.asked is not None:
+                    raise Stopped(signals.asked)
+                path, say = (run.path, run.say) if run is not None else (config.out, _say)
+                assert path is not None, "that of a finished run was given"
+                afterwards.do(config, path, framework, program.export, say)
         except Stopped as stop:
             stopped(run, prog, f"interrupted by {stop.signal.name}", stop.status)
         except FloatingPointError as error:
@@ -307,7 +343,8 @@ def stopped(run: RunFolder | None, prog: str, why: str, status: int, *, goes_on:
             held = f"{run.path} holds no checkpoint yet"
         command = f"python {prog}" if prog.endswith(".py") else prog
         if goes_on:
-            held += f"; to go on: {command} --resume --out {shlex.quote(str(run.path))}"
+            more = shlex.join(["--out", str(run.path), *afterwards.as_arguments(run.config)])
+            held += f"; to go on: {command} --resume {more}"
         if not run.is_there():
             held = "nothing is left of it"
     said = f"{why}; {held}" if run is None or run.writes else why

@@ -19,6 +19,8 @@ NUM_CLASS = 10
 MAY_CHANGE = frozenset({"config", "out", "resume", "checkpoint_every", "keep_checkpoints", "until_accuracy", "profile"})
 MAY_CHANGE |= {"tensorboard", "data", "data_dir", "devices", "coordinator", "num_processes", "process_id"}
 MAY_CHANGE |= {"pixel_mean", "pixel_std"}
+# What is done with a run that is finished: no part of what it is, so neither its record nor a file of options has it.
+AFTERWARDS = frozenset({"export"})
 
 # Learning rate and weight decay of each optimiser. Those of adamw and momentum were found at batch size 64 on 10,000
 # held-out training images, as was the label smoothing.
@@ -109,6 +111,8 @@ class Output:
     """Trace some steps, into RUN/profile."""
     tensorboard: bool = False
     """Scalars of each epoch in RUN/tensorboard."""
+    export: Path | None = None
+    """At the end, or of the finished run in --out: write the network to this new file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,4 +196,5 @@ class Config(Output, Devices, Optimiser, Data, Model, General):  # reversed: the
             weight_decay=weight_decay if self.weight_decay is None else self.weight_decay,
             data_dir=None if self.data_dir is None else self.data_dir.expanduser(),
             out=None if self.out is None else self.out.expanduser(),
+            export=None if self.export is None else self.export.expanduser(),
         )

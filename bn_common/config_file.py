@@ -12,16 +12,16 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bn_common.checks import require
-from bn_common.config import GROUPS, Config, General
+from bn_common.config import AFTERWARDS, GROUPS, Config, General
 
 # A file says what a run is, not how a process begins it.
 FIELDS = {
     name: kind
     for name, kind in get_type_hints(Config).items()
-    if name not in {field.name for field in dataclasses.fields(General)}
+    if name not in {field.name for field in dataclasses.fields(General)} | AFTERWARDS
 }
 # A run that is begun with the file is one of its own, and each process has its own number.
-NOT_KEPT = frozenset({"out", "process_id"})
+NOT_KEPT = frozenset({"out", "process_id"}) | AFTERWARDS
 ALLOWED = {
     bool: "true or false",
     int: "an integer",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bn_common.config import MAY_CHANGE, NUM_CLASS, Config
+from bn_common.config import AFTERWARDS, MAY_CHANGE, NUM_CLASS, Config
 from bn_common.conventions import PROJECT
 from bn_common.files import LOCK, check_can_be_made, lock
 from image_data import ImageDataset, pixel_mean_and_std
@@ -20,12 +20,15 @@ from image_data import ImageDataset, pixel_mean_and_std
 CONFIG, METRICS, WEIGHTS, CURVES = "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
 OPTIONS = "config.toml"
 """For people, and for --config; what a run is, config.json says."""
+FILES = (CONFIG, OPTIONS, METRICS, WEIGHTS, CURVES)
+"""Of a run folder, beside its folders."""
 
 
 def record_of(config: Config, framework: str) -> dict[str, Any]:
     """What config.json says of a configuration."""
     fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
-    return {"framework": framework, **{name: v for name, v in fields.items() if name not in ("config", "resume")}}
+    left_out = {"config", "resume", *AFTERWARDS}
+    return {"framework": framework, **{name: v for name, v in fields.items() if name not in left_out}}
 
 
 def identity_of(dataset: ImageDataset) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def refuse_other(path: Path, mine: Mapping[str, Any]) -> None:
     check_can_be_made("--out", path)
     theirs = read_record(path)
     if theirs is None:
-        held = [name for name in (CONFIG, OPTIONS, METRICS, WEIGHTS, CURVES) if os.path.exists(path / name)]
+        held = [name for name in FILES if os.path.exists(path / name)]
         if held:
             raise ValueError(f"--out is {path}, which holds {held[0]} of another run; allowed: a folder without a run")
         return

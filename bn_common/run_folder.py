@@ -28,6 +28,7 @@ from bn_common.files import check_can_be_made, leftovers, lock, write_together, 
 from bn_common.record import (
     CONFIG,
     CURVES,
+    FILES,
     METRICS,
     OPTIONS,
     WEIGHTS,
@@ -351,7 +352,7 @@ def _tidy(path: Path) -> None:
             continue
         if lines and str(lines[-1]["epoch"]) == weights_metadata(path / WEIGHTS).get("epoch"):
             os.replace(left, path / METRICS)
-    for name in (CONFIG, OPTIONS, METRICS, WEIGHTS, CURVES):
+    for name in FILES:
         for left in leftovers(path / name):
             left.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from bn_common.checks import require
+from bn_common.files import check_can_write
 from bn_common.record import WEIGHTS, read_record
 from image_data import FASHION_MNIST_CLASSES
 
@@ -98,7 +100,12 @@ def check_weights(found: Mapping[str, NDArray], shapes: Mapping[str, tuple[int, 
 
 
 def check_new_file(name: str, path: Path) -> None:
-    """A file that is not there yet, in a folder that is. ValueError "`name` is `path`: why not; allowed: ..."."""
+    """A file that is not there yet, in a folder that is. It is tried, and nothing is left.
+
+    Raises:
+      ValueError: "`name` is `path`: why not; allowed: ...".
+    """
     allowed = "a new file in a folder that is there"
-    require(not path.exists(), name, f"{path}, which is there already", allowed)
-    require(path.absolute().parent.is_dir(), name, f"{path}, whose folder is not there", allowed)
+    require(not os.path.lexists(path), name, f"{path}, which is there already", allowed)
+    require(os.path.isdir(path.absolute().parent), name, f"{path}, whose folder is not there", allowed)
+    check_can_write(name, path)

@@ -13,10 +13,11 @@ JAX only: PyTorch has no such files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +81,39 @@ def predictor(run: Trained) -> Callable[[Array], Array]:
     return logits
 
 
+def check_installed() -> None:
+    """Raise ValueError where flatbuffers is missing, which is to say how to install it."""
+    try:
+        importlib.import_module("flatbuffers")
+    except ImportError:
+        raise ValueError("flatbuffers is not installed; allowed: pip install 'blenet-parity[export]'") from None
+
+
 def exported(run: Trained) -> bytes:
     """The file's content. Each platform has the form of BLeNet that it runs fastest, whatever this machine is.
 
     Raises:
       ValueError: flatbuffers is not installed, or the weights are another network's.
     """
-    try:
-        importlib.import_module("flatbuffers")
-    except ImportError:
-        raise ValueError("flatbuffers is not installed; allowed: pip install 'blenet-parity[export]'") from None
+    check_installed()
     (size,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((size, run.fig_size, run.fig_size), np.uint8)
-    return bytes(jax.export.export(jax.jit(predictor(run)), platforms=PLATFORMS)(images).serialize())
+    with _no_source_paths():
+        return bytes(jax.export.export(jax.jit(predictor(run)), platforms=PLATFORMS)(images).serialize())
+
+
+@contextlib.contextmanager
+def _no_source_paths() -> Iterator[None]:
+    """Have JAX keep no names of source files, which it does for its error messages: they tell whose machine this is."""
+    told = {"jax_include_full_tracebacks_in_locations": False, "jax_hlo_source_file_canonicalization_regex": ".*"}
+    before = {name: jax.config.values[name] for name in told}
+    try:
+        for name, value in told.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def main(args: Sequence[str] | None = None) -> None:

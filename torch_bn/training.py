@@ -336,12 +336,14 @@ def be_deterministic() -> None:
 
 
 if __name__ == "__main__":
+    from bn_common.checks import require
     from bn_common.command_line import Program, main
 
     def load(config: Config) -> Program:
         """The other processes, and what there is to train with."""
         from torch_bn.processes import join, leave
 
+        require(config.export is None, "--export", config.export, "of train_jax.py only")
         if config.deterministic:
             be_deterministic()
         process, watch = join(config, "python -m torch_bn.training")

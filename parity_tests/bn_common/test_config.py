@@ -56,8 +56,11 @@ def test_resolved(optimizer):
 def test_home(monkeypatch):
     """A ~ that the shell has left alone."""
     monkeypatch.setenv("HOME", "/home/somebody")
-    config = parse(Config, ["--data-dir", "~/kmnist", "--out=~/runs/a"], prog="", description="").resolved()
-    assert (str(config.data_dir), str(config.out)) == ("/home/somebody/kmnist", "/home/somebody/runs/a")
+    config = parse(
+        Config, ["--data-dir", "~/kmnist", "--out=~/runs/a", "--export", "~/b"], prog="", description=""
+    ).resolved()
+    found = config.data_dir, config.out, config.export
+    assert [str(path) for path in found] == ["/home/somebody/kmnist", "/home/somebody/runs/a", "/home/somebody/b"]
 
 
 PROGRAMS = {"train_jax.py": train_jax.__doc__, "python -m torch_bn.training": torch_bn.training.__doc__}
@@ -154,7 +157,7 @@ def test_every_option_reaches_the_config():
         " --label-smoothing 0.25 --warmup-epochs 0.5 --seed 9 --bn-momentum 0.75 --bn-eps 0.001 --data-dir a --out b"
         " --until-accuracy 0.75 --resume --checkpoint-every 11 --keep-checkpoints 5 --deterministic"
         " --sync-bn local --devices 3 --precision bfloat16 --profile --tensorboard"
-        " --coordinator host:1234 --num-processes 4 --process-id 2 --config c.toml"
+        " --coordinator host:1234 --num-processes 4 --process-id 2 --config c.toml --export d"
     )
     config = parse(Config, args.split(), prog="", description="")
     given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -187,4 +190,5 @@ def test_every_option_reaches_the_config():
         "checkpoint_every": "11",
         "keep_checkpoints": "5",
         "config": "c.toml",
+        "export": "d",
     }
