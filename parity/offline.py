@@ -69,7 +69,7 @@ def dump(
       ValueError: weights of other names or shapes, a dump in the other mode, empty inputs, steps without optimizer.
       OSError: the files can't be written.
     """
-    other = dump_file.load(weights) if weights is not None and dump_file.is_dump(weights) else None
+    other = dump_file.load_whole(weights) if weights is not None and dump_file.is_dump(weights) else None
     mode = "train" if train else "eval"
     if other is not None and other.details["mode"] != mode:
         raise ValueError(f"mode is {mode}; allowed: {other.details['mode']}, in which {weights} was dumped")
@@ -166,7 +166,7 @@ def compare(first: str | Path, second: str | Path, *, layer_map: Mapping[str, st
     Raises:
       ValueError: no dumps, two of one framework, in different modes, or with different losses.
     """
-    dumps = {made.free.framework: made for made in map(dump_file.load, (first, second))}
+    dumps = {made.free.framework: made for made in map(dump_file.load_whole, (first, second))}
     if len(dumps) == 1:
         raise ValueError(f"both dumps are of {next(iter(dumps))}; allowed: one of torch and one of flax")
     torch, flax = dumps["torch"], dumps["flax"]

@@ -1,4 +1,4 @@
-"""Arrays from .npy and .npz files that may be damaged or hostile.
+"""Arrays from .npy, .npz and .safetensors files that may be damaged or hostile.
 
 What a header promises is looked at before anything is unpacked or allocated: the memory that a file takes is a small
 multiple of its size, or what its reader said that it expects.
@@ -10,13 +10,34 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
+import safetensors
 from numpy.typing import NDArray
 
+from parity.records import strict_json
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# What safetensors calls numpy's types. Its own reader for numpy knows no bfloat16.
+SAFE = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 # What compressed numbers may unpack to where nothing else says how much is expected: deflate reaches 1,000 times the
 # file, numbers of a network seldom twice, one of which 19 in 20 are zero some ten times.
 MOST_TIMES, ALWAYS = 32, 1 << 26
@@ -73,6 +94,43 @@ def _read_npz(archive: zipfile.ZipFile, most: int) -> dict[str, NDArray]:
     if len(found) < len(members):
         raise ValueError("it has two arrays of one name")
     return found
+
+
+def read_safetensors(content: bytes, dtypes: Collection[str] = SAFE) -> tuple[dict[str, NDArray], dict[str, Any]]:
+    """The arrays of a .safetensors file by name, in the order of its header, and its metadata.
+
+    Args:
+      content: of the whole file.
+      dtypes: which of SAFE may be in it.
+
+    Raises:
+      ValueError: it can't be read, or has another dtype; in one line.
+    """
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise ValueError(f"its header is said to have {length} bytes, and the file has {len(content)}")
+    header = an_object(strict_json.loads(content[8 : 8 + length]), "its header")
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.get("dtype") not in [*dtypes]:
+            dtype = entry.get("dtype") if isinstance(entry, dict) else entry
+            raise ValueError(f"{name[:80]!r} is {str(dtype)[:40]}; allowed: {', '.join(dtypes)}")
+    try:
+        views = dict(safetensors.deserialize(content))
+    except safetensors.SafetensorError as error:
+        raise ValueError(one_line(error)) from None
+    found = {}
+    for name in entries:
+        view = views.pop(name)
+        found[name] = np.frombuffer(bytes(view["data"]), SAFE[view["dtype"]]).reshape(view["shape"]).copy()
+    return found, an_object(header.get("__metadata__", {}), "its metadata")
+
+
+def an_object(value: Any, what: str) -> dict[str, Any]:
+    """What was read from JSON, or ValueError where it has no names."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is {type(value).__name__}; allowed: an object of names")
+    return value
 
 
 def check_members(members: list[zipfile.ZipInfo], most: int) -> None:

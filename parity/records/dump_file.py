@@ -2,7 +2,7 @@
 
 The JSON file:
 
-    {"format": "parity dump", "version": 1, "sha256": of the other file,
+    {"format": "parity dump", "version": 1, "sha256": of the other file, "checksum": of all else in this one,
      "framework": "torch" | "flax", "details": {"mode": "train" | "eval", "class", "versions", "inputs", ...},
      "layers": [{"path", "kind", "class_name", "tensors": {local name: full name}, "statistics", "config", "is_called",
                  "calls": how many}],
@@ -19,15 +19,18 @@ input_gradient/I, output, output_gradient for the N-th call. exact/N is the outp
 see `records/evidence.py`. state/N/FULL NAME is a parameter after N steps of training, answer/FULL NAME/FIELD what the
 optimiser answered for it (`records/answers.py`). Complex numbers are [..., 2], under "NAME complex". What there is not
 (the gradient of an integer; what an older dump did not write) is absent.
+
+The checksum is the SHA-256 of the other fields as JSON with sorted names, without spaces, in ASCII. Older dumps have
+none. What a file may hold, field by field, is in `records/dump_schema.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,9 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from bn_common.files import write_whole
+from parity.records import array_files, dump_schema, strict_json
 from parity.records.answers import Response
+from parity.records.dump_schema import numbered
 from parity.records.evidence import Evidence
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
 
@@ -45,6 +50,7 @@ FORMAT, VERSION = "parity dump", 1
 COMPLEX = " complex"
 LISTS = {"input": "inputs", "input_gradient": "input_gradients", "output": "outputs"}
 LISTS |= {"output_gradient": "output_gradients"}
+GRADIENTS = {"input": "input_gradient", "output": "output_gradient"}
 MAPS = {"tensor": "tensors", "new_statistic": "new_statistics", "gradient": "gradients"}
 ANSWER = "gradients", "parameters", "updates", "rates", "asked", "sums"
 CALL_LISTS = {"input": "inputs", "arrived": "arrived", "input_gradient": "input_gradients"}
@@ -58,12 +64,17 @@ def files_of(path: str | Path) -> tuple[Path, Path]:
 
 
 def is_dump(path: str | Path) -> bool:
-    """Whether both files are there and the JSON says so."""
+    """Whether both files are there and the JSON says so, or did before it was damaged."""
     arrays, about = files_of(path)
     try:
-        return arrays.is_file() and json.loads(about.read_bytes()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+        content = about.read_bytes() if arrays.is_file() else b""
+    except OSError:
         return False
+    try:
+        read = strict_json.loads(content)
+    except ValueError:
+        return FORMAT.encode() in content
+    return isinstance(read, dict) and read.get("format") == FORMAT
 
 
 def save(dump: Evidence, path: str | Path) -> None:
@@ -98,8 +109,16 @@ def save(dump: Evidence, path: str | Path) -> None:
         "notes": dump.notes,
         "answers": {name: response.buffer for name, response in dump.answers.items()},
     }
+    about = plain(about)
+    about["checksum"] = checksum(about)
     write_whole(arrays_file, content)
-    write_whole(about_file, (json.dumps(plain(about), indent=1, allow_nan=False) + "\n").encode())
+    write_whole(about_file, (json.dumps(about, indent=1, allow_nan=False) + "\n").encode())
+
+
+def checksum(about: Mapping[str, Any]) -> str:
+    """SHA-256 of all fields but the checksum itself, however the file is indented and its names are sorted."""
+    rest = {name: value for name, value in about.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load(path: str | Path) -> Evidence:
@@ -110,33 +129,69 @@ def load(path: str | Path) -> Evidence:
     """
     arrays_file, about_file = files_of(path)
     try:
-        content, about = arrays_file.read_bytes(), json.loads(about_file.read_bytes())
-    except (OSError, ValueError) as error:
+        content, about = arrays_file.read_bytes(), about_file.read_bytes()
+    except OSError as error:
         raise ValueError(f"{path} is no dump ({error}); allowed: the name that `dump --out` was given") from None
-    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+    with _named(about_file):
+        read = strict_json.loads(about)
+    if not isinstance(read, dict) or (read.get("format"), read.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{about_file} is no {FORMAT} of version {VERSION}; allowed: what `dump --out` wrote")
-    if about["sha256"] != hashlib.sha256(content).hexdigest():
+    with _named(about_file):
+        dump_schema.check(read)
+        if "checksum" in read and read["checksum"] != checksum(read):
+            raise ValueError("it was changed since it was written: its checksum is that of something else")
+    if read["sha256"] != hashlib.sha256(content).hexdigest():
         raise ValueError(f"{arrays_file} is not the file that {about_file} was written with; allowed: both of one dump")
-    named = dict(_as_it_was(name, a) for name, a in safetensors.numpy.load(content).items())
+    with _named(arrays_file):
+        held, _ = array_files.read_safetensors(content)
+        named = _as_they_were(held)
+        dump_schema.check_names(read, named)
+        dump = _evidence(read, named)
+    dump.name, dump.sha256 = str(path), read["sha256"]
+    return dump
+
+
+def load_whole(path: str | Path) -> Evidence:
+    """The same of a dump that is to be compared: all is in it, and of shapes that belong together.
+
+    Raises:
+      ValueError: as `load`, or something is missing.
+    """
+    dump = load(path)
+    with _named(files_of(path)[1]):
+        dump_schema.check_whole(dump)
+    return dump
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """ValueError in one line that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        allowed = "" if "allowed:" in str(error) else "; allowed: a file as `dump --out` wrote it"
+        raise ValueError(f"{file}: {error}{allowed}") from None
+
+
+def _evidence(about: Mapping[str, Any], named: Mapping[str, NDArray]) -> Evidence:
+    """What the checked JSON and the arrays say."""
     layers = {entry["path"]: _read_layer(entry) for entry in about["layers"]}
     runs = {name: _read_run(name, entry, about["framework"], layers, named) for name, entry in about["runs"].items()}
     for run in runs.values():
         run.tensors = runs["free"].tensors
     noise = {(phase, (layer, index)): float(value) for phase, layer, index, value in about["noise"]}
     own = runs.get("own")
-    numbered = enumerate(own.calls if own is not None else [])
+    calls = enumerate(own.calls if own is not None else [])
     return Evidence(
         runs["free"],
         runs.get("forced"),
         noise,
         own,
-        {call.key: named[f"exact/{n}"] for n, call in numbered if f"exact/{n}" in named},
+        {call.key: named[f"exact/{n}"] for n, call in calls if f"exact/{n}" in named},
         {name: _answer(named, name, buffer) for name, buffer in about.get("answers", {}).items()},
         _states(named),
         notes=about.get("notes", []),
         details=about["details"],
-        name=str(path),
-        sha256=about["sha256"],
     )
 
 
@@ -147,8 +202,16 @@ def _as_file_has_it(name: str, a: NDArray) -> tuple[str, NDArray]:
     return name, np.array(a, order="C")
 
 
-def _as_it_was(name: str, a: NDArray) -> tuple[str, NDArray]:
-    return (name.removesuffix(COMPLEX), a[..., 0] + 1j * a[..., 1]) if name.endswith(COMPLEX) else (name, a)
+def _as_they_were(held: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    made = {}
+    for name, a in held.items():
+        if name.endswith(COMPLEX):
+            if a.shape[-1:] != (2,) or a.dtype.kind != "f" or name.removesuffix(COMPLEX) in held:
+                raise ValueError(f"{ascii(name)[:80]} is {a.dtype} {a.shape}; allowed: floats [..., 2], once")
+            made[name.removesuffix(COMPLEX)] = a[..., 0] + 1j * a[..., 1]
+        else:
+            made[name] = a
+    return made
 
 
 def _answer(named: Mapping[str, NDArray], name: str, buffer: float | None) -> Response:
@@ -157,12 +220,14 @@ def _answer(named: Mapping[str, NDArray], name: str, buffer: float | None) -> Re
 
 
 def _states(named: Mapping[str, NDArray]) -> list[dict[str, NDArray]]:
-    states: dict[int, dict[str, NDArray]] = {}
+    states: dict[str, dict[str, NDArray]] = {}
     for key, a in named.items():
         if key.startswith("state/"):
             _, number, name = key.split("/", 2)
-            states.setdefault(int(number), {})[name] = a
-    return [states[number] for number in sorted(states)]
+            states.setdefault(number, {})[name] = a
+    if {*states} != {str(i) for i in range(len(states))}:
+        raise ValueError(f"its states are {', '.join(states)[:80]}; allowed: all from 0")
+    return [states[str(i)] for i in range(len(states))]
 
 
 def arrays(recording: Recording) -> Iterator[tuple[str, NDArray]]:
@@ -210,6 +275,7 @@ def _run(recording: Recording) -> dict[str, Any]:
         "loss": recording.loss,
         "failure": None if recording.failure is None else recording.failure.error,
         "failed_in": None if recording.failure is None else [recording.failure.phase, recording.failure.layer],
+        "rounds_loss": recording.rounds_loss,
         "dropout_off": recording.dropout_off,
         "dropouts": recording.dropouts,
         "output_names": recording.output_names,
@@ -225,6 +291,7 @@ def _read_run(
     if entry["failure"] is not None:
         phase, layer = entry.get("failed_in") or ("forward", "")
         recording.failure = Failure(entry["failure"], layer, phase)
+    recording.rounds_loss = entry.get("rounds_loss", False)
     recording.dropout_off = entry.get("dropout_off", False)
     recording.dropouts = [(rate, position) for rate, position in entry.get("dropouts", [])]
     recording.glue = [GlueCall(**glue) for glue in entry["glue"]]
@@ -232,24 +299,26 @@ def _read_run(
     for key, attribute in MAPS.items():
         of_key = {k.removeprefix(f"{key}/"): a for k, a in own.items() if k.startswith(f"{key}/")}
         setattr(recording, attribute, of_key)
-    for key, attribute in LISTS.items():
-        setattr(recording, attribute, _list(own, key))
+    for values, gradients in GRADIENTS.items():
+        held = numbered(named, f"{name}/{values}")
+        setattr(recording, LISTS[values], held)
+        setattr(recording, LISTS[gradients], numbered(named, f"{name}/{gradients}", len(held)))
     recording.output_names = entry.get("output_names", [])
-    recording.output_gradients += [None] * (len(recording.outputs) - len(recording.output_gradients))
     for n, call in enumerate(entry["calls"]):
-        lists: dict[str, Any] = {attribute: _list(own, f"call/{n}/{key}") for key, attribute in CALL_LISTS.items()}
-        gradient = own.get(f"call/{n}/output_gradient")
-        recording.calls.append(Call(**call, output=own[f"call/{n}/output"], output_gradient=gradient, **lists))
-    recording.input_gradients += [None] * (len(recording.inputs) - len(recording.input_gradients))
-    for call in recording.calls:
-        call.input_gradients += [None] * (len(call.inputs) - len(call.input_gradients))
+        inputs, arrived = (numbered(named, f"{name}/call/{n}/{key}") for key in ("input", "arrived"))
+        by_inputs = numbered(named, f"{name}/call/{n}/input_gradient", len(inputs))
+        output, gradient = own[f"call/{n}/output"], own.get(f"call/{n}/output_gradient")
+        recording.calls.append(
+            Call(
+                **call,
+                inputs=inputs,
+                output=output,
+                arrived=arrived,
+                input_gradients=by_inputs,
+                output_gradient=gradient,
+            )
+        )
     return recording
-
-
-def _list(own: Mapping[str, NDArray], key: str) -> list[Any]:
-    """[array or None] of KEY/0, KEY/1, ...; None where a number is left out."""
-    numbers = [int(k.rpartition("/")[2]) for k in own if re.fullmatch(rf"{re.escape(key)}/\d+", k)]
-    return [own.get(f"{key}/{i}") for i in range(max(numbers, default=-1) + 1)]
 
 
 def plain(value: Any) -> Any:

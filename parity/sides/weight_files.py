@@ -17,34 +17,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
 from bn_common.files import write_whole
 from parity.records import array_files, strict_json
-from parity.records.array_files import one_line
+from parity.records.array_files import BFLOAT16, SAFE, an_object, one_line
 from parity.sides.installed import need
 from parity.sides.module import is_tensor
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".npz", ".orbax")
 METADATA = "parity.json"
 _KEY = "parity"
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# What safetensors calls numpy's types. Its own reader for numpy knows no bfloat16.
-_SAFE = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": _BFLOAT16,
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+# What weights are, of what safetensors can hold: PyTorch computes with no other whole numbers.
+_SAFE = {name: dtype for name, dtype in SAFE.items() if name not in ("U64", "U32", "U16")}
 
 
 class Weights(NamedTuple):
@@ -169,7 +156,7 @@ def _as_array(value: Any) -> NDArray:
 
         value = value.detach().cpu().contiguous()
         if value.dtype == torch.bfloat16:
-            return value.view(torch.int16).numpy().view(_BFLOAT16)
+            return value.view(torch.int16).numpy().view(BFLOAT16)
         return value.numpy()
     return np.array(value, order="C")
 
@@ -187,33 +174,15 @@ def _safetensors_bytes(arrays: Mapping[str, NDArray], about: Mapping[str, Any]) 
 
 
 def _load_safetensors(path: Path, expected: int | None) -> Weights:
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or length > len(content) - 8:
-        raise ValueError(f"its header is said to have {length} bytes, and the file has {len(content)}")
-    header = strict_json.loads(content[8 : 8 + length])
-    entries = {name: entry for name, entry in _dict(header, "its header").items() if name != "__metadata__"}
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or entry.get("dtype") not in _SAFE:
-            dtype = entry.get("dtype") if isinstance(entry, dict) else entry
-            raise ValueError(f"{name[:80]!r} is {str(dtype)[:40]}; allowed: {', '.join(_SAFE)}")
-    tensors = {}
-    for name, view in safetensors.deserialize(content):
-        tensors[name] = np.frombuffer(bytes(view["data"]), _SAFE[view["dtype"]]).reshape(view["shape"]).copy()
-    entry = _about(_dict(header.get("__metadata__", {}), "its metadata").get(_KEY, "{}"))
-    return Weights({name: tensors[name] for name in _ordered(entry, entries)}, entry["metadata"])
-
-
-def _dict(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} is {type(value).__name__}; allowed: an object of names")
-    return value
+    tensors, metadata = array_files.read_safetensors(path.read_bytes(), _SAFE)
+    entry = _about(metadata.get(_KEY, "{}"))
+    return Weights({name: tensors[name] for name in _ordered(entry, tensors)}, entry["metadata"])
 
 
 def _about(text: str | bytes) -> dict[str, Any]:
     """What `save` wrote besides, checked; of files of others, empty."""
-    entry = _dict(strict_json.loads(text), _KEY)
-    _dict(entry.setdefault("metadata", {}), "metadata")
+    entry = an_object(strict_json.loads(text), _KEY)
+    an_object(entry.setdefault("metadata", {}), "metadata")
     for key in ("names", "bfloat16"):
         names = entry.setdefault(key, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -228,7 +197,7 @@ def _ordered(entry: Mapping[str, Any], names: Mapping[str, Any]) -> list[str]:
 
 def _npz_bytes(arrays: Mapping[str, NDArray], about: Mapping[str, Any]) -> bytes:
     # npz has no bfloat16: its bits go as uint16, and the metadata say which these are.
-    narrow = [name for name, a in arrays.items() if a.dtype == _BFLOAT16]
+    narrow = [name for name, a in arrays.items() if a.dtype == BFLOAT16]
     entry = json.dumps({"metadata": dict(about), "bfloat16": narrow})
     plain = {name: a.view(np.uint16) if name in narrow else a for name, a in arrays.items()}
     buffer = io.BytesIO()
@@ -247,7 +216,7 @@ def _load_npz(path: Path, expected: int | None) -> Weights:
     if wrong:
         raise ValueError(f"{wrong[0]}; allowed: arrays of numbers")
     for name in entry["bfloat16"]:
-        tensors[name] = tensors[name].view(_BFLOAT16)
+        tensors[name] = tensors[name].view(BFLOAT16)
     return Weights(tensors, entry["metadata"])
 
 
@@ -265,7 +234,7 @@ def _torch_bytes(arrays: Mapping[str, NDArray], about: Mapping[str, Any]) -> byt
 
     state: Any = collections.OrderedDict()
     for name, a in arrays.items():
-        is_narrow = a.dtype == _BFLOAT16
+        is_narrow = a.dtype == BFLOAT16
         tensor = torch.from_numpy(np.array(a.view(np.int16) if is_narrow else a))
         state[name] = tensor.view(torch.bfloat16) if is_narrow else tensor
     # Where PyTorch itself keeps the version of its layers: the state_dict stays one.
@@ -302,7 +271,7 @@ def _load_torch(path: Path, expected: int | None) -> Weights:
     about = getattr(state, "_metadata", None)
     about = about.get(_KEY) if isinstance(about, Mapping) else None
     entry = strict_json.loads(about) if isinstance(about, str) else {}
-    return Weights({name: _as_array(v) for name, v in state.items()}, _dict(entry, _KEY))
+    return Weights({name: _as_array(v) for name, v in state.items()}, an_object(entry, _KEY))
 
 
 def _check_zip(path: Path, most: int) -> None:

@@ -187,6 +187,8 @@ def _minimise(residual: Callable[[Numbers], NDArray], start: Numbers, free: tupl
 
     # A right shape converges fast, to nothing; most shapes are wrong, and stop at what they cannot explain.
     theta = np.array(pack(start))
+    if len(given(theta)) < len(theta):
+        return start  # fewer numbers than unknowns: any would do
     error = float(np.abs(given(theta)).max(initial=0.0))
     stalled = 0
     for _ in range(8):

@@ -21,6 +21,9 @@ from parity.diagnosis.optimizer.fit import adopt
 from parity.diagnosis.optimizer.rules import LOOSER, Rule
 from parity.records.answers import Answers, Response
 
+LARGEST = 1e100
+"""No update is as large: its square is a number, too."""
+
 
 def findings(answers: Sequence[Answers], *, tolerance: float = 1e-9) -> list[Finding]:
     """Compares two optimisers as update rules, from what they answered to designed gradients.
@@ -83,6 +86,9 @@ class _Side:
 
 def _explain(answer: Answers, tolerance: float, known: tuple[_Side, _Side]) -> list[Finding]:
     for response, side, other in ((answer.torch, "PyTorch", "Flax"), (answer.flax, "Flax", "PyTorch")):
+        if not np.all(np.abs(response.updates) < LARGEST):
+            said = f"{side}'s optimiser makes NaN, infinity or more than {LARGEST:g} of gradients from 1e-9 to 100"
+            return [Finding("unexplained", f"{said}; {other}'s updates differ")]
         if not response.updates.any():
             return [Finding("unexplained", f"{side}'s optimiser leaves the parameters as they are, {other}'s does not")]
     fitted = [known[0].fits(answer.torch, tolerance, []), known[1].fits(answer.flax, tolerance, known[0].decays)]
