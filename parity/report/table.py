@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from parity.report.cards import Card, answer, cards
 from parity.report.findings import NETWORK, both_names, number, shown
+from parity.report.rows import chosen, left_out
 
 if TYPE_CHECKING:
     from parity.report.findings import LayerRow
@@ -24,10 +24,6 @@ NARROWEST = 80
 """Columns of a terminal that hold the table."""
 ROOMY = 100
 """Columns of one in which two blanks stand between two columns of the table."""
-CONTEXT = 3
-"""Rows before the first difference, and behind it."""
-MOST_ROWS = 16
-"""Of those that differ, where not all rows are asked for."""
 MOST_PLACES = 6
 """Of one cause, likewise."""
 STYLES = {"ok": "", "inherits": "yellow", "differs": "red", "differs first": "bold red"}
@@ -40,13 +36,13 @@ def parts(report: Report, width: int, lines: box.Box, rows: str = "differing") -
         yield Text()
     for card in cards(report):
         yield from _card(card, rows)
-    shown_rows = _chosen(report, rows)
+    shown_rows = chosen(report, rows)
     if shown_rows:
         if width < NARROWEST:
             yield from _lines(report, shown_rows)
         else:
             yield _table(report, shown_rows, width, lines)
-        left = _left(report, shown_rows)
+        left = left_out(report, shown_rows)
         yield Text(f'not shown: {left} (rows="all", --rows all)' if left else "", style="dim")
         if left:
             yield Text()
@@ -73,27 +69,6 @@ def _card(card: Card, rows: str) -> Iterator[Text]:
         if text:
             yield Text(f"  {title:<8} {text}")
     yield Text()
-
-
-def _chosen(report: Report, rows: str) -> list[int]:
-    """Places of the rows that are shown."""
-    verdicts = [report.verdict(row) for row in report.layers]
-    if rows == "all":
-        return list(range(len(verdicts)))
-    differing = [i for i, verdict in enumerate(verdicts) if verdict.startswith("differs")]
-    differing = differing or [i for i, verdict in enumerate(verdicts) if verdict != "ok"]
-    if report.ok or not differing:
-        return []
-    first = next((i for i, verdict in enumerate(verdicts) if verdict == "differs first"), differing[0])
-    around = range(max(0, first - CONTEXT), min(len(verdicts), first + CONTEXT + 1))
-    return sorted({*around, *differing[:MOST_ROWS], first})
-
-
-def _left(report: Report, chosen: Sequence[int]) -> str:
-    """How many rows are not shown, by their verdicts."""
-    left = Counter(report.verdict(row) for i, row in enumerate(report.layers) if i not in {*chosen})
-    words = {"ok": "{} ok", "inherits": "{} that inherit", "differs": "{} that differ"}
-    return ", ".join(words[verdict].format(left[verdict]) for verdict in words if left[verdict])
 
 
 def _lines(report: Report, chosen: Sequence[int]) -> Iterator[Text]:

@@ -260,7 +260,7 @@ def contrast(a, b):
 
 def test_contrast():
     """Text and marks in light and in dark, on the page and on the boxes."""
-    from parity.report.html import STYLE
+    from parity.report.html.page import STYLE
 
     light, dark = STYLE.split("@media")
     for style in (light, dark.split("* {")[0]):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from parity.records.recording import PHASES
-from parity.report.charts import Point, error_chart, line_chart
 from parity.report.findings import NETWORK, both_names, escaped, number
+from parity.report.html.charts import Point, error_chart, line_chart
 
 if TYPE_CHECKING:
     from parity.report.findings import LayerRow

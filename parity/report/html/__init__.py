@@ -1,0 +1,5 @@
+"""A report as one HTML page."""
+
+from parity.report.html.page import page
+
+__all__ = ["page"]
