@@ -12,7 +12,7 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test faults parity mistakes bench speed exactness lint format clean
+.PHONY: help train test faults parity mistakes bench speed exactness study lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -26,6 +26,8 @@ help:
 	@echo "             to runs/bench; in two minutes instead of half an hour: make bench ARGS=--quick"
 	@echo "make speed   the same and the step at other sizes, and whole runs, written to docs/*_speed.md"
 	@echo "make exactness   measure batch norm's errors beside its peers, and write docs/batch_norm_exactness.md"
+	@echo "make study   train BLeNet some hundred times, in both wings, with batch norm and without, and write"
+	@echo "             docs/accuracy.md and docs/why_batch_norm.md; hours, and continued where it was stopped"
 	@echo "make lint    check format, lint and types; make format puts the format right"
 	@echo "make clean   remove .venv"
 
@@ -56,6 +58,10 @@ speed: $(VENV)/installed-bench
 
 exactness: $(VENV)/installed-bench
 	$(VENV)/bin/python -m benchmarks.exactness --write docs/batch_norm_exactness.md
+
+study: $(VENV)/installed-test
+	$(VENV)/bin/python -m benchmarks.accuracy --runs runs/accuracy --write docs/accuracy.md $(ARGS)
+	$(VENV)/bin/python -m benchmarks.why_batch_norm --runs runs/why_batch_norm --write docs/why_batch_norm.md
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/python -m ruff format --check .

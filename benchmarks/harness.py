@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import rich.box
@@ -24,6 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bn_common.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BUSY_LOAD, BUSY_SPREAD = 0.5, 1.25
 BUSY = ("load before", "calibration spread", "busy")
@@ -200,6 +204,7 @@ def measured(
     check: Callable[[Any], None],
     measure: Callable[[Any, Console], dict[str, Any]],
     markdown: Callable[[dict[str, Any], Any], str],
+    draw: Callable[[dict[str, Any]], Figure] | None = None,
 ) -> None:
     """A program: check the options, measure, and write the files that `--json` and `--write` name.
 
@@ -209,6 +214,7 @@ def measured(
       check: raises ValueError where the options are wrong.
       measure: (options, console) -> what was found.
       markdown: (what was found, options) -> the page.
+      draw: what was found -> a figure, which is written beside the page, as a PNG of the same name.
     """
     from bn_common.command_line import refuse  # not in the workers, whose start may be timed
 
@@ -224,6 +230,10 @@ def measured(
         write_whole(options.json, to_json(found))
     if options.write is not None:
         write_whole(options.write, markdown(found, options).encode())
+    if options.write is not None and draw is not None:
+        buffer = io.BytesIO()
+        draw(found).savefig(buffer, format="png", dpi=120)
+        write_whole(options.write.with_suffix(".png"), buffer.getvalue())
 
 
 def rows_table(columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any]) -> Table:

@@ -1,0 +1,1 @@
+"""How well and how fast BLeNet learns, with batch norm and without: what the two studies share."""
