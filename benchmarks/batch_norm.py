@@ -210,21 +210,8 @@ def _table(shape: tuple[int, ...], rows: list[dict[str, Any]]) -> Table:
 
 WHERE_IT_GOES = """## Where the time goes
 
-The gradients of gamma and beta are sums over the batch of which anything may be left, and are added in float64 on a CPU
-(`LONG_SUM` in `jax_bn/sums.py` and `torch_bn/sums.py`): in float32 they would be off by up to some hundred
-eps where they cancel. This is what a step pays for beyond its peers.
-
-JAX. XLA hands a plain sum of float32 to a library, and of the others makes loops. At 64 x 14 x 14 x 256, ns a value on
-two cores of 2.5 GHz, each by itself:
-
-|                      | float32 | float64 |
-|----------------------|--------:|--------:|
-| sum of dy            |    0.14 |    0.34 |
-| sum of dy (x - mean) |    0.44 |    0.84 |
-
-That is 0.6 ns, or three cycles of a core, of 3.2 ns for the whole step. With float32 sums the step takes 0.6 to 0.9 of
-Flax's time for images. At 256 x 120 they are taken as products with a vector of ones, for 50 us of 170; as sums they
-take 90.
+JAX. XLA hands a plain sum of float32 to a library, and of the others makes loops; so the mean, the variance and the two
+sums of the gradient are a pass over memory each, and y and dx one more.
 
 PyTorch. What a step on a CPU moves to and from memory, in lengths of x, where x does not fit into a cache:
 
@@ -234,21 +221,14 @@ PyTorch. What a step on a CPU moves to and from memory, in lengths of x, where x
 | x to near its mean: read, write    |        |        2 |
 | the statistics: native reads twice |      2 |        2 |
 | y: read, write                     |      2 |        2 |
-| sums of dy and dy x, in float64    |        |        2 |
+| the sum of dy                      |        |        1 |
 | dy centred: read, write            |        |        2 |
 | the kernel: dy and x twice, dx     |      5 |        5 |
-| in all                             |      9 |     15.5 |
+| in all                             |      9 |     14.5 |
 
 Without the shift, a large mean would be lost; without centring dy, a common offset in it would be, from gamma's
-gradient. The float64 sums are two conversions, a product and three sums, piece by piece in the cache: 0.6 to 1.6 ns a
-value on two cores, half the native step or more. With float32 sums images take 1.1 to 1.3 times the native time.
-Where a batch is as small as 256 x 120, the time is that of some 60 small operations, of 2 to 8 us each, against two of
-the native one's.
-
-On a GPU (H100, jax 0.11, torch 2.11) the sums cost little. Forward and backward in JAX take 1.03 to 1.08 of Flax's time
-at these five shapes, where the calls themselves are most of it, and 1.25 at 256 x 56 x 56 x 64. In PyTorch each small
-operation is a launch: called one by one they take 5 to 6 times the native time, 2.6 at 256 x 56 x 56 x 64; compiled
-(`torch.compile`) 1.0 to 1.5."""
+gradient. Where a batch is as small as 256 x 120, the time is that of some 40 small operations, of 2 to 8 us each,
+against two of the native one's."""
 
 
 def _text(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

@@ -38,8 +38,9 @@ TABLES = {
     "var m / (m - 1), and is held against that.",
     "dx": "**dx**, the gradient of sum(y dy): in eps of the channel's largest true |dx| or its largest "
     "|gamma dy| / sqrt(var + epsilon), whichever is larger.",
-    "dgamma": "**dgamma**: in eps of the true |dgamma| or the channel's largest |dy|, whichever is larger.",
-    "dbeta": "**dbeta**: in eps of the true |dbeta| or the channel's largest |dy|, whichever is larger.",
+    "dgamma": "**dgamma**: in eps of the true |dgamma| or the Euclidean norm of dy x_hat over the channel, that is the "
+    "size of what is added (of dy, where x_hat is 0), whichever is larger.",
+    "dbeta": "**dbeta**: in eps of the true |dbeta| or the Euclidean norm of dy over the channel, whichever is larger.",
     "prediction": "**y in prediction**, with the batch's own mean and variance, rounded to float32, as moving "
     "statistics: in eps of the channel's largest true |y|.",
 }
@@ -157,12 +158,16 @@ def _clean(result: Result, clean: NDArray) -> Result:
 
 def _scales(x: NDArray, gamma: NDArray, dy: NDArray, truth) -> dict[str, NDArray]:
     """What an error is compared with where the truth itself may be what cancellation has left: [C] each."""
+    from truth import batch_norm as exact
+
     axes = _axes(x)
-    largest_dy, var = np.abs(dy).max(axes), truth.var.astype(float) + EPSILON
+    var = truth.var.astype(float) + EPSILON
+    of_dbeta, of_dgamma = exact.sizes_of_sums(x, dy, truth.mean, var)
+    of_dgamma = np.where(of_dgamma == 0, of_dbeta, of_dgamma)
     largest = {
-        "dx": (truth.dx, gamma * largest_dy / np.sqrt(var)),
-        "dgamma": (truth.dgamma, largest_dy),
-        "dbeta": (truth.dbeta, largest_dy),
+        "dx": (truth.dx, gamma * np.abs(dy).max(axes) / np.sqrt(var)),
+        "dgamma": (truth.dgamma, of_dgamma),
+        "dbeta": (truth.dbeta, of_dbeta),
     }
     scales = {
         name: np.maximum(np.abs(v).max(axes if v.ndim > 1 else ()).astype(float), size)

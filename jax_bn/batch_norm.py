@@ -7,7 +7,6 @@ separate functions; only the layers keep state.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,9 +16,8 @@ from jax import Array, lax
 
 from bn_common.checks import COMPLEX_DTYPES, FLOAT_DTYPES, channel_axes, check_batch_norm
 from jax_bn.arrays import check_array, full_rank, kind_of, product, to_dtype, wide_dtype
-from jax_bn.channels import Channels, num_values, one_of, spread, sum_by_channel, total_of
+from jax_bn.channels import Channels, num_values, one_of, spread, spread_to_add, sum_by_channel, total_of
 from jax_bn.devices import merge, num_shards, psum, varying
-from jax_bn.sums import LONG_SUM, gradient_sums, sum_values
 
 
 class BatchStats(NamedTuple):
@@ -106,7 +104,6 @@ class Options(NamedTuple):
       unbiased: its unbiased_moving_var.
       groups: its axis_index_groups. (JAX only: axis_name and groups; PyTorch has a group.)
       tracked: its num_batches_tracked.
-      long_sum: from so many values per channel on a gradient's float32 sums are float64, by platform (None: LONG_SUM).
     """
 
     momentum: float | None = 0.9
@@ -117,7 +114,6 @@ class Options(NamedTuple):
     axis_name: str | tuple[str, ...] | None = None
     groups: Sequence[Sequence[int]] | None = None
     tracked: Array | int | None = None
-    long_sum: Mapping[str, int] | None = None
 
 
 def batch_norm_with(
@@ -182,8 +178,8 @@ def checked(
 def _channels(options: Options, x: Array) -> Channels:
     """Where the channels of x are, and which devices share the batch. JAX only: see `Channels`."""
     groups = None if options.groups is None else tuple(map(tuple, options.groups))
-    long_sum = (options.long_sum or LONG_SUM).get(jax.default_backend(), math.inf)
-    return Channels(channel_axes(options.axis, x.ndim), 1, options.axis_name, groups, long_sum)
+    in_blocks = jax.default_backend() == "cpu"
+    return Channels(channel_axes(options.axis, x.ndim), 1, options.axis_name, groups, in_blocks)
 
 
 def moving_average(batch_stats: BatchStats, batch: Statistics, options: Options) -> BatchStats:
@@ -252,14 +248,14 @@ def _statistics(x: Array, mask: Array | None, channels: Channels) -> Statistics:
     m = num_values(x, mask, channels)
     total = total_of(m, mask)
     one = one_of(x, mask, channels)
-    offset = sum_values(x - spread(one, x, channels), mask, channels) / total
+    offset = sum_by_channel(x - spread(one, x, channels), mask, channels) / total
     shift = one + offset
     rest = (one - shift) + offset
     d = x + spread(-shift, x, channels)
     if channels.axis_name is not None:
         # With offset's own rounding, for the gradient's sake: see `tangent`.
-        rest = sum_values(d, mask, channels) / total
-    var = jnp.maximum(sum_values(product(d, d), mask, channels) / total - product(rest, rest), 0)
+        rest = sum_by_channel(d, mask, channels) / total
+    var = jnp.maximum(sum_by_channel(product(d, d), mask, channels) / total - product(rest, rest), 0)
     if channels.axis_name is None:
         return Statistics(m, shift, rest, var, -one - offset)
     m, shift, rest, var = merge(jnp.broadcast_to(m, var.shape), shift, rest, var, channels)
@@ -315,8 +311,10 @@ def tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsil
         # Sent to the devices of `jax.shard_map` together: so the transpose of this is one sum over them.
         both = jnp.stack([a - rest * b, b.astype(a.dtype)])
         a, b = lax.pcast(both, tuple(varying(x) - varying(both)), to="varying")
-    along = gradient_sums(x, a, b, mask, minus_shift, total, channels)
-    return x_dot * over_x(factor) + along, mean_dot, 2 * half_var_dot
+    along = (x + over_x(minus_shift)) * spread_to_add(b, x, channels)
+    if channels.axis_name is None:
+        along = along - spread_to_add(sum_by_channel(along, mask, channels) / total, x, channels)
+    return x_dot * over_x(factor) + (spread_to_add(a, x, channels) + along), mean_dot, 2 * half_var_dot
 
 
 @normalize_batch.defjvp

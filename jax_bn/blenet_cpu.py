@@ -39,9 +39,6 @@ from jax import Array, lax
 
 from jax_bn.batch_norm import BatchStats, Options, batch_norm_with
 
-# Float64 sums in the gradients of batch norm from here on, and not as early as elsewhere: those of the images would
-# make the step a tenth longer, where the products before and behind them round no less than float32 sums.
-LONG_SUM = {"cpu": 2**18}
 # Below a vector register of examples there is nothing to gain.
 FEWEST_EXAMPLES = 16
 # Height and width up to which this form predicts faster: the blocks of larger images, made at once, are in no cache.
@@ -116,7 +113,7 @@ def _by_platform(model: Any, variables: Any, x: Array, train: bool, mask: Array 
 
     def blocks(variables: Any, x: Array, mask: Array | None) -> tuple[Array, Any]:
         # One for each of x's columns there, which are the examples.
-        options = Options(model.momentum, model.epsilon, mask=mask, axis_name=model.axis_name, long_sum=LONG_SUM)
+        options = Options(model.momentum, model.epsilon, mask=mask, axis_name=model.axis_name)
         return forward(variables["params"], variables["batch_stats"], x, options, train=train)
 
     def by_size(variables: Any, x: Array, mask: Array | None) -> tuple[Array, Any]:

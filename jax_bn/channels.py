@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 # Values of a channel that show whether it has both signs.
@@ -14,8 +15,10 @@ SAMPLE = 16
 # JAX only: XLA's CPU reductions run over the last axis in vector registers; with 6 channels most of a register is idle.
 # (256, 28, 28, 6) as (256, 56, 84) takes half the time; beyond 128 nothing is gained.
 CPU_LANES = 128
-# JAX only, see `spread_to_add`: of so few values per channel the sum takes less time in float64 as a product.
-FEW_ROWS = 2**9
+# Values that are added one by one at most, in x's dtype.
+BLOCK = 16
+# Of the 53 that float64 has. JAX only.
+FIRST_BITS = 16
 
 
 class Channels(NamedTuple):
@@ -28,14 +31,14 @@ class Channels(NamedTuple):
       folds: the last axis of x holds so many pixels beside each other, each with all its channels.
       axis_name: a mapped axis over whose devices the batch is spread.
       groups: which devices of it belong together (None: all).
-      long_sum: from so many values on float32's sums in a gradient are float64.
+      in_blocks: add in blocks, see `sum_by_channel`.
     """
 
     axes: tuple[int, ...]
     folds: int = 1
     axis_name: str | tuple[str, ...] | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
-    long_sum: float = math.inf
+    in_blocks: bool = False
 
     def others(self, x: Array) -> tuple[int, ...]:
         """The axes of x that hold no channels."""
@@ -61,25 +64,45 @@ def spread(v: Array, x: Array, channels: Channels) -> Array:
     return lax.broadcast_in_dim(tiled.astype(x.dtype), x.shape, channels.axes)
 
 
-def spread_to_add(v: Array, x: Array, channels: Channels) -> Array:
-    """The same in words whose transpose, a sum by channel, takes the least time where x is float64.
+def sum_by_channel(x: Array, mask: Array | None, channels: Channels) -> Array:
+    """Sum per channel of this device's x, of the positions in mask only.
 
-    JAX only: PyTorch's gradient is no transpose.
+    On a CPU in two stages: blocks of BLOCK values at most, in x's dtype, and their sums nearly exactly. XLA's own order
+    depends on what else is in the loop, and may be one by one.
     """
-    if x.ndim != 2 or channels.axes != (1,) or channels.folds > 1 or len(x) >= FEW_ROWS or _is_split(x):
-        return spread(v, x, channels)
-    # Not by jnp.matmul, whose transpose is of the type that JAX has by then.
-    return lax.dot_general(jnp.ones((len(x), 1), x.dtype), v.astype(x.dtype)[None], (((1,), (0,)), ((), ())))
-
-
-def sum_by_channel(x: Array, mask: Array | None, channels: Channels, *, in_stages: bool = True) -> Array:
-    """Sum per channel of this device's x, of the positions in mask only; in_stages where its rounding matters."""
     x = x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
-    total = x.sum(channels.others(x))
-    if channels.folds == 1:
-        return total
-    rows = total.reshape(channels.folds, -1)
-    return _add_up(rows) if in_stages else rows.sum(0)
+    if not _adds_in_blocks(x, channels):
+        return _unfold(x.sum(channels.others(x)), channels)
+    shape, blocks, others = _in_blocks(x, channels)
+    sums = x.reshape(shape).sum(blocks)
+    if sums.dtype == np.float32:
+        with jax.enable_x64(True):
+            return _unfold(sums.astype(np.float64).sum(others), channels).astype(np.float32)
+    first = _first_bits(sums)
+    return _unfold(first.sum(others), channels) + _unfold((sums - first).sum(others), channels)
+
+
+def spread_to_add(v: Array, x: Array, channels: Channels) -> Array:
+    """`spread` in words whose transpose is `sum_by_channel`. JAX only: PyTorch's gradient is no transpose."""
+    if not _adds_in_blocks(x, channels):
+        return spread(v, x, channels)
+    shape, blocks, others = _in_blocks(x, channels)
+    kept = [a for a in range(len(shape)) if a not in blocks]
+    sums = jax.ShapeDtypeStruct([shape[a] for a in kept], x.dtype)
+    axes = tuple(a for a in range(len(kept)) if a not in others)
+
+    def spread_over_sums(v: Array) -> Array:
+        tiled = jnp.tile(v, channels.folds) if channels.folds > 1 else v
+        return lax.broadcast_in_dim(tiled, sums.shape, axes)
+
+    v = v.astype(x.dtype)
+    if x.dtype == np.float32:
+        with jax.enable_x64(True):
+            v = spread_over_sums(v.astype(np.float64)).astype(np.float32)
+    else:
+        first, rest = spread_over_sums(v), spread_over_sums(v)
+        v = _first_bits(first) + (rest - _first_bits(rest))
+    return lax.broadcast_in_dim(v, shape, kept).reshape(x.shape)
 
 
 def num_values(x: Array, mask: Array | None, channels: Channels) -> Array:
@@ -119,18 +142,43 @@ def one_of(x: Array, mask: Array | None, channels: Channels) -> Array:
     return jnp.clip(jnp.zeros_like(low), low, high)
 
 
-def _add_up(x: Array) -> Array:
-    """Sum over the first axis, of some dozens, in two stages: one by one, equal values would all round the same way.
+def _adds_in_blocks(x: Array, channels: Channels) -> bool:
+    """Whether x is added in blocks: not where its axes, cut in two, would be spread over devices. JAX only."""
+    return channels.in_blocks and not _is_split(x) and not jnp.iscomplexobj(x)
 
-    The second is a product, as XLA would make one sum of two; and with either it ends a fusion: plain additions it
-    would do anew for every element that their sum is spread over. JAX only: PyTorch folds nothing.
+
+def _in_blocks(x: Array, channels: Channels) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
+    """x's shape with its axes cut into blocks; the axes of that which are within a block; and, without these, the rest.
+
+    Pixels before examples, which may be spread over devices; neighbours along the last axis, one vector register, last.
+    An axis whose size is no multiple of anything small is not cut. JAX only: PyTorch adds images plane by plane.
     """
-    n = x.shape[0]
-    if n <= 8:
-        return x.sum(0)
-    columns = next(k for k in range(math.isqrt(n), 0, -1) if n % k == 0)
-    rows = x.reshape(n // columns, columns, -1).sum(1)
-    return jnp.matmul(jnp.ones(n // columns, x.dtype), rows, precision=lax.Precision.HIGHEST)
+    sizes, left = dict.fromkeys(range(x.ndim), 1), BLOCK
+    for a in (*range(x.ndim - 2, -1, -1), x.ndim - 1):
+        if a not in channels.axes and isinstance(x.shape[a], int):
+            sizes[a] = next((k for k in range(min(left, x.shape[a]), 1, -1) if x.shape[a] % k == 0), 1)
+            left //= sizes[a]
+    shape: list[int] = []
+    blocks = []
+    for a, size in sizes.items():
+        shape.append(x.shape[a] // size)
+        if size > 1:
+            blocks.append(len(shape))
+            shape.append(size)
+    return shape, tuple(blocks), channels.others(x)
+
+
+def _unfold(v: Array, channels: Channels) -> Array:
+    """v, a sum per channel of each fold, added up. JAX only: PyTorch folds nothing."""
+    return v if channels.folds == 1 else v.reshape(channels.folds, -1).sum(0)
+
+
+def _first_bits(v: Array) -> Array:
+    """v rounded to its first bits, of which sums hardly ever round: linear but for what that rounds off.
+
+    JAX only: PyTorch adds float64 as it is.
+    """
+    return lax.reduce_precision(v, exponent_bits=11, mantissa_bits=FIRST_BITS - 1)
 
 
 def _is_split(x: Array) -> bool:

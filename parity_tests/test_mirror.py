@@ -24,24 +24,23 @@ ALONE = {
         " _normalize_batch_jvp",
         "blenet": "kernel_init bias_init average_pool",
         "checkpoint": "on_host like written",
-        "channels": "CPU_LANES FEW_ROWS Channels spread_to_add _add_up _is_split",
+        "channels": "CPU_LANES FIRST_BITS Channels spread_to_add _adds_in_blocks _in_blocks _unfold _first_bits"
+        " _is_split",
         "devices": "promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
         "processes": "SECONDS_OF_JAX RELAYS _in_time _relay",
         "precise": "Path precise_statistics_nnx _modes _moves _name _require_any",
-        "sums": "sum_values",
         "training": "STEPS_IN_FLIGHT Variables TrainState init_state",
     },
     "torch_bn": {
         "arrays": "dtype_name",
-        "batch_norm": "_near_the_mean _mean_and_var _kernel_adds_well _NormalizeBatch _NormalizeBatchForward"
-        " Options.group _normalize_over_group",
-        "blenet": "LONG_SUM AUTOCAST",
+        "batch_norm": "LARGEST_PLANE _near_the_mean _mean_and_var _kernel_adds_well _dgamma_of_kernel _NormalizeBatch"
+        " _NormalizeBatchForward Options.group _normalize_over_group",
+        "blenet": "AUTOCAST",
         "checkpoint": "STATE AGREE_EVERY",
-        "channels": "sum_in_float64 largest_of",
-        "devices": "_gather NormalizeOverGroup _gradient_sums",
+        "channels": "MANY_ROWS largest_of",
+        "devices": "_gather NormalizeOverGroup",
         "layers": "NATIVE synchronize",
-        "sums": "PIECE _three_sums",
         "training": "be_deterministic",
     },
 }

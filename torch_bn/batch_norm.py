@@ -7,7 +7,6 @@ functions; only the layer keeps state.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,7 +19,10 @@ from bn_common.checks import check_batch_norm
 from torch_bn.arrays import check_array, dtype_name, full_rank, kind_of, to_dtype, wide_dtype
 from torch_bn.channels import largest_of, num_values, one_of, spread, sum_by_channel, total_of
 from torch_bn.devices import NormalizeOverGroup, merge, num_shards
-from torch_bn.sums import LONG_SUM, difference, gradient_sums
+
+# A CPU's kernel of the gradient adds a plane up in 8 to 16 running sums: of n terms each, rounding is sqrt(n / 50) eps
+# of their Euclidean norm, and may be three times as much; here up to 1.6. PyTorch only.
+LARGEST_PLANE = 2**10
 
 
 def batch_norm(
@@ -98,7 +100,6 @@ class Options(NamedTuple):
       epsilon: its eps.
       unbiased: its unbiased_moving_var.
       tracked: its num_batches_tracked.
-      long_sum: from so many values per channel on a gradient's float32 sums are float64, by device (None: LONG_SUM).
     """
 
     momentum: float | None = 0.9
@@ -107,7 +108,6 @@ class Options(NamedTuple):
     axis: int = 1
     mask: Tensor | None = None
     tracked: Tensor | int | None = None
-    long_sum: Mapping[str, int] | None = None
     group: dist.ProcessGroup | None = None
 
 
@@ -137,11 +137,10 @@ def batch_norm_with(
     if mask is not None:
         mask = full_rank(mask, x).movedim(axis, 1)
         wide_x = torch.where(mask | wide_x.isfinite(), wide_x, 0)
-    long_sum = (options.long_sum or LONG_SUM).get(x.device.type, math.inf)
     if options.group is None:
-        y, batch = normalize_batch(wide_x, gamma, beta, mask, options.epsilon, long_sum)
+        y, batch = normalize_batch(wide_x, gamma, beta, mask, options.epsilon)
     else:
-        y, batch = _normalize_over_group(wide_x, gamma, beta, options.epsilon, long_sum, options.group)
+        y, batch = _normalize_over_group(wide_x, gamma, beta, options.epsilon, options.group)
     moved = moving_average(moving_mean, moving_var, batch, options)
     return y if axis == 1 else y.movedim(1, axis), *moved
 
@@ -205,7 +204,10 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor,
         return functional.batch_norm(
             x - spread(mean, x), torch.zeros_like(mean), var, gamma, beta, training=False, eps=epsilon
         )
-    return torch.addcmul(spread(beta, x), x - spread(mean, x), spread(gamma * torch.rsqrt(var + epsilon), x))
+    # As large as an example: so that autograd adds gamma's and beta's gradients up over the examples first, and then in
+    # each. Over both at once PyTorch adds rows one by one.
+    factor, offset = (spread(v, x).expand(1, *x.shape[1:]) for v in (gamma * torch.rsqrt(var + epsilon), beta))
+    return torch.addcmul(offset, x - spread(mean, x), factor)
 
 
 class Statistics(NamedTuple):
@@ -259,22 +261,21 @@ def batch_statistics(x: Tensor, options: Options) -> Statistics:
 
 
 def normalize_batch(
-    x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor | None, epsilon: float, long_sum: float
+    x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Statistics]:
-    """x normalised with its own statistics, and these. long_sum: from so many values on sums are float64.
+    """x normalised with its own statistics, and these.
 
     All is computed from the differences to a value near the mean: exact where x is nearly constant, 0 where it is
     constant. Their own mean is small, so that PyTorch's kernels, which fold it into d * a + b, lose nothing.
     """
     near = _near_the_mean(x.detach(), mask)
-    d, rest = difference(x, spread(near, x)) if x.dtype == torch.float64 else (x - spread(near, x), None)
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
-    y, offset, var = function.apply(d, gamma, beta, mask, epsilon, long_sum, rest)
+    y, offset, var = function.apply(x - spread(near, x), gamma, beta, mask, epsilon)
     return y, Statistics(num_values(x, mask), near, offset, var)
 
 
 def _normalize_over_group(
-    x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float, long_sum: float, group: dist.ProcessGroup
+    x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float, group: dist.ProcessGroup
 ) -> tuple[Tensor, Statistics]:
     """`normalize_batch` of a batch that is spread over a group. PyTorch only: in JAX it is the same function."""
     with torch.no_grad():
@@ -282,7 +283,7 @@ def _normalize_over_group(
         mean, var = _mean_and_var(x - spread(near, x), None)
         m = torch.ones_like(near) * num_values(x, None)
         m, shift, rest, var = merge(m, near, mean, var, group)
-    y = NormalizeOverGroup.apply(x - spread(shift, x), gamma, beta, rest, var, epsilon, m, group, long_sum)
+    y = NormalizeOverGroup.apply(x - spread(shift, x), gamma, beta, rest, var, epsilon, m, group)
     return y, Statistics(m, shift, rest, var)
 
 
@@ -315,10 +316,20 @@ def _kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
     return d.device.type != "cpu" or planes
 
 
-class _NormalizeBatch(torch.autograd.Function):
-    """(d, gamma, beta, mask, epsilon, long_sum, rest) -> (y, mean, var): d normalised, and its statistics.
+def _dgamma_of_kernel(dgamma: Tensor, centred: Tensor, d: Tensor, mean: Tensor, r: Tensor) -> Tensor:
+    """dgamma as PyTorch's kernel has it, but on a CPU of planes above LARGEST_PLANE, where it is added up anew.
 
-    rest is what d, of float64, has rounded off. PyTorch only: JAX transposes `tangent` itself.
+    PyTorch only: XLA has no such kernel.
+    """
+    if d.device.type != "cpu" or d[0, 0].numel() <= LARGEST_PLANE:
+        return dgamma
+    return r * (sum_by_channel(centred * d) - mean * sum_by_channel(centred))
+
+
+class _NormalizeBatch(torch.autograd.Function):
+    """(d, gamma, beta, mask, epsilon) -> (y, mean, var): d normalised, and its statistics.
+
+    PyTorch only: JAX transposes `tangent` itself.
     """
 
     generate_vmap_rule = True
@@ -330,8 +341,6 @@ class _NormalizeBatch(torch.autograd.Function):
         beta: Tensor,
         mask: Tensor | None,
         epsilon: float,
-        long_sum: float,
-        rest: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if mask is None and d.device.type != "cpu":
             # One kernel for all. (A CPU's adds the statistics one value at a time, three times as slow as sums.)
@@ -345,10 +354,10 @@ class _NormalizeBatch(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        d, gamma, _, mask, ctx.epsilon, ctx.long_sum, rest = inputs
+        d, gamma, _, mask, ctx.epsilon = inputs
         _, mean, var = output
-        ctx.save_for_backward(d, gamma, mask, mean, var, rest)
-        ctx.save_for_forward(d, gamma, mask, mean, var, rest)
+        ctx.save_for_backward(d, gamma, mask, mean, var)
+        ctx.save_for_forward(d, gamma, mask, mean, var)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -361,23 +370,21 @@ class _NormalizeBatch(torch.autograd.Function):
         dy is centred before it meets d - mean: with a common offset in dy, mean's rounding would be added up m times.
         The returned statistics add dmean / m and dvar * 2 (d - mean) / m.
         """
-        d, gamma, mask, mean, var, rest = ctx.saved_tensors
+        d, gamma, mask, mean, var = ctx.saved_tensors
         r = torch.rsqrt(var + ctx.epsilon)
         total = total_of(d, mask)
         only_y = dy is not None and dmean is None and dvar is None
         dy = torch.zeros_like(d) if dy is None else dy
-        dbeta, along = gradient_sums(dy, d, rest, mean, mask, ctx.long_sum)
+        dbeta = sum_by_channel(dy)
+        centred = dy - spread(dbeta / total, d)
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
         if only_y and not torch.is_grad_enabled() and _kernel_adds_well(d, mask):
-            centred = dy - spread(dbeta / total, d)
             dd, dgamma, _ = torch.ops.aten.native_batch_norm_backward(
                 centred, d, gamma, None, None, mean, r, True, ctx.epsilon, [True, True, False]
             )
-            return dd, dgamma if along is None else along * r, dbeta, None, None, None, None
+            return dd, _dgamma_of_kernel(dgamma, centred, d, mean, r), dbeta, None, None
         c = d - spread(mean, d)
-        if along is None:
-            centred = dy - spread(dbeta / total, d)
-            along = sum_by_channel((centred if mask is None else torch.where(mask, centred, dy)) * c)
+        along = sum_by_channel((centred if mask is None else torch.where(mask, centred, dy)) * c)
         dgamma = along * r
         factor = gamma * r
         share = factor / -total
@@ -386,7 +393,7 @@ class _NormalizeBatch(torch.autograd.Function):
         b = b if dvar is None else b + 2 * dvar / total
         through = torch.addcmul(spread(a, d), c, spread(b, d))
         through = through if mask is None else torch.where(mask, through, 0)
-        return torch.addcmul(through, dy, spread(factor, d)), dgamma, dbeta, None, None, None, None
+        return torch.addcmul(through, dy, spread(factor, d)), dgamma, dbeta, None, None
 
 
 # `apply` asks for it at every call; found anew each time, it is a tenth of the time of a small batch.
@@ -399,7 +406,7 @@ class _NormalizeBatchForward(_NormalizeBatch):
     @staticmethod
     def jvp(ctx, d_dot: Tensor | None, gamma_dot: Tensor | None, beta_dot: Tensor | None, *_):
         """See `tangent`."""
-        d, gamma, mask, mean, var, _ = ctx.saved_tensors
+        d, gamma, mask, mean, var = ctx.saved_tensors
         d_dot, gamma_dot, beta_dot = (
             torch.zeros_like(like) if given is None else given
             for given, like in ((d_dot, d), (gamma_dot, gamma), (beta_dot, gamma))

@@ -57,9 +57,7 @@ class BLeNet(nn.Module):
         f = (fig_size // 2 - 4) // 2
 
         def norm(num_features: int, num_dims: int) -> BatchNorm:
-            layer = BatchNorm(num_features=num_features, num_dims=num_dims, momentum=momentum, eps=eps)
-            layer.long_sum = LONG_SUM
-            return layer
+            return BatchNorm(num_features=num_features, num_dims=num_dims, momentum=momentum, eps=eps)
 
         self.conv = nn.Sequential(
             nn.Conv2d(channels, 6, 5, padding=2),
@@ -112,9 +110,5 @@ class BLeNet(nn.Module):
         def __call__(self, x: Tensor) -> Tensor: ...  # noqa: D102
 
 
-# Float64 sums in the gradients of batch norm from here on, and not as early as elsewhere: those of the images would
-# make the step a twentieth longer, where the convolutions before and behind them round no less than float32 sums.
-# PyTorch only: JAX has it in blenet_cpu.py.
-LONG_SUM = {"cpu": 2**18, "cuda": 2**18}
 # What `torch.autocast` computes in. PyTorch only: Flax's layers take any dtype.
 AUTOCAST = ("float16", "bfloat16")

@@ -48,18 +48,18 @@ def _gather(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class NormalizeOverGroup(torch.autograd.Function):
-    """(d, gamma, beta, rest, var, epsilon, m, group, long_sum) -> y: d, whose mean is rest, normalised.
+    """(d, gamma, beta, rest, var, epsilon, m, group) -> y: d, whose mean is rest, normalised.
 
     The derivative by d is that of the whole batch, whose statistics rest and var are; those by gamma and beta are this
     process's part, which the group's are the sum of. PyTorch only: JAX transposes its collectives.
     """
 
     @staticmethod
-    def forward(ctx, d, gamma, beta, rest, var, epsilon, m, group, long_sum):  # noqa: D102
+    def forward(ctx, d, gamma, beta, rest, var, epsilon, m, group):  # noqa: D102
         r = torch.rsqrt(var + epsilon)
         factor = gamma * r
         ctx.save_for_backward(d, gamma, rest, r, m)
-        ctx.group, ctx.long_sum = group, long_sum
+        ctx.group = group
         return torch.addcmul(spread(beta - rest * factor, d), d, spread(factor, d))
 
     @staticmethod
@@ -68,16 +68,8 @@ class NormalizeOverGroup(torch.autograd.Function):
         """The closed form of the gradient, as in `torch_bn.batch_norm`, with the group's sums."""
         d, gamma, rest, r, m = ctx.saved_tensors
         c = d - spread(rest, d)
-        dbeta, along = _gradient_sums(dy, c, ctx.long_sum)
+        dbeta, along = sum_by_channel(dy), sum_by_channel(dy * c)
         all_dbeta, all_along = psum((dbeta, along), ctx.group)
         share = gamma * r / m
         through = torch.addcmul(spread(share * all_dbeta, d), c, spread(share * r * r * all_along, d))
-        return dy * spread(gamma * r, d) - through, along * r, dbeta, None, None, None, None, None, None
-
-
-def _gradient_sums(dy: Tensor, c: Tensor, long_sum: float) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * c); in float64 from so many values on. PyTorch only: see `NormalizeOverGroup`."""
-    if c.dtype == torch.float32 and c.numel() // c.shape[1] >= long_sum:
-        wide = dy.double()
-        return sum_by_channel(wide).float(), sum_by_channel(wide * c.double()).float()
-    return sum_by_channel(dy), sum_by_channel(dy * c)
+        return dy * spread(gamma * r, d) - through, along * r, dbeta, None, None, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,8 +57,6 @@ class BatchNorm(nn.Module):
     moving_mean: Tensor
     moving_var: Tensor
     num_batches_tracked: Tensor | None
-    long_sum: Mapping[str, int] | None = None
-    """In place of `torch_bn.batch_norm`'s LONG_SUM."""
     group: dist.ProcessGroup | None = None
     """See `torch_bn.batch_norm`; set by `synchronize`."""
 
@@ -268,7 +266,6 @@ def options_of(layer: BatchNorm, mask: Tensor | None, tracked: Tensor | None) ->
         axis=layer.axis,
         mask=mask,
         tracked=tracked,
-        long_sum=layer.long_sum,
         group=layer.group,
     )
 

@@ -138,6 +138,17 @@ def error_in_eps(given: NDArray, truth: NDArray, dtype: str, scale: NDArray | No
     return max(float(e / (s * eps)) if e else 0.0 for e, s in zip(error, size, strict=True))
 
 
+def sizes_of_sums(x: NDArray, dy: NDArray, mean: NDArray, var_eps: NDArray) -> tuple[NDArray, NDArray]:
+    """||dy||_2 and ||dy x_hat||_2 per channel, float64: how large is what dbeta and dgamma are the sums of.
+
+    mean is that of the truth, mpf; var_eps is var + eps.
+    """
+    wide, x_hat = dy.astype(np.float64), _minus(x.astype(np.longdouble), mean).astype(np.float64)
+    x_hat = x_hat / _wide(np.sqrt(var_eps.astype(np.float64)), x)
+    of_dbeta, of_dgamma = (np.sqrt(np.square(v).sum(_axes(x))) for v in (wide, wide * x_hat))
+    return of_dbeta, of_dgamma
+
+
 def _axes(x) -> tuple[int, ...]:
     return tuple(a for a in range(x.ndim) if a != 1)
 

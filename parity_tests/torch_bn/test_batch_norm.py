@@ -62,16 +62,14 @@ def test_expanded():
     torch.testing.assert_close(mean, same, atol=1e-6, rtol=0)
 
 
-@pytest.fixture(params=[False, True], ids=["float32 sums", "float64 sums"])
-def long_sums(request, monkeypatch):
-    """The sums of the gradient in float32, as on devices other than a CPU; or in float64, in several pieces."""
+@pytest.fixture(params=[False, True], ids=["planes", "large planes"])
+def planes(request, monkeypatch):
+    """Gamma's gradient as PyTorch's kernel has it; or added up beside it, as for large planes."""
     if request.param:
-        monkeypatch.setattr(torch_bn.sums, "PIECE", 16)
-    else:
-        monkeypatch.setattr(importlib.import_module("torch_bn.batch_norm"), "LONG_SUM", {})
+        monkeypatch.setattr(importlib.import_module("torch_bn.batch_norm"), "LARGEST_PLANE", 1)
 
 
-@pytest.mark.usefixtures("long_sums")
+@pytest.mark.usefixtures("planes")
 @pytest.mark.parametrize("shape", [(8, 3), (4, 3, 6, 6)], ids=str)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's forward mode
 def test_functional_transformations(shape):
@@ -106,7 +104,7 @@ def test_functional_transformations(shape):
         torch.testing.assert_close(row, torch.autograd.grad(y, x, dy, retain_graph=True)[0], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.usefixtures("long_sums")
+@pytest.mark.usefixtures("planes")
 @pytest.mark.parametrize("shape", [(8, 3), (4, 3, 6, 6)], ids=str)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by PyTorch's own tracer
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
@@ -140,7 +138,7 @@ def test_compiled_with_numbers_that_vary():
             torch.testing.assert_close(compiled(x), layer(x), atol=2e-6, rtol=0)
 
 
-@pytest.mark.usefixtures("long_sums")
+@pytest.mark.usefixtures("planes")
 @pytest.mark.parametrize("masked", [False, True])
 def test_second_derivatives_of_images_in_float32(masked):
     """Where the first derivative is PyTorch's kernel, the second is the closed form's: against float64."""
