@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,7 @@ class Options(NamedTuple):
       unbiased: its unbiased_moving_var.
       groups: its axis_index_groups. (JAX only: axis_name and groups; PyTorch has a group.)
       tracked: its num_batches_tracked.
+      platform: what this will run on, where that is known: then only the form for it is traced. (JAX only: platform.)
     """
 
     momentum: float | None = 0.9
@@ -114,6 +115,7 @@ class Options(NamedTuple):
     axis_name: str | tuple[str, ...] | None = None
     groups: Sequence[Sequence[int]] | None = None
     tracked: Array | int | None = None
+    platform: str | None = None
 
 
 def batch_norm_with(
@@ -142,14 +144,12 @@ def batch_norm_with(
     channels, mask = _channels(options, x), options.mask
     if not train:
         return normalize(wide_x, mean, var, gamma, beta, options.epsilon, channels), batch_stats
-    if mask is None:
-        wide_x, channels = channels.fold(wide_x)
-    else:
+    if mask is not None:
         mask = full_rank(mask, x)
         wide_x = jnp.where(mask | jnp.isfinite(wide_x), wide_x, jnp.zeros_like(wide_x))
-    y, batch = normalize_batch(wide_x, gamma, beta, mask, options.epsilon, channels)
-    moved = moving_average(batch_stats, batch, options)
-    return y.reshape(x.shape), moved
+    arrays = wide_x, gamma, beta, mask
+    y, batch = _on_its_platform(_normalize_folded, arrays, options.epsilon, channels, options.platform)
+    return y, moving_average(batch_stats, batch, options)
 
 
 def checked(
@@ -178,8 +178,33 @@ def checked(
 def _channels(options: Options, x: Array) -> Channels:
     """Where the channels of x are, and which devices share the batch. JAX only: see `Channels`."""
     groups = None if options.groups is None else tuple(map(tuple, options.groups))
-    in_blocks = jax.default_backend() == "cpu"
-    return Channels(channel_axes(options.axis, x.ndim), 1, options.axis_name, groups, in_blocks)
+    return Channels(channel_axes(options.axis, x.ndim), 1, options.axis_name, groups)
+
+
+# Compiled as one, so that a call outside of `jax.jit` compiles no form twice; not inline, nor does its derivative.
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _on_its_platform(function, arrays, epsilon: float, channels: Channels, platform: str | None) -> Any:
+    """function(*arrays, epsilon, channels) in the form for the platform that is compiled for, which is not the host's.
+
+    JAX only: in PyTorch a tensor knows its device.
+    """
+
+    def form(*arrays, on_cpu: bool) -> Any:
+        return function(*arrays, epsilon, channels._replace(on_cpu=on_cpu))
+
+    cpu, others = (functools.partial(form, on_cpu=on_cpu) for on_cpu in (True, False))
+    if platform is not None:
+        return (cpu if platform == "cpu" else others)(*arrays)
+    return lax.platform_dependent(*arrays, cpu=cpu, default=others)
+
+
+def _normalize_folded(
+    x: Array, gamma: Array, beta: Array, mask: Array | None, epsilon: float, channels: Channels
+) -> tuple[Array, Statistics]:
+    """`normalize_batch` of x as it is summed fastest. JAX only: see `Channels.fold`."""
+    folded, channels = (x, channels) if mask is not None else channels.fold(x)
+    y, batch = normalize_batch(folded, gamma, beta, mask, epsilon, channels)
+    return y.reshape(x.shape), batch
 
 
 def moving_average(batch_stats: BatchStats, batch: Statistics, options: Options) -> BatchStats:
@@ -232,7 +257,7 @@ class Statistics(NamedTuple):
     minus_shift: Array
 
 
-def _statistics(x: Array, mask: Array | None, channels: Channels) -> Statistics:
+def _statistics(x: Array, mask: Array | None, epsilon: float, channels: Channels) -> Statistics:
     """Two passes over x: the mean, from the differences to one value of x or to 0, and the variance around it.
 
     These differences are exact where x is nearly constant, and 0 where it is constant; where x is around 0 they are x
@@ -265,7 +290,8 @@ def _statistics(x: Array, mask: Array | None, channels: Channels) -> Statistics:
 def batch_statistics(x: Array, options: Options) -> Statistics:
     """The statistics that `batch_norm` normalises x with."""
     x = to_dtype(x, wide_dtype(x.dtype))
-    return _statistics(x, None if options.mask is None else full_rank(options.mask, x), _channels(options, x))
+    mask = None if options.mask is None else full_rank(options.mask, x)
+    return _on_its_platform(_statistics, (x, mask), options.epsilon, _channels(options, x), options.platform)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
@@ -273,7 +299,7 @@ def normalize_batch(
     x: Array, gamma: Array, beta: Array, mask: Array | None, epsilon: float, channels: Channels
 ) -> tuple[Array, Statistics]:
     """x normalised with its own statistics, and these. beta - rest * factor: rest is too small to cancel anything."""
-    batch = _statistics(x, mask, channels)
+    batch = _statistics(x, mask, epsilon, channels)
     factor = gamma * lax.rsqrt(batch.var + epsilon)
     over_x = functools.partial(spread, x=x, channels=channels)
     return (x - over_x(batch.shift)) * over_x(factor) + over_x(beta - batch.rest * factor), batch

@@ -80,6 +80,7 @@ class BLeNet(nn.Module):
                 param_dtype=self.param_dtype,
                 dtype=self.dtype,
                 axis_name=self.axis_name,
+                platform=self.platform,
             )
             return layer(x, mask=None if mask is None else mask.reshape(-1, *(1,) * (x.ndim - 1)))
 

@@ -113,7 +113,7 @@ def _by_platform(model: Any, variables: Any, x: Array, train: bool, mask: Array 
 
     def blocks(variables: Any, x: Array, mask: Array | None) -> tuple[Array, Any]:
         # One for each of x's columns there, which are the examples.
-        options = Options(model.momentum, model.epsilon, mask=mask, axis_name=model.axis_name)
+        options = Options(model.momentum, model.epsilon, mask=mask, axis_name=model.axis_name, platform="cpu")
         return forward(variables["params"], variables["batch_stats"], x, options, train=train)
 
     def by_size(variables: Any, x: Array, mask: Array | None) -> tuple[Array, Any]:

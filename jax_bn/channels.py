@@ -31,14 +31,14 @@ class Channels(NamedTuple):
       folds: the last axis of x holds so many pixels beside each other, each with all its channels.
       axis_name: a mapped axis over whose devices the batch is spread.
       groups: which devices of it belong together (None: all).
-      in_blocks: add in blocks, see `sum_by_channel`.
+      on_cpu: in the form that XLA compiles best for a CPU: `fold` and `sum_by_channel` ask it.
     """
 
     axes: tuple[int, ...]
     folds: int = 1
     axis_name: str | tuple[str, ...] | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
-    in_blocks: bool = False
+    on_cpu: bool = False
 
     def others(self, x: Array) -> tuple[int, ...]:
         """The axes of x that hold no channels."""
@@ -50,7 +50,7 @@ class Channels(NamedTuple):
         The batch axis stays as it is: it may be spread over devices.
         """
         pixels, channels = math.prod(x.shape[1:-1]), x.shape[-1]
-        if jax.default_backend() != "cpu" or self.axes != (x.ndim - 1,) or x.ndim < 3 or _is_split(x):
+        if not self.on_cpu or self.axes != (x.ndim - 1,) or x.ndim < 3 or _is_split(x):
             return x, self
         folds = next((k for k in range(CPU_LANES // channels, 1, -1) if pixels % k == 0), 1)
         if folds == 1:
@@ -144,7 +144,7 @@ def one_of(x: Array, mask: Array | None, channels: Channels) -> Array:
 
 def _adds_in_blocks(x: Array, channels: Channels) -> bool:
     """Whether x is added in blocks: not where its axes, cut in two, would be spread over devices. JAX only."""
-    return channels.in_blocks and not _is_split(x) and not jnp.iscomplexobj(x)
+    return channels.on_cpu and not _is_split(x) and not jnp.iscomplexobj(x)
 
 
 def _in_blocks(x: Array, channels: Channels) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:

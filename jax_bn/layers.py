@@ -47,6 +47,8 @@ class BatchNorm(nn.BatchNorm):
       unbiased_moving_var: see `jax_bn.batch_norm`.
       initial_moving_var: value that batch_stats/var starts with.
       frozen_statistics: predict with batch_stats in training too, and leave them: scale and bias are trained on.
+      platform: what this will run on, as `jax.Device.platform` names it, where that is known: then only the form for
+        it is traced. None: both are, and the compiler takes the one for its platform. JAX only.
 
     Raises:
       ValueError: a momentum or epsilon that `jax_bn.batch_norm` refuses, or a negative initial_moving_var.
@@ -56,6 +58,7 @@ class BatchNorm(nn.BatchNorm):
     unbiased_moving_var: bool = False
     initial_moving_var: float = 1.0
     frozen_statistics: bool = False
+    platform: str | None = None
 
     def __post_init__(self) -> None:
         check_momentum(self.momentum)
@@ -91,7 +94,7 @@ class BatchNorm(nn.BatchNorm):
         initializing = self.is_initializing()
         single = x.size == len(mean.value.ravel())
         train = not use_running_average and not self.frozen_statistics and not (initializing and single)
-        options = options_of(self, mask, None if tracked is None else tracked.value)
+        options = options_of(self, mask, None if tracked is None else tracked.value)._replace(platform=self.platform)
         if initializing:
             options = options._replace(axis_name=None)
         stats = BatchStats(mean.value, var.value)

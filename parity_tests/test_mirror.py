@@ -20,8 +20,8 @@ FILES_ALONE = {"jax_bn": {"blenet_cpu", "export", "mesh", "nnx", "settings"}, "t
 ALONE = {
     "jax_bn": {
         "arrays": "product",
-        "batch_norm": "BatchStats Options.axis_name Options.groups Statistics.minus_shift _channels _statistics"
-        " _normalize_batch_jvp",
+        "batch_norm": "BatchStats Options.axis_name Options.groups Options.platform Statistics.minus_shift _channels"
+        " _on_its_platform _normalize_folded _statistics _normalize_batch_jvp",
         "blenet": "kernel_init bias_init average_pool",
         "checkpoint": "on_host like written",
         "channels": "CPU_LANES FIRST_BITS Channels spread_to_add _adds_in_blocks _in_blocks _unfold _first_bits"

@@ -1,5 +1,6 @@
 """jax_bn.BatchNorm as a drop-in for flax.linen.BatchNorm, and statistics across devices."""
 
+import importlib
 import re
 from functools import partial
 
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jax_bn
+from jax_bn.batch_norm import Options, batch_statistics
 
 
 def x_like(shape, seed=0):
@@ -372,3 +374,28 @@ def test_float32_is_trained_in_float32():
     assert widened <= {"f64[3]", "f64[2,3]"}
     forward, reverse = (jax.jit(jacobian(jax.grad(total)))(x) for jacobian in (jax.jacfwd, jax.jacrev))
     np.testing.assert_allclose(forward, reverse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["step", "statistics"])
+def test_the_form_follows_the_platform_compiled_for(what, monkeypatch):
+    """Not the host's: what is exported for an accelerator is the same text wherever that is done, and no CPU's."""
+    x, stats = jnp.ones((16, 4, 4, 6)), jax_bn.BatchStats(jnp.zeros(6), jnp.ones(6))
+
+    def step(x):
+        y, moved = jax_bn.batch_norm(x, jnp.ones(6), jnp.zeros(6), stats, train=True)
+        return (y**3).sum(), moved
+
+    def statistics(x):
+        return batch_statistics(x, Options())
+
+    asked = {"step": lambda x: jax.grad(step, has_aux=True)(x), "statistics": statistics}[what]
+    texts = {}
+    for host in "cpu", "gpu", "tpu":
+        importlib.import_module("jax_bn.batch_norm")._on_its_platform.clear_cache()
+        monkeypatch.setattr(jax, "default_backend", lambda host=host: host)
+        for platform in "cpu", "cuda", "tpu":
+            exported = jax.export.export(jax.jit(lambda x: asked(x)), platforms=(platform,))(x)
+            texts.setdefault(platform, set()).add(exported.mlir_module())
+    assert [len(found) for found in texts.values()] == [1, 1, 1]
+    assert "f64" in min(texts["cpu"])
+    assert "f64" not in min(texts["cuda"] | texts["tpu"])
