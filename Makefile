@@ -12,7 +12,7 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test faults parity mistakes bench speed exactness study lint format clean
+.PHONY: help train test faults parity mistakes bench speed exactness study accelerators lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -28,6 +28,8 @@ help:
 	@echo "make exactness   measure batch norm's errors beside its peers, and write docs/batch_norm_exactness.md"
 	@echo "make study   train BLeNet some hundred times, in both wings, with batch norm and without, and write"
 	@echo "             docs/accuracy.md and docs/why_batch_norm.md; hours, and continued where it was stopped"
+	@echo "make accelerators   compile steps for a TPU v5e and an H100, which need not be here, beside Flax's; with"
+	@echo "             ARGS='--write docs/accelerators.md' as a page"
 	@echo "make lint    check format, lint and types; make format puts the format right"
 	@echo "make clean   remove .venv"
 
@@ -62,6 +64,20 @@ exactness: $(VENV)/installed-bench
 study: $(VENV)/installed-test
 	$(VENV)/bin/python -m benchmarks.accuracy --runs runs/accuracy --write docs/accuracy.md $(ARGS)
 	$(VENV)/bin/python -m benchmarks.why_batch_norm --runs runs/why_batch_norm --write docs/why_batch_norm.md
+
+# An environment of its own, with the compilers for TPUs and NVIDIA GPUs; those of JAX's version, without the libraries
+# that a GPU would need.
+accelerators: .venv-accelerators/installed
+	.venv-accelerators/bin/python -m benchmarks.accelerators $(ARGS)
+
+.venv-accelerators/installed: pyproject.toml constraints.txt
+	@echo "installing JAX's compilers for accelerators: some 500 MB to download, once"
+	$(PYTHON) -m venv --clear .venv-accelerators
+	.venv-accelerators/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tpu]'
+	version=$$(.venv-accelerators/bin/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+	  .venv-accelerators/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	@touch $@
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/python -m ruff format --check .
