@@ -18,6 +18,7 @@ from parity.comparison.differences import (
     differences,
     input_gradients,
     step_differences,
+    stopped,
 )
 from parity.comparison.rounding import explained, rounding
 from parity.diagnosis import places
@@ -33,9 +34,8 @@ from parity.pairing.recut import cut
 from parity.pairing.translation import Translation
 from parity.records.answers import matched
 from parity.records.evidence import Evidence
-from parity.records.kinds import HALF
 from parity.records.recording import NETWORK, PHASES, Failure
-from parity.report import Report, verdict
+from parity.report import Report, notes, verdict
 from parity.report.verdict import Numbers, Stop, layer_rows, which
 
 LEAST_FELT = 1e-9
@@ -64,23 +64,15 @@ class Judge(cut.Sides):
         self.free += [*self._unfit(), *self._loss(), *input_gradients(self.torch.free, self.flax.free)]
         if torch.free.dropout_off or flax.free.dropout_off:
             self.notes.append("dropout was switched off on both sides, as it is random in training")
+        if still := stopped(translation, self.flax.free):
+            self.notes.append(f"not trained in PyTorch (requires_grad=False), no gradient in Flax: {', '.join(still)}")
         self.notes += translation.moved_outputs(flax.free.named_outputs)
         self.notes += common_dropout(translation, self.flax.free)
         self.dropouts = dropout_findings(translation, self.flax.free)
         self.dtypes = tuple(of.details.get("parameters", "float32") for of in (torch, flax))
-        if hidden := [(side, d) for side, d in zip(("PyTorch's", "Flax's"), self.dtypes, strict=True) if d in HALF]:
-            told = " and ".join(f"{side} parameters are {dtype}" for side, dtype in hidden)
-            least = max(HALF[dtype] for _, dtype in hidden)
-            self.notes.append(
-                f"{told}: compared is in float64; what the sides do otherwise in 16 bits, as a sum or a softmax in "
-                f"float32, is not seen below {least:.1g}"
-            )
-        rounding_losses = [side for side, of in (("PyTorch", torch), ("Flax", flax)) if of.free.rounds_loss]
-        self.loss_rounds_by = float(np.finfo(np.float32).eps) if rounding_losses else 0.0
-        if rounding_losses:
-            sides = " and ".join(f"{side}'s" for side in rounding_losses)
-            seen = f"below {30 * self.loss_rounds_by:.1g} nothing is seen in the losses, the gradients and the steps"
-            self.notes.append(f"{sides} loss computes in float32 inside, as of float32 targets: {seen}")
+        runs = torch.free, flax.free
+        self.notes += [*notes.of_half(self.dtypes), *notes.of_rounded_losses(runs)]
+        self.loss_rounds_by = notes.loss_rounds_by(runs)
 
     # What is compared.
 
@@ -354,8 +346,14 @@ class Judge(cut.Sides):
             failing = []  # every layer agrees to rounding: what is left is rounding carried along
         if cut:
             places = dict.fromkeys(d.key[0] or "the network" for d in failing)
-            self.notes.append(f"the same function, cut otherwise at {', '.join(places)}")
             failing = []
+        elif not failing and not located and not self.stops:
+            # As positions that are the same for all examples.
+            places = {s.key[0]: None for s, way in self.translation.chosen.items() if way.rows}
+        else:
+            places = {}
+        if places:
+            self.notes.append(f"the same function, cut otherwise at {', '.join(places)}")
         first = next(iter(failing), None)
         # A product of low precision may hide behind the noise that it makes itself.
         rough = {f.key for f in located if f.finding.code == "matmul-precision"}

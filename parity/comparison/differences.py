@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.kept import kept_difference
-from parity.pairing.arrangements import Slot, fitting, result
+from parity.pairing.arrangements import Arrangement, Slot, fitting, result
 from parity.pairing.pairs import LayerPair, Pairing
 from parity.pairing.translation import Translation
 from parity.records import kinds
@@ -90,7 +90,10 @@ def compared(translation: Translation, flax: Recording, *, train: bool) -> Itera
             if flax.has_ended and any(c.path == flax_key[0] for c in flax.calls):
                 yield Compared("forward", call.key, flax_key[0], "output")
             continue
+        looked_up = _is_looked_up_alike(translation, call, mine)
         for i, arrived in enumerate(mine.arrived[: len(call.inputs)]):
+            if looked_up and {arrived.dtype.kind, call.inputs[i].dtype.kind} <= {*"iu"}:
+                continue
             truth, way = translation.input(call, i, arrived), translation.way(Slot(call.key, "input", i))
             yield Compared("forward", call.key, flax_key[0], "input", arrived, truth, source=call.inputs[i], way=way.of)
         truth, way = translation.output(call, mine.output), translation.way(Slot(call.key, "output"))
@@ -111,6 +114,16 @@ def compared(translation: Translation, flax: Recording, *, train: bool) -> Itera
                     given = flax.new_statistics[pair.flax.tensors[t.flax_name]]
                     place = "statistics", (pair.torch.path, 0), pair.flax.path, t.torch_name
                     yield Compared(*place, given, t.to_flax(source), source=source, way=t.to_flax)
+
+
+def _is_looked_up_alike(translation: Translation, call: Call, mine: Call) -> bool:
+    """Whether an embedding gives the same on both sides: then it is its own matter what integers it is given.
+
+    One that finds the positions itself is given the tokens; what it looks up shows in what it gives.
+    """
+    if translation.pair_of[call.path].kind != "embedding":
+        return False
+    return error_of(mine.output, translation.output(call, mine.output)) <= SAME_INPUT
 
 
 def _output(translation: Translation, i: int, output: NDArray, flax: Recording) -> Compared:
@@ -167,6 +180,17 @@ def is_one_tensor(run: Recording, name: str, other: str) -> bool:
     )
 
 
+def stopped(translation: Translation, flax: Recording) -> list[str]:
+    """PyTorch's names of the parameters that it does not train (requires_grad=False), and Flax gives no gradient."""
+    layers = translation.torch.layers.values()
+    frozen = {layer.tensors[n] for layer in layers for n in layer.config.get(kinds.FROZEN, ()) if n in layer.tensors}
+    return [
+        t
+        for t, f, _ in translation.pairing.tensors()
+        if t in frozen and f in flax.gradients and not np.any(flax.gradients[f])
+    ]
+
+
 def _not_finite(translation: Translation) -> Iterator[Difference]:
     """PyTorch's weights that hold NaN or infinity: what they are multiplied with cannot be compared."""
     flax_path = {pair.torch.path: pair.flax.path for pair in translation.pairing.layers}
@@ -185,6 +209,7 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> Iterato
     activations = [g for c in torch.calls for g in (*c.input_gradients, c.output_gradient) if g is not None]
     floor = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in activations), default=0.0)
     largest = 1e-6 * max((float(np.abs(g).max(initial=0)) for g in torch.gradients.values()), default=0.0)
+    still = {*stopped(translation, flax)}
     for i, j in translation.results(flax.named_outputs):
         gradient = flax.output_gradients[j] if j < len(flax.output_gradients) else None
         truth = torch.output_gradients[i] if i < len(torch.output_gradients) else None
@@ -196,20 +221,24 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> Iterato
         mine, pair = calls.get(flax_key), translation.pair_of[call.path]
         if mine is None or mine.output_gradient is None or call.output_gradient is None:
             continue
-        way, place = translation.way(Slot(call.key, "output")).of, ("backward", call.key, flax_key[0])
-        dy = way(call.output_gradient)
-        yield Compared(*place, "output gradient", mine.output_gradient, dy, floor, call.output_gradient, way)
+        learned = {pair.torch.tensors[t.torch_name] for t in pair.tensors} & torch.gradients.keys()
+        if learned and learned <= still and not np.any(mine.output_gradient):
+            continue  # nothing there is trained, and on the other side nothing arrives: it stops in front of it
+        place, arranged = ("backward", call.key, flax_key[0]), translation.way(Slot(call.key, "output"))
+        dy = arranged.of_gradient(call.output_gradient)
+        yield _gradient(place, "output gradient", mine.output_gradient, call.output_gradient, arranged, floor)
         if call.index == max(c.index for c, k in keys if c.path == call.path):
-            yield from _parameters(translation, flax, pair, call, dy, largest)
+            yield from _parameters(translation, flax, pair, call, dy, largest, still)
         for i, gradient in enumerate(mine.input_gradients[: len(call.input_gradients)]):
-            source, way = call.input_gradients[i], translation.way(Slot(call.key, "input", i)).of
+            source, arranged = call.input_gradients[i], translation.way(Slot(call.key, "input", i))
             if gradient is not None and source is not None:
-                yield Compared(*place, "input gradient", gradient, way(source), floor, source, way)
+                yield _gradient(place, "input gradient", gradient, source, arranged, floor)
     compared = {call.path for call, flax_key in keys if flax_key in calls}
     for torch_name, flax_name, t in translation.pairing.tensors():
         owner = next((p for p in translation.pair_of.values() if torch_name in p.torch.tensors.values()), None)
         if (
             (owner is None or owner.torch.path not in compared)
+            and torch_name not in still
             and torch_name in torch.gradients
             and flax_name in flax.gradients
         ):
@@ -218,11 +247,29 @@ def _backward(translation: Translation, flax: Recording, keys, calls) -> Iterato
             yield Compared(*tensor, flax.gradients[flax_name], t.to_flax(source), largest, source, t.to_flax)
 
 
-def _parameters(translation, flax, pair: LayerPair, call: Call, dy: NDArray, largest: float) -> Iterator[Compared]:
+def _gradient(
+    place: tuple[str, tuple[str, int], str],
+    quantity: str,
+    given: NDArray,
+    source: NDArray,
+    arranged: Arrangement,
+    floor: float,
+) -> Compared:
+    """By what stands in a place inside; where that is once for all examples here and for each there, of all."""
+
+    def way(g: NDArray) -> NDArray:
+        return arranged.summed(arranged.of_gradient(g))
+
+    return Compared(*place, quantity, arranged.summed(given), way(source), floor, source, way)
+
+
+def _parameters(
+    translation, flax, pair: LayerPair, call: Call, dy: NDArray, largest: float, still: Collection[str]
+) -> Iterator[Compared]:
     torch = translation.torch
     for t in pair.tensors:
         torch_name, flax_name = pair.torch.tensors[t.torch_name], pair.flax.tensors[t.flax_name]
-        if torch_name not in torch.gradients or flax_name not in flax.gradients:
+        if torch_name not in torch.gradients or flax_name not in flax.gradients or torch_name in still:
             continue
         source = torch.gradients[torch_name]
         # A bias before a batch norm is a gauge: what its gradient sums up cancels to 0.

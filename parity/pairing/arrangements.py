@@ -19,13 +19,37 @@ class Arrangement(NamedTuple):
       name: "same"; "last": axis 1 goes to the end; "swap": the first two axes (sequence and batch) are exchanged;
         "flatten": the last axis is reordered from C, *spatial to *spatial, C; "heads": the last axis is two.
       sizes: of "flatten": (C, *spatial); of "heads": (heads, features of each).
+      rows: what is the same for all examples, as positions are, stands there so many times along axis 0, and here once;
+        or there once (1), and here for each example; 0: as often.
+      rank: 1: that axis is not here; -1: it is not there.
     """
 
     name: str
     sizes: tuple[int, ...] = ()
+    rows: int = 0
+    rank: int = 0
 
     def of(self, a: NDArray) -> NDArray:
         """PyTorch's array as Flax has it."""
+        a = self._moved(a)
+        if not self.rows:
+            return a
+        one = a if self.rank > 0 else a[0]
+        return one if self.rank < 0 else np.broadcast_to(one, (self.rows, *one.shape))
+
+    def of_gradient(self, g: NDArray) -> NDArray:
+        """The gradient by such an array, by what Flax has; of many rows, each has an equal share of the one's."""
+        g = self._moved(g)
+        if not self.rows:
+            return g
+        one = g if self.rank > 0 else g.sum(0)
+        return one if self.rank < 0 else np.broadcast_to(one / self.rows, (self.rows, *one.shape))
+
+    def summed(self, g: NDArray) -> NDArray:
+        """The gradient, of Flax's layout, of what both sides have: of all rows together."""
+        return g.sum(0) if self.rows and self.rank >= 0 else g
+
+    def _moved(self, a: NDArray) -> NDArray:
         if self.name == "last":
             return np.moveaxis(a, 1, -1)
         if self.name == "swap":
@@ -75,7 +99,12 @@ def usual(kind: str, a: NDArray) -> Arrangement:
 
 
 def fitting(
-    kind: str, a: NDArray, shape: Sequence[int], flattened: Sequence[tuple[int, ...]] = ()
+    kind: str,
+    a: NDArray,
+    shape: Sequence[int],
+    flattened: Sequence[tuple[int, ...]] = (),
+    *,
+    inside: bool = False,
 ) -> list[Arrangement]:
     """The arrangements that give PyTorch's array this shape, the usual one of this kind of layer first.
 
@@ -84,6 +113,7 @@ def fitting(
       a: PyTorch's array.
       shape: Flax's.
       flattened: (C, *spatial) of what may have been flattened to it.
+      inside: of the network, where what is the same for all examples may stand once or for each.
 
     Returns:
       At least the usual one, whether it fits or not.
@@ -97,4 +127,18 @@ def fitting(
         every.append(SAME)
     else:
         every += [LAST] * (a.ndim > 2) + [SWAP] * (a.ndim == 3)
+    if inside and _is_repeated(a, shape):
+        rank = len(shape) - a.ndim
+        rows = 1 if rank < 0 else shape[0]
+        every += [way._replace(rows=rows, rank=rank) for way in every if way != SWAP]
     return [arrangement for arrangement in every if arrangement.of(a).shape == tuple(shape)] or [first]
+
+
+def _is_repeated(a: NDArray, shape: Sequence[int]) -> bool:
+    """Whether it may be once, and for each example on the other side."""
+    rank = len(shape) - a.ndim
+    if not a.size or not a.ndim or a.shape == tuple(shape):
+        return False
+    if rank == 1 or (rank == 0 and len(a) == 1):
+        return True
+    return (rank == -1 or (rank == 0 and shape[0] == 1)) and bool((a == a[:1]).all())

@@ -65,7 +65,7 @@ class Translation:
 
     def gradient(self, slot: Slot, gradient: NDArray | None) -> NDArray | None:
         """A gradient, arranged as what it belongs to."""
-        return None if gradient is None else self.way(slot).of(gradient)
+        return None if gradient is None else self.way(slot).of_gradient(gradient)
 
     def way(self, slot: Slot) -> Arrangement:
         """How what stands there goes across; as it is, where that has not been asked yet."""
@@ -76,7 +76,7 @@ class Translation:
     ) -> NDArray:
         if slot not in self.chosen:
             shape = usual(kind, a).of(a).shape if like is None else np.shape(like)
-            self.chosen[slot] = fitting(kind, a, shape, flattened)[0]
+            self.chosen[slot] = fitting(kind, a, shape, flattened, inside=not slot.is_result)[0]
         return self.chosen[slot].of(a)
 
     def settle(self, forced: Recording) -> None:
@@ -88,13 +88,14 @@ class Translation:
             kind, first = self.pair_of[call.path].kind, None
             flattened = self._before_flatten(call, kind)
             for i, (a, arrived) in enumerate(zip(call.inputs, mine.arrived, strict=False)):
-                possible = fitting(kind, a, arrived.shape, flattened)
+                possible = fitting(kind, a, arrived.shape, flattened, inside=True)
                 # Where the kind says it, numbers that happen to agree must not: it may be the mistake.
                 by_kind = kind in kinds.CHANNELS_SECOND and a.ndim > 2
                 chosen = possible[0] if by_kind else _closest(possible, a, arrived)
                 self.chosen[Slot(call.key, "input", i)] = chosen
                 first = first or chosen
-            possible = fitting(kind, call.output, mine.output.shape, () if kind == "linear" else flattened)
+            flat = () if kind == "linear" else flattened
+            possible = fitting(kind, call.output, mine.output.shape, flat, inside=True)
             self.chosen[Slot(call.key, "output")] = first if first in possible else possible[0]
         self.settled = self.results(forced.named_outputs)
         for i, j in self.settled:

@@ -69,6 +69,9 @@ IN_OUT = "in_out"
 OUT_IN = "out_in"
 """In a linear layer's config: Flax's matrix is [out, in], as PyTorch's."""
 
+FROZEN = "frozen"
+"""In a layer's config: the local names of parameters that PyTorch does not train (requires_grad=False)."""
+
 MADE_OF = "parametrizations."
 """In PyTorch, the beginning of the names of tensors that a layer makes its own of: they are no weights of the kind."""
 

@@ -121,6 +121,7 @@ class Recording:
       output_gradients: of the loss; None where an output is no floating point.
       loss: its value, None where there is nothing to differentiate.
       rounds_loss: the loss computes something in float32, whatever the output's dtype: of float32 targets, say.
+      rounds_outputs: an output is float32 or less, though the run is in float64: the network computes in it inside.
       failure: what stopped the run before its end; in the backward pass, what the forward pass gave is there.
       dropout_off: a dropout was in it in training, and was switched off.
       dropouts: (rate, after how many calls of layers) of each dropout that was active in prediction, and switched off.
@@ -140,6 +141,7 @@ class Recording:
     output_gradients: list[NDArray | None] = field(default_factory=list)
     loss: float | None = None
     rounds_loss: bool = False
+    rounds_outputs: bool = False
     failure: Failure | None = None
     dropout_off: bool = False
     dropouts: list[tuple[float, int]] = field(default_factory=list)

@@ -105,6 +105,75 @@ def test_another_function_is_none_that_is_cut_otherwise(torch_net, flax_net, x):
     assert not any("cut otherwise" in note for note in report.notes)
 
 
+class Learned(nn.Module):
+    """Makes the same of a row of its own for all examples, or for each; and a layer behind that."""
+
+    def __init__(self, each=False):
+        super().__init__()
+        self.row, self.each = nn.Embedding(1, 4), each
+        self.time, self.d = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        n = len(x) if self.each else 1
+        return self.d(torch.tanh(x) * self.time(self.row(torch.zeros(n, dtype=torch.long))))
+
+
+class LinenLearned(linen.Module):
+    each: bool = False
+    slope: float = 1.0
+
+    @linen.compact
+    def __call__(self, x):
+        row = linen.Embed(1, 4, name="row")(jnp.zeros(len(x) if self.each else 1, int))
+        return linen.Dense(3, name="d")(jnp.tanh(self.slope * x) * linen.Dense(4, name="time")(row))
+
+
+ROWS = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+BOTH = pytest.mark.parametrize("each", [False, True], ids=["each-in-flax", "each-in-torch"])
+
+
+@BOTH
+def test_what_is_the_same_for_all_examples_is_compared_once(each):
+    """Forward, and its gradients added up: nothing differs, and a mistake beside it comes first."""
+    torch.manual_seed(0)
+    report = parity.check(Learned(each), LinenLearned(not each), ROWS)
+    assert report.ok, report
+    assert "the same function, cut otherwise at row, time" in report.notes
+    assert max(row.error for row in report.layers) < 1e-12
+    report = parity.check(Learned(each), LinenLearned(not each, slope=2.0), ROWS)
+    assert (report.first_divergence.torch_layer, report.first_divergence.quantity) == ("d", "input")
+    assert np.isfinite(report.first_divergence.error)
+    assert {d.layer for d in report.diagnoses} == {"d"}
+
+
+@BOTH
+def test_a_mistake_where_it_is_the_same_for_all_examples(each):
+    """The layer's own weights are still looked at, in single-layer mode too."""
+    torch.manual_seed(0)
+    module, flax_module = Learned(each), LinenLearned(not each)
+    variables = parity.to_flax(module, flax_module, inputs=[ROWS])
+    variables["params"]["time"]["kernel"] = variables["params"]["time"]["kernel"].T
+    report = parity.check(module, flax_module, ROWS, variables=variables)
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("kernel-transposed", "time")]
+
+
+class EachItsOwn(linen.Module):
+    """Adds to the positions what counts the examples: it isn't the same for all."""
+
+    @linen.compact
+    def __call__(self, ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape) + jnp.arange(len(ids))[:, None]
+        return linen.Dense(3)(linen.Embed(9, 4)(ids) + linen.Embed(6, 4)(positions))
+
+
+def test_what_is_not_the_same_for_all_examples():
+    torch.manual_seed(0)
+    report = parity.check(Positions(), EachItsOwn(), TOKENS)
+    assert not report.ok
+    assert (report.first_divergence.torch_layer, report.first_divergence.quantity) == ("wpe", "input")
+    assert {d.layer for d in report.diagnoses} == {"wpe"}
+
+
 class ReZero(nn.Module):
     """A branch that counts nothing yet: its factor and its last layer are 0."""
 

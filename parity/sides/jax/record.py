@@ -211,7 +211,7 @@ class _Run:
         self.dropouts: list[tuple[float, int]] = []
         self.stopped_in = ""
         self.probed: list[Array] = []
-        self.rounds_loss = False
+        self.rounds_loss = self.rounds_outputs = False
 
     def __call__(self, parameters, xs, probes):
         given = self.inputs.arrays()
@@ -314,6 +314,8 @@ class _Run:
             return probe(v, None if self.force is None else self.force.result(i, results))
 
         output = with_numbers(output, probed)
+        is_float64 = jnp.result_type(float) == np.float64
+        self.rounds_outputs = is_float64 and any(is_floating(v) and v.dtype != np.float64 for _, v in results)
         self.rounds_loss = self._rounds_loss(output)
         total = jnp.asarray(self.loss(output))
         check_loss(total, "JAX")
@@ -357,7 +359,7 @@ def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floatin
     recording.output_names = run.names[: len(recording.outputs)]
     recording.output_gradients = [gradient(v) for v in seen["result"]]
     recording.loss = float(total)
-    recording.rounds_loss = run.rounds_loss
+    recording.rounds_loss, recording.rounds_outputs = run.rounds_loss, run.rounds_outputs
     recording.dropout_off = run.train and bool(run.dropouts)
     recording.dropouts = [] if run.train else run.dropouts
     recording.new_statistics = {name: _numpy(v) for name, v in seen["statistics"].items()}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from parity.records import trees
 from parity.records.kinds import MADE_OF
@@ -168,6 +169,30 @@ def without_dropout(
     functions = {getattr(nn.functional, name): without for name in names}
     with exchanged({**functions, nn.functional.scaled_dot_product_attention: without_attention}):
         yield
+
+
+def not_compiled(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Where a part of it went through `torch.compile`, that is run as it is: hooks would see nothing of it."""
+    is_compiled = any(hasattr(child, "_orig_mod") for child in module.modules())
+    # Only then: it imports the compiler, for a second.
+    return torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
+
+
+class SetsRequiresGrad(TorchFunctionMode):
+    """While it is entered, a module may say that what it is given needs a gradient.
+
+    PyTorch allows that of leaves alone, as the inputs of training are; here these need a gradient already, and what is
+    made of them is no leaf.
+    """
+
+    REFUSED = "you can only change requires_grad flags of leaf variables"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function as it is, but for that."""
+        is_set = func == Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+        if is_set and args[0].requires_grad and not args[0].is_leaf and args[1]:
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def to_dtype(module: nn.Module, dtype: str) -> None:

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from parity.records import trees
 from parity.records.inputs import Inputs
-from parity.records.kinds import IN_OUT, PRODUCTS, class_names, kind_of
+from parity.records.kinds import FROZEN, IN_OUT, PRODUCTS, class_names, kind_of
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
 from parity.sides.torch.module import (
     COUNTER,
+    SetsRequiresGrad,
     as_numpy,
     has_dropout,
     is_tensor,
     lifted,
     loss_of,
+    not_compiled,
     numbers,
     numpy,
     parametrised,
@@ -79,6 +81,8 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
         config = {name: value for name, value in config.items() if isinstance(value, int | float | str | tuple)}
         if kind == "linear" and type(child).forward is not nn.Linear.forward and _is_in_out(child, own):
             config[IN_OUT] = True
+        if frozen := tuple(name for name, v in own.items() if isinstance(v, nn.Parameter) and not v.requires_grad):
+            config[FROZEN] = frozen
         layers[path] = Layer(
             path,
             kind,
@@ -124,7 +128,15 @@ def _tensors(module: nn.Module, *, recurse: bool) -> dict[str, Tensor]:
     return {name: v for name, v in named if v.is_floating_point() and name.rpartition(".")[2] != COUNTER}
 
 
-def record(
+def record(module: nn.Module, inputs: Inputs | Sequence[Any], **options: Any) -> Recording:
+    """Run a copy of the module forward and backward, and record every layer: see `_record`."""
+    found = _record(module, inputs, **options)
+    if found.failure is not None and SetsRequiresGrad.REFUSED in found.failure.error:
+        return _record(module, inputs, sets_requires_grad=True, **options)
+    return found
+
+
+def _record(
     module: nn.Module,
     inputs: Inputs | Sequence[Any],
     *,
@@ -133,6 +145,7 @@ def record(
     loss: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
     nudge: float = 0.0,
+    sets_requires_grad: bool = False,
 ) -> Recording:
     """Run a copy of the module forward and backward, and record every layer.
 
@@ -144,11 +157,13 @@ def record(
       loss: of the output; None: the default one.
       seed: of the random numbers in the run (an active dropout).
       nudge: every parameter is changed by this much of its size, up or down.
+      sets_requires_grad: see `SetsRequiresGrad`.
 
     Returns:
       The recording; without gradients where the output has none. As far as it went, where the module raises.
     """
     module = lifted(module, float64=float64).train(train)
+    layers = layers_of(module)
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -164,7 +179,7 @@ def record(
     given = [v.to(own) if v.is_floating_point() else v for v in given]
     given = [v.requires_grad_(v.is_floating_point()) for v in given]
     called = called.filled(given)
-    recording = Recording("torch", layers_of(module), inputs=[numpy(v) for v in given])
+    recording = Recording("torch", layers, inputs=[numpy(v) for v in given])
     recording.tensors = _named(module, recording.layers)
     recording.dropout_off = train and has_dropout(module)
     watch = _Watch(module, recording)
@@ -173,7 +188,8 @@ def record(
         torch.random.fork_rng(devices=[]),
         default_dtype(own),
         without_dropout(module, train=train, told=lambda rate: dropouts.append((rate, len(recording.calls)))),
-        _not_compiled(module),
+        not_compiled(module),
+        SetsRequiresGrad() if sets_requires_grad else contextlib.nullcontext(),
         watch,
     ):
         torch.manual_seed(seed)
@@ -194,6 +210,7 @@ def record(
                 leaf.retain_grad()
         with Rounds() as rounds:
             total = loss_of(output, loss)
+        recording.rounds_outputs = float64 and any(v.is_floating_point() and v.dtype != torch.float64 for v in leaves)
         recording.rounds_loss = rounds.seen and float64
         recording.loss = total.item() if isinstance(total, Tensor) else float(total)
         watch.is_over = True
@@ -242,13 +259,6 @@ def products(module: nn.Module, own: Recording, *, train: bool) -> tuple[dict[tu
             if (found_y := trees.first(y, is_tensor)) is not None:
                 found[call.key] = numpy(found_y[1])
     return found, notes
-
-
-def _not_compiled(module: nn.Module) -> contextlib.AbstractContextManager:
-    """Where a part of it went through `torch.compile`, that is run as it is: hooks would see nothing of it."""
-    is_compiled = any(hasattr(child, "_orig_mod") for child in module.modules())
-    # Only then: it imports the compiler, for a second.
-    return torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
 
 
 def _grad(tensor: Tensor) -> NDArray:
