@@ -12,7 +12,7 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test faults parity mistakes bench speed exactness study accelerators lint format clean
+.PHONY: help train test faults parity mistakes published bench speed exactness study accelerators lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -22,6 +22,7 @@ help:
 	@echo "make faults  kill training runs at 50 random moments, and see that nothing is lost"
 	@echo "make parity  compare this project's own two wings: every layer, mode, dtype, convention and shape"
 	@echo "make mistakes   plant every known porting mistake, and write what was caught to docs/parity_mistakes.md"
+	@echo "make published  check Hugging Face's Flax classes against its PyTorch ones, and write docs/published.md"
 	@echo "make bench   time a training step, then batch norm, beside their peers in JAX and PyTorch; figures and a plot go"
 	@echo "             to runs/bench; in two minutes instead of half an hour: make bench ARGS=--quick"
 	@echo "make speed   the same and the step at other sizes, and whole runs, written to docs/*_speed.md"
@@ -31,7 +32,7 @@ help:
 	@echo "make accelerators   compile steps for a TPU v5e and an H100, which need not be here, beside Flax's; with"
 	@echo "             ARGS='--write docs/accelerators.md' as a page"
 	@echo "make lint    check format, lint and types; make format puts the format right"
-	@echo "make clean   remove .venv"
+	@echo "make clean   remove .venv, and that of make published"
 
 train: $(VENV)/installed-train$(EXTRA)
 	$(VENV)/bin/python train_jax.py $(ARGS)
@@ -47,6 +48,10 @@ parity: $(VENV)/installed-test
 
 mistakes: $(VENV)/installed-test
 	$(VENV)/bin/python -m parity_tests.parity.planted_table --write docs/parity_mistakes.md $(ARGS)
+
+published: $(VENV)-published/installed
+	@mkdir -p runs
+	$(VENV)-published/bin/python -m parity_tests.published --rows runs/published.json --write docs/published.md $(ARGS)
 
 bench: $(VENV)/installed-bench
 	@mkdir -p runs/bench
@@ -89,7 +94,7 @@ format: $(VENV)/installed-test
 	$(VENV)/bin/python -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-published
 
 $(VENV)/created: $(if $(VENV_WORKS),,remake)
 	@echo "setting up $(VENV) with $(PYTHON)"
@@ -113,4 +118,12 @@ $(VENV)/installed-bench: $(VENV)/created pyproject.toml constraints.txt
 $(VENV)/installed-test: $(VENV)/created pyproject.toml constraints.txt
 	@echo "installing what the tests need, PyTorch included, once"
 	$(INSTALL) '.[test]'
+	@touch $@
+
+# The last line of transformers with Flax classes, which needs older neighbours than the tests have: apart from them.
+$(VENV)-published/installed: pyproject.toml constraints.txt
+	@echo "installing transformers and what it needs, PyTorch included, once"
+	$(PYTHON) -m venv --clear $(VENV)-published
+	$(VENV)-published/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[torch]' transformers==4.57.3
 	@touch $@
