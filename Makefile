@@ -29,8 +29,8 @@ help:
 	@echo "make exactness   measure batch norm's errors beside its peers, and write docs/batch_norm_exactness.md"
 	@echo "make study   train BLeNet some hundred times, in both wings, with batch norm and without, and write"
 	@echo "             docs/accuracy.md and docs/why_batch_norm.md; hours, and continued where it was stopped"
-	@echo "make accelerators   compile steps for a TPU v5e and an H100, which need not be here, beside Flax's; with"
-	@echo "             ARGS='--write docs/accelerators.md' as a page"
+	@echo "make accelerators   compile steps for a TPU v5e and an H100, which need not be here, beside Flax's; fails with an"
+	@echo "             all-reduce or 5 % of traffic more than in docs/accelerators.json"
 	@echo "make lint    check format, lint and types; make format puts the format right"
 	@echo "make clean   remove .venv, and that of make published"
 
@@ -73,7 +73,7 @@ study: $(VENV)/installed-test
 # An environment of its own, with the compilers for TPUs and NVIDIA GPUs; those of JAX's version, without the libraries
 # that a GPU would need.
 accelerators: .venv-accelerators/installed
-	.venv-accelerators/bin/python -m benchmarks.accelerators $(ARGS)
+	.venv-accelerators/bin/python -m benchmarks.accelerators $(or $(ARGS),--against docs/accelerators.json)
 
 .venv-accelerators/installed: pyproject.toml constraints.txt
 	@echo "installing JAX's compilers for accelerators: some 500 MB to download, once"

@@ -41,6 +41,7 @@ class Figures(NamedTuple):
       traffic: bytes.
       fusions: how many fusions run.
       collectives: how many operations over devices.
+      sent: bytes of what these give.
       float64: how many instructions make float64, fused ones too.
       cycles: the TPU compiler's own estimate, None of another's; to compare two programs with, no more.
     """
@@ -48,6 +49,7 @@ class Figures(NamedTuple):
     traffic: int
     fusions: int
     collectives: int
+    sent: int
     float64: int
     cycles: int | None
 
@@ -58,6 +60,7 @@ def figures(text: str) -> Figures:
     shapes = {line.name: line.shape for lines in computations.values() for line in lines}
     run = list(_that_run(computations, entry))
     moved = [line for line in run if line.op not in FREE | CALLS | {"conditional"} and not line.op.endswith("-done")]
+    together = [line for line in run if line.op.removesuffix("-start") in COLLECTIVES]
     lines = {line.name for line in run}
     cycles = [
         int(found[2])
@@ -67,7 +70,8 @@ def figures(text: str) -> Figures:
     return Figures(
         traffic=sum(size(line.shape) + _read(line, computations, shapes) for line in moved),
         fusions=sum(line.op == "fusion" for line in run),
-        collectives=sum(line.op.removesuffix("-start") in COLLECTIVES for line in run),
+        collectives=len(together),
+        sent=sum(size(line.shape) for line in together),
         float64=sum("f64[" in line.shape for lines in computations.values() for line in lines if line.op not in FREE),
         cycles=sum(cycles) if cycles else None,
     )

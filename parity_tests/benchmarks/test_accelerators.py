@@ -59,7 +59,7 @@ def test_figures_of_a_program_that_is_known():
     """The row: 16 + 4 (its index) + 16; the sum: 128 + 16; the all-reduce: 16 + 16. The branch is not counted."""
     row, whole, together = 16 + 4 + 16, 128 + 16, 16 + 16
     assert figures(PROGRAM) == Figures(
-        traffic=row + whole + together, fusions=2, collectives=1, float64=2, cycles=7 + 11
+        traffic=row + whole + together, fusions=2, collectives=1, sent=16, float64=2, cycles=7 + 11
     )
 
 
@@ -110,7 +110,15 @@ def test_a_small_resnet_is_what_it_says():
 
 def row(norm="jax_bn", **figures):
     base = {"network": "BLeNet", "step": "train", "dtype": "float32", "card": "v5e", "devices": 4, "norm": norm}
-    counted = {"traffic": 1000, "cycles": 100, "fusions": 1, "collectives": 9, "float64": 0, "seconds": 1.0}
+    counted = {
+        "traffic": 1000,
+        "cycles": 100,
+        "fusions": 1,
+        "collectives": 9,
+        "sent": 4000,
+        "float64": 0,
+        "seconds": 1.0,
+    }
     return base | counted | {"flops": 1e9, "bytes": 2e6, "temp": 1000} | figures
 
 
