@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,19 @@ def wrong(found: Pairing, arrays: Mapping[str, NDArray], *, to: str) -> list[str
             problems[f"{name} is {arrays[name].dtype}; allowed: floating point (for {target})"] = None
         elif not pair.fits or arrays[name].shape != shape:
             problems[f"{name} has shape {arrays[name].shape}; allowed: {shape} (for {target})"] = None
+    if to == "flax":
+        problems |= dict.fromkeys(_without_place(found, arrays))
     return list(problems)
+
+
+def _without_place(found: Pairing, arrays: Mapping[str, NDArray]) -> Iterator[str]:
+    """Parts of PyTorch's tensors that Flax's module lacks, and that are not 0."""
+    lacking = {part for recut in found.of_flax() for piece in recut.pieces if not piece.wholes for part in piece.parts}
+    whole = {part: name for recut in found.of_torch() for p in recut.pieces for part in p.parts for name in p.wholes}
+    for torch_name, flax_name, _ in found.tensors():
+        if flax_name in lacking and torch_name in arrays and np.any(arrays[torch_name]):
+            name = whole.get(torch_name, torch_name)
+            yield f"{name} is left over: the target has no place for {torch_name.rpartition('.')[2]}, which is not 0"
 
 
 def _allowed(torch_name: str, flax_name: str, pair: TensorPair, found: Pairing, to: str) -> Shape | str:

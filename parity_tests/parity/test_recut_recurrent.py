@@ -134,7 +134,25 @@ def test_a_conversion_of_ones_own(options, codes, words):
     assert all(words in d.evidence for d in report.diagnoses)
 
 
-def test_a_cell_that_lacks_a_bias_is_refused():
+def test_a_cell_that_lacks_a_bias_is_carried_where_that_is_zero():
     """NNX's GRU has no bias within the product with r."""
-    with pytest.raises(ValueError, match="bias_hh_l0 is left over"):
-        carried(Net(nn.GRU), NnxNet(nnx.GRUCell, nnx.Rngs(0)))
+    mine, theirs = Net(nn.GRU), NnxNet(nnx.GRUCell, nnx.Rngs(0))
+    with pytest.raises(ValueError, match="bias_hh_l0 is left over: the target has no place for bias_hn, which is not"):
+        carried(mine, theirs)
+    report = parity.check(mine, theirs, X, flax_inputs=[X])
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("bias-missing", "rnn[l0]")], str(report)
+    with torch.no_grad():
+        mine.rnn.bias_hh_l0[2 * H :] = 0
+    variables = carried(mine, theirs)
+    truth = mine(torch.tensor(X)).detach().numpy()
+    np.testing.assert_allclose(applied(theirs, variables, jnp.asarray(X)), truth, rtol=0, atol=1e-5)
+    target = Net(nn.GRU)
+    with pytest.warns(weights.ParityWarning, match="bias_ih takes it, and bias_hh is 0"):
+        state = weights.to_torch(variables, target, flax_module=theirs, inputs=[X], flax_inputs=[X])
+    target.load_state_dict(state)
+    np.testing.assert_allclose(target(torch.tensor(X)).detach().numpy(), truth, rtol=0, atol=1e-5)
+    assert torch.equal(state["rnn.weight_hh_l0"], mine.rnn.weight_hh_l0)
+    # PyTorch trains that bias, and so the two are not the same.
+    report = parity.check(mine, theirs, X, flax_inputs=[X])
+    assert report.first_divergence.phase == "backward"
+    assert report.first_divergence.quantity == "bias_hn gradient", str(report)

@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     """Some tensors of a module, and what they are cut into.
 
     Attributes:
-      wholes: full names as the module has them, with their shapes.
+      wholes: full names as the module has them, with their shapes; none of a part that it lacks, which is 0 there.
       parts: full names of what they become.
       apart: the wholes' arrays -> the parts'.
       together: the parts' arrays -> the wholes', bit for bit where `apart` only moves numbers.

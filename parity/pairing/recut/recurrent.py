@@ -161,8 +161,16 @@ def _cell(
             join("bias", biases)
         elif biases:
             join("bias_hn", biases)
+    if len(gates) == 3 and "bias" in tensors and "bias_hn" not in tensors:
+        tensors["bias_hn"] = f"params/{parent}/bias_hn"
+        pieces.append(_always_zero(tensors["bias_hn"], structure.shapes[layers[state[-1]].tensors["kernel"]][0]))
     made = Layer(parent, kinds.OTHER, "cell", tensors, config={"gates": gates})
     return Recut("flax", tuple(layer.path for layer in layers.values()), (made,), tuple(pieces))
+
+
+def _always_zero(part: str, features: int) -> Piece:
+    """A bias that the cell has not, as NNX's GRU none within the product with r: it is 0, and takes nothing else."""
+    return Piece({}, (part,), lambda _: [np.zeros(features)], lambda _: [])
 
 
 def _joined(fulls: list[str], shapes: list[tuple[int, ...]], part: str) -> Piece:
