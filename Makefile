@@ -21,7 +21,7 @@ help:
 	@echo "make test    run the whole suite, PyTorch included"
 	@echo "make faults  kill training runs at 50 random moments, and see that nothing is lost"
 	@echo "make parity  compare this project's own two wings: every layer, mode, dtype, convention and shape"
-	@echo "make mistakes   plant every known porting mistake, and write what was caught to docs/parity_mistakes.md"
+	@echo "make mistakes   plant every known porting mistake, and write docs/parity_mistakes.md and docs/gallery.md"
 	@echo "make published  check Hugging Face's Flax classes against its PyTorch ones, and write docs/published.md"
 	@echo "make bench   time a training step, then batch norm, beside their peers in JAX and PyTorch; figures and a plot go"
 	@echo "             to runs/bench; in two minutes instead of half an hour: make bench ARGS=--quick"
@@ -48,6 +48,7 @@ parity: $(VENV)/installed-test
 
 mistakes: $(VENV)/installed-test
 	$(VENV)/bin/python -m parity_tests.parity.planted_table --write docs/parity_mistakes.md $(ARGS)
+	$(VENV)/bin/python -m parity_tests.parity.gallery --write docs/gallery.md
 
 published: $(VENV)-published/installed
 	@mkdir -p runs

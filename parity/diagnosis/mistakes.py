@@ -1,7 +1,7 @@
 """The table of porting mistakes: every code that a finding may have, and what is to be known about it.
 
-`docs/parity_mistakes.md` and the list of what the tests plant are made from it. A new mistake is a row here, a way to
-see it in the file of its family, and a way to plant it in `parity_tests/parity/planted`.
+`docs/parity_mistakes.md`, `docs/gallery.md` and the list of what the tests plant are made from it. A new mistake is a
+row here, a way to see it in the file of its family, and a way to plant it in `parity_tests/parity/planted`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from parity.report.report import Report
 
 PROJECT = "blenet-parity"
-PAGE = "docs/parity_mistakes.md"
+PAGE = "docs/gallery.md"
 PREDICTS = "to predict: ok"
 """Of a convention that no prediction shows, where all else agrees."""
 
@@ -34,7 +34,7 @@ class Card(NamedTuple):
       numbers: the two numbers that are farthest apart, and where; "" where there are none.
       fix: the code, where it is a known mistake.
       convention: what is to be said of a known convention; "" for a mistake.
-      link: into the page of mistakes; "" where it is none of them.
+      link: into the gallery of mistakes; "" where it is none of them.
     """
 
     code: str
@@ -131,7 +131,7 @@ def numbers(v: Values) -> str:
 
 
 def link(code: str) -> str:
-    """Into the page of mistakes: on the web, if the project says where it is, else in its folder."""
+    """Into the gallery of mistakes: on the web, if the project says where it is, else in its folder."""
     return f"{_site()}{PAGE}#{code}" if code in MISTAKES else ""
 
 

@@ -94,7 +94,7 @@ def test_a_card():
         '    not    kernel = state["weight"]',
         f"  see      {link('kernel-transposed')}",
     ]
-    assert link("kernel-transposed").endswith("docs/parity_mistakes.md#kernel-transposed")
+    assert link("kernel-transposed").endswith("docs/gallery.md#kernel-transposed")
     assert link("unexplained") == ""
 
 
