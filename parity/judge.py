@@ -59,7 +59,7 @@ class Judge(cut.Sides):
         super().__init__(torch, flax, self.pairing.recuts)
         self.translation = translation
         self.train = torch.details["mode"] == "train"
-        self.notes: list[str] = self.pairing.notes() + self.pairing.told
+        self.notes: list[str] = [*self.pairing.notes(), *self.pairing.told, *self.pairing.assumed()]
         self.free = [*self._unseen(), *differences(translation, self.flax.free, train=self.train)]
         self.free += [*self._unfit(), *self._loss(), *input_gradients(self.torch.free, self.flax.free)]
         if torch.free.dropout_off or flax.free.dropout_off:

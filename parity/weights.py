@@ -236,7 +236,7 @@ def _warn(found: Pairing, arrays: Mapping[str, NDArray], *structures: Structure,
     told = [f"{', '.join(broken)} hold NaN or infinity"] if broken else []
     told += [f"{UNSEEN} ({structure.unseen})" for structure in structures if structure.unseen]
     told += [f"{'; '.join(found.notes())}: look whether it is so"] if found.is_guessed else []
-    told += found.told
+    told += [*found.told, *found.assumed()]
     told += loses
     for sentence in told:
         warnings.warn(sentence, ParityWarning, stacklevel=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -120,6 +121,22 @@ class Pairing:
         """What was cut, a line for each kind of cut."""
         texts = dict.fromkeys(recut.text for recut in self.recuts if recut.text)
         return [f"{text}{', as it is guessed' if self.is_guessed else ''}" for text in texts]
+
+    def assumed(self) -> list[str]:
+        """What no shape tells: in which order a linear layer reads the pixels that are a convolution's patch there."""
+        mixed = [p for p in self.layers if {p.torch.kind, p.flax.kind} == {"linear", "conv"}]
+        return [
+            f"{p.torch.path} ({p.flax.path}) is a linear layer on one side, a convolution on the other: "
+            "the linear layer is taken to read a patch as height, width, channels"
+            for p in mixed
+            if any(t.fits and math.prod(self._window(p, t)) > 1 for t in p.tensors)
+        ]
+
+    def _window(self, pair: LayerPair, tensor: TensorPair) -> Shape:
+        """The spatial axes of a convolution's kernel; of a vector none."""
+        if pair.torch.kind == "conv":
+            return self.shapes[0][pair.torch.tensors[tensor.torch_name]][2:]
+        return self.shapes[1][pair.flax.tensors[tensor.flax_name]][:-2]
 
     def tensors(self) -> list[tuple[str, str, TensorPair]]:
         """(PyTorch's full name, Flax's full name, pair) of every tensor that both sides have."""
