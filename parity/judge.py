@@ -30,6 +30,7 @@ from parity.diagnosis.optimizer.family import findings as optimizer_findings
 from parity.diagnosis.parameters.conversion import conversion_findings
 from parity.diagnosis.product.rounded import precision_findings
 from parity.pairing.pairs import Pairing
+from parity.pairing.problems import below_zero
 from parity.pairing.recut import cut
 from parity.pairing.translation import Translation
 from parity.records.answers import matched
@@ -67,7 +68,7 @@ class Judge(cut.Sides):
         if still := stopped(translation, self.flax.free):
             self.notes.append(f"not trained in PyTorch (requires_grad=False), no gradient in Flax: {', '.join(still)}")
         self.notes += translation.moved_outputs(flax.free.named_outputs)
-        self.notes += common_dropout(translation, self.flax.free)
+        self.notes += [*common_dropout(translation, self.flax.free), *below_zero(torch.free, flax.free)]
         self.dropouts = dropout_findings(translation, self.flax.free)
         self.dtypes = tuple(of.details.get("parameters", "float32") for of in (torch, flax))
         runs = torch.free, flax.free

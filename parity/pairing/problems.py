@@ -13,6 +13,7 @@ from parity.pairing.recut.cut import Recut
 from parity.pairing.rules import TensorPair
 from parity.records import kinds
 from parity.records.kinds import Shape
+from parity.records.recording import Recording
 from parity.records.structure import Structure
 
 
@@ -46,6 +47,21 @@ def _without_place(found: Pairing, arrays: Mapping[str, NDArray]) -> Iterator[st
         if flax_name in lacking and torch_name in arrays and np.any(arrays[torch_name]):
             name = whole.get(torch_name, torch_name)
             yield f"{name} is left over: the target has no place for {torch_name.rpartition('.')[2]}, which is not 0"
+
+
+def below_zero(*sides: Recording) -> list[str]:
+    """A sentence on each side's moving variances that are below 0 somewhere, as no sum of squares is."""
+    every = [
+        ", ".join(
+            full
+            for layer in side.layers.values()
+            for local, full in layer.tensors.items()
+            if layer.kind == "batch_norm" and local in layer.statistics and kinds.VAR.fullmatch(local)
+            if full in side.tensors and (side.tensors[full] < 0).any()
+        )
+        for side in sides
+    ]
+    return [f"{names}: variances below 0, of which prediction takes the square root" for names in every if names]
 
 
 def _allowed(torch_name: str, flax_name: str, pair: TensorPair, found: Pairing, to: str) -> Shape | str:

@@ -48,11 +48,12 @@ ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError
 
 
 def allowed_bytes(path: Path, expected: int | None = None) -> int:
-    """How many bytes this file may unpack to: `expected` and ALWAYS, or a multiple of its size where it is None.
+    """How many bytes a file or folder may unpack to: `expected` and ALWAYS; where it is None, a multiple of its size.
 
     What is not compressed is as large as the file, and allowed whatever is expected.
     """
-    size = path.stat().st_size
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
     return max(size, ALWAYS + (MOST_TIMES * size if expected is None else expected))
 
 
@@ -135,11 +136,15 @@ def an_object(value: Any, what: str) -> dict[str, Any]:
 
 def check_members(members: list[zipfile.ZipInfo], most: int) -> None:
     """ValueError for a zip file that says that it unpacks to more, or has two members of one name."""
-    unpacked = sum(member.file_size for member in members)
-    if unpacked > most:
-        raise ValueError(f"it unpacks to {unpacked / 1e6:.0f} MB; allowed: {most / 1e6:.0f} MB")
+    check_bytes(sum(member.file_size for member in members), most)
     if len({member.filename for member in members}) < len(members):
         raise ValueError("it has two members of one name")
+
+
+def check_bytes(unpacked: int, most: int) -> None:
+    """ValueError for more than `allowed_bytes`."""
+    if unpacked > most:
+        raise ValueError(f"it unpacks to {unpacked / 1e6:.0f} MB; allowed: {most / 1e6:.0f} MB")
 
 
 def chunks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:

@@ -313,9 +313,29 @@ def _load_orbax(path: Path, expected: int | None) -> Weights:
     beside = path / METADATA
     entry = _about(beside.read_bytes() if beside.exists() else "{}")
     with ocp.StandardCheckpointer() as checkpointer:
+        promised = _promised_bytes(checkpointer.metadata(path.absolute()))
+        array_files.check_bytes(promised, array_files.allowed_bytes(path, expected))
         tree = checkpointer.restore(path.absolute())
     flat = _flat(tree)
     return Weights({name: np.asarray(flat[name]) for name in _ordered(entry, flat)}, entry["metadata"])
+
+
+def _promised_bytes(about: Any) -> int:
+    """What the arrays of a checkpoint take, by their own headers: as they are, or in the parts that are unpacked."""
+    about = getattr(about, "item_metadata", about)
+    tree, total = getattr(about, "tree", about), 0
+    if tree is None:
+        raise ValueError("it does not say what is in it")
+    leaves = [tree]
+    while leaves:
+        leaf = leaves.pop()
+        if isinstance(leaf, (Mapping, list, tuple)):
+            leaves += leaf.values() if isinstance(leaf, Mapping) else leaf
+            continue
+        part = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or ()
+        size = max(math.prod(getattr(leaf, "shape", None) or ()), math.prod(part))
+        total += size * np.dtype(getattr(leaf, "dtype", None) or np.float64).itemsize
+    return total
 
 
 def read_weights(path: Path, option: str = "--weights", expected: int | None = None) -> dict[str, NDArray]:

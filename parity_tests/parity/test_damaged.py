@@ -2,13 +2,16 @@
 
 import io
 import json
+import shutil
 import sys
 import zipfile
 
+import flax.linen
 import numpy as np
 import pytest
 import torch
 
+import parity
 from parity.cli import convert
 from parity.cli.named_objects import read_arrays
 from parity.records import array_files, strict_json
@@ -91,6 +94,31 @@ def test_what_unpacks_to_too_much(tmp_path, monkeypatch, capsys):
     assert "it unpacks to 210 MB; allowed: 67 MB" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_unpacks_to_too_much(tmp_path, monkeypatch):
+    """Orbax writes a million zeros into some hundred bytes: their shapes are read before they are."""
+    weight_files.save(tmp_path / "w", {"params/Dense_0/kernel": np.zeros((1000, 2000), np.float32)})
+    assert weight_files.load(tmp_path / "w").tensors["params/Dense_0/kernel"].shape == (1000, 2000)
+    monkeypatch.setattr(array_files, "ALWAYS", 1 << 20)
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.restore", lambda *_: pytest.fail("it was unpacked"))
+    for expected in (None, 1 << 20):
+        with pytest.raises(ValueError, match="it unpacks to 8 MB; allowed: "):
+            weight_files.load(tmp_path / "w", expected)
+
+
+def test_a_checkpoint_that_is_damaged(tmp_path):
+    """Whatever Orbax and its storage say of it is one line, if they say anything."""
+    whole = tmp_path / "whole"
+    weight_files.save(whole, damage.arrays(), {"framework": "flax"})
+    rng = np.random.default_rng(3)
+    names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    for i, name in enumerate(names):
+        shutil.copytree(whole, tmp_path / f"w{i}")
+        content = (whole / name).read_bytes()
+        steps = [(("flip", "cut", "drop")[rng.integers(3)], rng.random(), int(rng.integers(512)))]
+        (tmp_path / f"w{i}" / name).write_bytes(damage.damaged(content, steps))
+        damage.tried(lambda i=i: weight_files.load(tmp_path / f"w{i}"), 1 << 20)
+
+
 def test_a_size_that_is_a_lie(tmp_path):
     """A member that unpacks to more than it says costs no more than it says."""
     bomb(tmp_path / "w.npz", 100)
@@ -103,6 +131,36 @@ def test_a_size_that_is_a_lie(tmp_path):
     said = damage.tried(lambda: weight_files.load(tmp_path / "w.npz"), 0)
     assert said is not None
     assert "can't be read as .npz" in said
+
+
+NORMS = """
+import torch, flax.linen
+def net(): return torch.nn.BatchNorm1d(3).eval()
+def flax_net(): return flax.linen.BatchNorm(use_running_average=True)
+"""
+
+
+def test_variances_below_zero_are_said_aloud(tmp_path, monkeypatch, capsys):
+    """By `convert` either way, and by `check` and `compare`: prediction takes their square root on both sides."""
+    (tmp_path / "norms_of_a_test.py").write_text(NORMS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = {"torch_module": "norms_of_a_test:net", "flax_module": "norms_of_a_test:flax_net"}
+    said = "running_var: variances below 0"
+    layer = torch.nn.BatchNorm1d(3).eval()
+    layer.running_var[1] = -0.5
+    weight_files.save(tmp_path / "a.pt", layer.state_dict())
+    for source, target in (("a.pt", "b.npz"), ("b.npz", "c.pt")):
+        assert convert.convert(tmp_path / source, tmp_path / target, **names) == 0
+        assert said in capsys.readouterr().out
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    options = {"train": False, "flax_call": lambda module, variables, x, train: module.apply(variables, x)}
+    report = parity.check(layer, flax.linen.BatchNorm(use_running_average=True), x, **options)
+    assert any(said in note for note in report.notes)
+    assert any("batch_stats/var: variances below 0" in note for note in report.notes)
+    assert not report.ok  # NaN on both sides is nothing that was compared
+    layer.running_var[1] = 0.5
+    assert parity.check(layer, flax.linen.BatchNorm(use_running_average=True), x, **options).notes == []
 
 
 def test_one_number_that_stands_for_many(tmp_path):
