@@ -17,7 +17,7 @@ from jax import Array, lax
 from bn_common.checks import COMPLEX_DTYPES, FLOAT_DTYPES, channel_axes, check_batch_norm
 from jax_bn.arrays import check_array, full_rank, kind_of, product, to_dtype, wide_dtype
 from jax_bn.channels import Channels, num_values, one_of, spread, spread_to_add, sum_by_channel, total_of
-from jax_bn.devices import merge, num_shards, psum, varying
+from jax_bn.devices import is_shared, merge, num_shards, psum, varying
 
 
 class BatchStats(NamedTuple):
@@ -140,14 +140,14 @@ def batch_norm_with(
     named = {"scale": gamma, "bias": beta, "batch_stats.mean": mean, "batch_stats.var": var}
     options = checked(options, x, named, train=train, dtypes=dtypes)
     dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
-    wide_x, gamma, beta, mean, var = (to_dtype(value, dtype) for value in (x, gamma, beta, mean, var))
+    gamma, beta, mean, var = (to_dtype(value, dtype) for value in (gamma, beta, mean, var))
     channels, mask = _channels(options, x), options.mask
     if not train:
-        return normalize(wide_x, mean, var, gamma, beta, options.epsilon, channels), batch_stats
+        return normalize(to_dtype(x, dtype), mean, var, gamma, beta, options.epsilon, channels), batch_stats
     if mask is not None:
         mask = full_rank(mask, x)
-        wide_x = jnp.where(mask | jnp.isfinite(wide_x), wide_x, jnp.zeros_like(wide_x))
-    arrays = wide_x, gamma, beta, mask
+        x = jnp.where(mask | jnp.isfinite(x), x, jnp.zeros_like(x))
+    arrays = x, gamma, beta, mean, mask
     y, batch = _on_its_platform(_normalize_folded, arrays, options.epsilon, channels, options.platform)
     return y, moving_average(batch_stats, batch, options)
 
@@ -189,21 +189,23 @@ def _on_its_platform(function, arrays, epsilon: float, channels: Channels, platf
     JAX only: in PyTorch a tensor knows its device.
     """
 
-    def form(*arrays, on_cpu: bool) -> Any:
-        return function(*arrays, epsilon, channels._replace(on_cpu=on_cpu))
+    def form(*arrays, name: str) -> Any:
+        return function(*arrays, epsilon, channels._replace(platform=name))
 
-    cpu, others = (functools.partial(form, on_cpu=on_cpu) for on_cpu in (True, False))
+    forms = {name: functools.partial(form, name=name) for name in ("cpu", "tpu", "gpu")}
     if platform is not None:
-        return (cpu if platform == "cpu" else others)(*arrays)
-    return lax.platform_dependent(*arrays, cpu=cpu, default=others)
+        return forms.get(platform, forms["gpu"])(*arrays)
+    return lax.platform_dependent(*arrays, cpu=forms["cpu"], tpu=forms["tpu"], default=forms["gpu"])
 
 
-def _normalize_folded(
-    x: Array, gamma: Array, beta: Array, mask: Array | None, epsilon: float, channels: Channels
-) -> tuple[Array, Statistics]:
-    """`normalize_batch` of x as it is summed fastest. JAX only: see `Channels.fold`."""
+def _normalize_folded(x, gamma, beta, near, mask, epsilon: float, channels: Channels) -> tuple[Array, Statistics]:
+    """`normalize_batch` of x as it is summed fastest: on a CPU folded, and widened once for all that reads it.
+
+    JAX only: see `Channels.fold`.
+    """
     folded, channels = (x, channels) if mask is not None else channels.fold(x)
-    y, batch = normalize_batch(folded, gamma, beta, mask, epsilon, channels)
+    folded = to_dtype(folded, gamma.real.dtype) if channels.platform == "cpu" else folded
+    y, batch = normalize_batch(folded, gamma, beta, near, mask, epsilon, channels)
     return y.reshape(x.shape), batch
 
 
@@ -257,7 +259,45 @@ class Statistics(NamedTuple):
     minus_shift: Array
 
 
-def _statistics(x: Array, mask: Array | None, epsilon: float, channels: Channels) -> Statistics:
+def _statistics(x: Array, near: Array, mask: Array | None, epsilon: float, channels: Channels) -> Statistics:
+    """Mean and variance: on TPUs in one pass, around a value that is near the mean, where in all channels it is.
+
+    There the sums of d = x - near and d^2 fuse into what has made x. Of the variance, mean(d^2) - e^2 with e = mean(d),
+    as much is lost as by one more rounding while e is half a standard deviation at most. Else x is read again, as it is
+    on other platforms: XLA fuses no sums on a CPU, and on a GPU would do both always.
+
+    JAX only: PyTorch takes mean and variance within the function that it differentiates.
+    """
+    if channels.platform != "tpu" or jnp.iscomplexobj(x) or not is_shared(near, x, channels):
+        return _in_two_passes(x, near, mask, channels)
+    here, is_near = _in_one_pass(x, near, mask, channels)
+    # x as it is: of a conversion, XLA would write out the result for the branch.
+    return lax.cond(is_near, lambda *_: here, functools.partial(_in_two_passes, channels=channels), x, near, mask)
+
+
+def _in_one_pass(x: Array, near: Array, mask: Array | None, channels: Channels) -> tuple[Statistics, Array]:
+    """The statistics from sums around near, and whether that is near enough.
+
+    Over several devices from one sum of [2, C], with a mask of [3, C]. JAX only: see `_statistics`.
+    """
+    x = to_dtype(x, near.dtype)
+    m = num_values(x, mask, channels)
+    d = x - spread(near, x, channels)
+    sums = [sum_by_channel(d, mask, channels), sum_by_channel(d * d, mask, channels)]
+    if mask is None:
+        if channels.axis_name is not None:
+            m = jnp.full_like(near, m * num_shards(channels.axis_name, channels.groups))
+        e, square = (v / m for v in psum(sums, channels))
+    else:
+        *sums, m = psum((*sums, m), channels)
+        near = jnp.where(m > 0, near, jnp.zeros_like(near))  # as it is elsewhere where nothing counts
+        e, square = (v / total_of(m, mask) for v in sums)
+    var, shift = jnp.maximum(square - e * e, 0), near + e
+    is_near = (jnp.abs(e) <= jnp.sqrt(var) / 2).all()  # NaN is not
+    return Statistics(m, shift, (near - shift) + e, var, -shift), is_near
+
+
+def _in_two_passes(x: Array, near: Array, mask: Array | None, channels: Channels) -> Statistics:
     """Two passes over x: the mean, from the differences to one value of x or to 0, and the variance around it.
 
     These differences are exact where x is nearly constant, and 0 where it is constant; where x is around 0 they are x
@@ -268,11 +308,12 @@ def _statistics(x: Array, mask: Array | None, epsilon: float, channels: Channels
     once, and on a CPU write it out to memory, for the sums to read it from there; so each sum has it in words of its
     own, x + (-shift) here and x + minus_shift in the gradient, and is one pass over x.
 
-    JAX only: PyTorch takes mean and variance within the function that it differentiates.
+    JAX only: see `_statistics`.
     """
+    one = to_dtype(one_of(x, mask, channels), near.real.dtype)
+    x = to_dtype(x, near.real.dtype)
     m = num_values(x, mask, channels)
     total = total_of(m, mask)
-    one = one_of(x, mask, channels)
     offset = sum_by_channel(x - spread(one, x, channels), mask, channels) / total
     shift = one + offset
     rest = (one - shift) + offset
@@ -291,15 +332,21 @@ def batch_statistics(x: Array, options: Options) -> Statistics:
     """The statistics that `batch_norm` normalises x with."""
     x = to_dtype(x, wide_dtype(x.dtype))
     mask = None if options.mask is None else full_rank(options.mask, x)
-    return _on_its_platform(_statistics, (x, mask), options.epsilon, _channels(options, x), options.platform)
+    channels = _channels(options, x)
+    arrays = x, jnp.zeros([x.shape[a] for a in channels.axes], x.real.dtype), mask
+    return _on_its_platform(_statistics, arrays, options.epsilon, channels, options.platform)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def normalize_batch(
-    x: Array, gamma: Array, beta: Array, mask: Array | None, epsilon: float, channels: Channels
+    x: Array, gamma: Array, beta: Array, near: Array, mask: Array | None, epsilon: float, channels: Channels
 ) -> tuple[Array, Statistics]:
-    """x normalised with its own statistics, and these. beta - rest * factor: rest is too small to cancel anything."""
-    batch = _statistics(x, mask, epsilon, channels)
+    """x normalised with its own statistics, and these. beta - rest * factor: rest is too small to cancel anything.
+
+    JAX only: near, any value per channel; nearest the mean it costs least.
+    """
+    batch = _statistics(x, near, mask, epsilon, channels)
+    x = to_dtype(x, near.real.dtype)
     factor = gamma * lax.rsqrt(batch.var + epsilon)
     over_x = functools.partial(spread, x=x, channels=channels)
     return (x - over_x(batch.shift)) * over_x(factor) + over_x(beta - batch.rest * factor), batch
@@ -317,11 +364,13 @@ def tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsil
         dbeta = sum(dy)       dgamma = r * sum((dy - dbeta / m) * (x - mu))
         dx    = factor * (dy - dbeta / m - (x - mu) * r * dgamma / m)
 
-    The mean comes off (x - mu) * b once more in the tangent, and so off dy in the gradient: with a common offset in dy,
-    mu's own rounding would be added up m times. Over several devices, where this would take a second collective, mu
-    itself is known more exactly instead.
+    The mean comes off (x - mu) * b once more in the tangent: with a common offset in dy, mu's own rounding would be
+    added up m times. On a CPU off the product, and so off dy in the gradient, which is free there; elsewhere by a third
+    sum, which no other has to wait for. Over several devices, where this would take a second collective, rest stands
+    for it.
     """
     m, shift, rest, var, minus_shift = batch
+    x, x_dot = (to_dtype(v, gamma.real.dtype) for v in (x, x_dot))
     total = total_of(m, mask)
     r = lax.rsqrt(var + epsilon)
     factor = gamma * r
@@ -337,8 +386,13 @@ def tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsil
         # Sent to the devices of `jax.shard_map` together: so the transpose of this is one sum over them.
         both = jnp.stack([a - rest * b, b.astype(a.dtype)])
         a, b = lax.pcast(both, tuple(varying(x) - varying(both)), to="varying")
-    along = (x + over_x(minus_shift)) * spread_to_add(b, x, channels)
-    if channels.axis_name is None:
+    d = x + over_x(minus_shift)
+    if channels.axis_name is None and channels.platform != "cpu":
+        # Not rest, in which e's own rounding is missing. Nor does that come off d: low bits that all values share would
+        # make all products round the same way.
+        a = a - b * (sum_by_channel(d, mask, channels) / total)
+    along = d * spread_to_add(b, x, channels)
+    if channels.axis_name is None and channels.platform == "cpu":
         along = along - spread_to_add(sum_by_channel(along, mask, channels) / total, x, channels)
     return x_dot * over_x(factor) + (spread_to_add(a, x, channels) + along), mean_dot, 2 * half_var_dot
 
@@ -346,8 +400,8 @@ def tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsil
 @normalize_batch.defjvp
 def _normalize_batch_jvp(epsilon, channels, primals, tangents):
     """The rule that hands JAX the tangent. JAX only: in PyTorch it is `_NormalizeBatchForward`."""
-    x, gamma, beta, mask = primals
-    y, batch = normalize_batch(x, gamma, beta, mask, epsilon, channels)
+    x, gamma, beta, near, mask = primals
+    y, batch = normalize_batch(x, gamma, beta, near, mask, epsilon, channels)
     # Checkpointed: what is kept for the backward pass is x, not x - shift beside it.
     recomputed = jax.checkpoint(functools.partial(tangent, epsilon=epsilon, channels=channels), prevent_cse=False)
     y_dot, mean_dot, var_dot = recomputed(x, gamma, mask, batch, *tangents[:3])

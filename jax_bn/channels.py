@@ -31,14 +31,15 @@ class Channels(NamedTuple):
       folds: the last axis of x holds so many pixels beside each other, each with all its channels.
       axis_name: a mapped axis over whose devices the batch is spread.
       groups: which devices of it belong together (None: all).
-      on_cpu: in the form that XLA compiles best for a CPU: `fold` and `sum_by_channel` ask it.
+      platform: whose form it is: "cpu" (see `fold` and `sum_by_channel`), "tpu" (see `batch_norm._statistics`), or any
+        other, as on a GPU.
     """
 
     axes: tuple[int, ...]
     folds: int = 1
     axis_name: str | tuple[str, ...] | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
-    on_cpu: bool = False
+    platform: str = "gpu"
 
     def others(self, x: Array) -> tuple[int, ...]:
         """The axes of x that hold no channels."""
@@ -50,7 +51,7 @@ class Channels(NamedTuple):
         The batch axis stays as it is: it may be spread over devices.
         """
         pixels, channels = math.prod(x.shape[1:-1]), x.shape[-1]
-        if not self.on_cpu or self.axes != (x.ndim - 1,) or x.ndim < 3 or _is_split(x):
+        if self.platform != "cpu" or self.axes != (x.ndim - 1,) or x.ndim < 3 or _is_split(x):
             return x, self
         folds = next((k for k in range(CPU_LANES // channels, 1, -1) if pixels % k == 0), 1)
         if folds == 1:
@@ -144,7 +145,7 @@ def one_of(x: Array, mask: Array | None, channels: Channels) -> Array:
 
 def _adds_in_blocks(x: Array, channels: Channels) -> bool:
     """Whether x is added in blocks: not where its axes, cut in two, would be spread over devices. JAX only."""
-    return channels.on_cpu and not _is_split(x) and not jnp.iscomplexobj(x)
+    return channels.platform == "cpu" and not _is_split(x) and not jnp.iscomplexobj(x)
 
 
 def _in_blocks(x: Array, channels: Channels) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:

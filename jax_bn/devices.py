@@ -28,6 +28,18 @@ def psum(values: Sequence[Array], channels: Channels) -> tuple[Array, ...]:
     return tuple(lax.psum(jnp.stack(values), channels.axis_name, axis_index_groups=groups))
 
 
+def is_shared(v: Array, x: Array, channels: Channels) -> bool:
+    """Whether v is known to be the same on all devices over which x is spread: `jax.shard_map` says so in their types.
+
+    Not where x is on more devices than its batch is: what they decide might differ, and with it their collectives.
+    JAX only: PyTorch's processes say nothing of each other.
+    """
+    if channels.axis_name is None:
+        return True
+    names = {channels.axis_name} if isinstance(channels.axis_name, str) else set(channels.axis_name)
+    return channels.groups is None and varying(x) == names and not names & varying(v)
+
+
 def merge(
     num_values: Array, shift: Array, rest: Array, var: Array, channels: Channels
 ) -> tuple[Array, Array, Array, Array]:

@@ -150,5 +150,6 @@ def batch_norm_in_flax(
         result = dtype or jnp.result_type(*(v.dtype for v in promoted if v is not None))
         wide = jnp.result_type(x.dtype, result, jnp.float32)
     gamma, beta = ones if gamma is None else gamma, zeros if beta is None else beta
-    y, stats = batch_norm_with(x.astype(wide), gamma, beta, stats, options, train=train)
+    x = x if wide == jnp.float32 else x.astype(wide)  # to that it is widened where it is read, which costs no copy
+    y, stats = batch_norm_with(x, gamma, beta, stats, options, train=train)
     return y.astype(result), stats

@@ -21,12 +21,12 @@ ALONE = {
     "jax_bn": {
         "arrays": "product",
         "batch_norm": "BatchStats Options.axis_name Options.groups Options.platform Statistics.minus_shift _channels"
-        " _on_its_platform _normalize_folded _statistics _normalize_batch_jvp",
+        " _on_its_platform _normalize_folded _statistics _in_one_pass _in_two_passes _normalize_batch_jvp",
         "blenet": "kernel_init bias_init average_pool",
         "checkpoint": "on_host like written",
         "channels": "CPU_LANES FIRST_BITS Channels spread_to_add _adds_in_blocks _in_blocks _unfold _first_bits"
         " _is_split",
-        "devices": "promote_dtype varying",
+        "devices": "is_shared promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
         "processes": "SECONDS_OF_JAX RELAYS _in_time _relay",
         "precise": "Path precise_statistics_nnx _modes _moves _name _require_any",
