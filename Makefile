@@ -12,7 +12,7 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test faults parity mistakes published bench speed exactness study accelerators lint format clean
+.PHONY: help train test faults parity mistakes published bench speed exactness docs study accelerators lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -31,8 +31,9 @@ help:
 	@echo "             docs/accuracy.md and docs/why_batch_norm.md; hours, and continued where it was stopped"
 	@echo "make accelerators   compile steps for a TPU v5e and an H100, which need not be here, beside Flax's; fails with an"
 	@echo "             all-reduce or 5 % of traffic more than in docs/accelerators.json"
+	@echo "make docs    build the site from docs/, in an environment of its own; a warning is an error"
 	@echo "make lint    check format, lint and types; make format puts the format right"
-	@echo "make clean   remove .venv, and that of make published"
+	@echo "make clean   remove .venv, and those of make published and make docs"
 
 train: $(VENV)/installed-train$(EXTRA)
 	$(VENV)/bin/python train_jax.py $(ARGS)
@@ -85,6 +86,16 @@ accelerators: .venv-accelerators/installed
 	  jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
 	@touch $@
 
+docs: $(VENV)-docs/installed
+	$(VENV)-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "the site is in docs/_build/html"
+
+$(VENV)-docs/installed: docs/requirements.txt
+	@echo "installing what builds the site, once"
+	@$(PYTHON) -m venv --clear $(VENV)-docs
+	@$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	@touch $@
+
 lint: $(VENV)/installed-test
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m ruff check .
@@ -95,7 +106,7 @@ format: $(VENV)/installed-test
 	$(VENV)/bin/python -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VENV)-published
+	rm -rf $(VENV) $(VENV)-published $(VENV)-docs docs/_build
 
 $(VENV)/created: $(if $(VENV_WORKS),,remake)
 	@echo "setting up $(VENV) with $(PYTHON)"

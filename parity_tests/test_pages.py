@@ -1,5 +1,9 @@
 """README.md and docs/ are run: outputs, commands and links hold; and what runs them sees what does not."""
 
+import importlib.util
+import subprocess
+import sys
+
 import pytest
 
 from parity_tests.pages import ROOT, alike, asked, blocks, faults, options_missing, outputs, pages, refreshed
@@ -13,6 +17,26 @@ LONG = pytest.mark.thorough
 )
 def test_page(path):
     assert faults(path, path.read_text()) == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_every_page_is_in_the_site():
+    index = (ROOT / "docs/index.md").read_text().splitlines()
+    assert {p.stem for p in pages() if p.parent.name == "docs"} - {"index"} <= set(index)
+
+
+@LONG
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("furo", "myst_parser", "sphinx")),
+    reason="what builds the site is not installed; make docs has it",
+)
+def test_the_site_is_built(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "docs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 PAGE = """
