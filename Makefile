@@ -12,7 +12,7 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test faults parity mistakes published bench speed exactness docs study accelerators lint format clean
+.PHONY: help train test faults fuzz parity mistakes published bench speed exactness docs study accelerators lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -20,6 +20,7 @@ help:
 	@echo "make train   train BLeNet on Fashion-MNIST with JAX; options: make train ARGS=--help"
 	@echo "make test    run the whole suite, PyTorch included"
 	@echo "make faults  kill training runs at 50 random moments, and see that nothing is lost"
+	@echo "make fuzz    damage files, and see that every reader says in one line what is wrong: a minute for each reader"
 	@echo "make parity  compare this project's own two wings: every layer, mode, dtype, convention and shape"
 	@echo "make mistakes   plant every known porting mistake, and write docs/parity_mistakes.md and docs/gallery.md"
 	@echo "make published  check Hugging Face's Flax classes against its PyTorch ones, and write docs/published.md"
@@ -43,6 +44,9 @@ test: $(VENV)/installed-test
 
 faults: $(VENV)/installed-test
 	$(VENV)/bin/python -m parity_tests.faults $(ARGS)
+
+fuzz: $(VENV)/installed-test
+	$(VENV)/bin/python -m parity_tests.fuzz $(ARGS)
 
 parity: $(VENV)/installed-test
 	$(VENV)/bin/python -m parity check $(ARGS)
