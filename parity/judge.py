@@ -388,6 +388,7 @@ class Judge(cut.Sides):
             "torch_module": a["class"],
             "flax_module": b["class"],
             "loss values": {"PyTorch": self.torch.free.loss, "Flax": self.flax.free.loss},
+            "inputs": {s.framework: [[*x.shape] for x in s.inputs] for s in (self.torch.free, self.flax.free)},
             **{name: v for name, v in (*a.items(), *b.items()) if name in ("torch", "jax", "flax", "numpy")},
         }
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PROJECT = "blenet-parity"
 PAGE = "docs/gallery.md"
+MOST_NAMED = 3
+"""Of the mistakes, in the sentence that answers; the cards have all."""
 PREDICTS = "to predict: ok"
 """Of a convention that no prediction shows, where all else agrees."""
 
@@ -28,19 +30,23 @@ class Card(NamedTuple):
 
     Attributes:
       code: of the mistake.
+      where: in how many layers or places, the first named.
       places: all of them.
       classes: how many places of which class, "12 LayerNorm"; "" for a single one.
       evidence: the sentence.
-      numbers: the two numbers that are farthest apart, and where; "" where there are none.
+      values: the two numbers that are farthest apart; None where there are none.
+      numbers: the same in words; "" where there are none.
       fix: the code, where it is a known mistake.
       convention: what is to be said of a known convention; "" for a mistake.
       link: into the gallery of mistakes; "" where it is none of them.
     """
 
     code: str
+    where: str
     places: tuple[Place, ...]
     classes: str
     evidence: str
+    values: Values | None
     numbers: str
     fix: Fix | None
     convention: str
@@ -52,9 +58,11 @@ def cards(report: Report) -> list[Card]:
     return [
         Card(
             d.code,
+            _where(d),
             d.at,
             _classes(d.at),
             shown(d.evidence),
+            d.values,
             "" if d.values is None else numbers(d.values),
             FIXES.get(d.code),
             _convention(report, d.code),
@@ -78,13 +86,19 @@ def answer(report: Report) -> str:
             return f"The two could not be compared to the end: {shown(d.evidence)}."
         return f"The two differ {_where(d)}, by no mistake that is known."
     mistakes = [d for d in known if not MISTAKES[d.code].convention]
-    conventions = "; ".join(f"{d.code} {_where(d)}" for d in known if d not in mistakes)
+    conventions = _named([d for d in known if d not in mistakes])
     if not mistakes and _only_conventions(report):
         return f"To predict: ok; in training the two differ by a convention of the frameworks, {conventions}."
     told = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    told = f"by {told}: {'; '.join(f'{d.code} {_where(d)}' for d in mistakes)}" if mistakes else ""
+    told = f"by {told}: {_named(mistakes)}" if mistakes else ""
     besides = f"by a convention of the frameworks: {conventions}" if conventions else ""
     return f"The two differ {'; and '.join(part for part in (told, besides) if part)}."
+
+
+def _named(some: Sequence[Diagnosis]) -> str:
+    """The first of them, each with its place, and how many more."""
+    named = [f"{d.code} {_where(d)}" for d in some[:MOST_NAMED]]
+    return "; ".join([*named, f"and {len(some) - MOST_NAMED} more"] if len(some) > MOST_NAMED else named)
 
 
 def _where(d: Diagnosis) -> str:
@@ -122,12 +136,17 @@ def numbers(v: Values) -> str:
         return shown(
             f"{what}: its shape is {list(v.torch_shape)} in PyTorch, in Flax's layout, {list(v.flax_shape)} there"
         )
-    both = (f"{v.torch}", f"{v.flax}")
-    if isinstance(v.torch, float) and isinstance(v.flax, float):
-        both = told_apart(v.torch, v.flax)
+    both = both_numbers(v)
     at = f"{list(v.flax_index)}" if v.torch_index in (None, v.flax_index) else f"{list(v.torch_index or ())}"
     other = "" if v.torch_index in (None, v.flax_index) else f" at {list(v.flax_index)}"
     return shown(f"{what} at {at}: {both[0]} in PyTorch, {both[1]} in Flax{other}")
+
+
+def both_numbers(v: Values) -> tuple[str, str]:
+    """PyTorch's number and Flax's, with as many digits as it takes to tell them apart."""
+    if isinstance(v.torch, float) and isinstance(v.flax, float):
+        return told_apart(v.torch, v.flax)
+    return f"{v.torch}", f"{v.flax}"
 
 
 def link(code: str) -> str:

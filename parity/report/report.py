@@ -22,6 +22,7 @@ from rich.text import Text
 
 from bn_common.checks import require
 from bn_common.files import write_whole
+from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED
 from parity.records.dump_file import plain
 from parity.report.cards import answer
 from parity.report.findings import Diagnosis, Divergence, LayerRow, number, shown
@@ -58,6 +59,11 @@ class Report:
         wanted = phase, torch_layer, quantity
         here = [row for row in self.layers if (row.phase, row.torch_layer, row.quantity) == wanted]
         return bool(here) and all(row.ok for row in here)
+
+    @property
+    def stopped(self) -> bool:
+        """Nothing that was compared is named, and it was not compared to the end: a side could not be run, say."""
+        return bool(self.diagnoses) and all(d.code in (COULD_NOT_RUN, NOT_COMPARED) for d in self.diagnoses)
 
     def is_first(self, row: LayerRow) -> bool:
         """Whether this row is the first divergence."""

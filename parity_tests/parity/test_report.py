@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from datetime import UTC, datetime
 
 import flax.linen as linen
 import numpy as np
@@ -15,8 +16,12 @@ from rich.console import Console
 
 import parity
 from parity import testing
+from parity.diagnosis.fixes import FIXES
 from parity.report import NETWORK, Diagnosis, Divergence, LayerRow, Report, both_names, number
+from parity.report.cards import answer
 from parity.report.findings import together
+from parity.report.html import page
+from parity.report.html.modules import tree
 
 EVIDENCE = "PyTorch adds 1e-5 to the variance, Flax 1e-3: <b>fitted</b> & [bold]sure[/bold] to 2e-15"
 
@@ -217,23 +222,65 @@ def test_html(tmp_path):
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     tags = [tag for tag, _ in page.tags]
-    # Nothing from outside, nothing that runs.
-    assert not {"script", "link", "img", "iframe"} & set(tags)
-    assert "http" not in text.replace("http-equiv", "")
+    # Nothing from outside: what it shows and runs is in it, and a reader's click alone leads away.
+    assert not {"link", "img", "iframe", "object", "base", "form"} & set(tags)
+    loading = [(tag, k) for tag, attrs in page.tags for k in attrs if k in ("src", "srcset", "action", "data", "style")]
+    assert not loading
+    assert not [attrs["href"] for tag, attrs in page.tags if tag == "use" and not attrs["href"].startswith("#")]
     assert "url(" not in text
     assert "@import" not in text
     # What the report holds, escaped.
     assert EVIDENCE in page.text
-    assert "b" not in tags
+    assert not [attrs for tag, attrs in page.tags if tag == "fitted"]
+    assert "<b>fitted" not in text
     assert "fc[3].<0>" in page.text
     assert "prefers-color-scheme: dark" in text
     assert ("html", {"lang": "en"}) in page.tags
     assert all("scope" in attrs for tag, attrs in page.tags if tag == "th")
-    charts = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(charts) == 6  # four phases, losses, distances
+    charts = [attrs for tag, attrs in page.tags if tag == "svg" and "role" in attrs]
+    assert len(charts) == 4  # forward, across and down, losses, distances; other phases have fewer than three points
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in charts)
     coordinates = [v for tag, attrs in page.tags for k, v in attrs.items() if k in ("d", "cx", "cy", "x", "y")]
     assert not [v for v in coordinates if v and re.search("nan|inf", v)]
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len({*ids})
+    assert {attrs["href"][1:] for _, attrs in page.tags if attrs.get("href", "").startswith("#")} <= {*ids}
+
+
+def test_html_begins_with_the_answer():
+    """Then the cause, then what differs with the first difference marked; every row is there, folded."""
+    report = example()
+    text = page(report, datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
+    found = Page(text)
+    parts = ["<h1>", 'id="causes"', 'id="differs"', 'id="errors"', 'id="modules"', 'id="all"']
+    assert sorted(parts, key=text.index) == parts
+    assert answer(report) in found.text
+    assert "2026-01-02 03:04 UTC" in found.text
+    assert text.count('<tr class="differs-first">') == 2  # among what differs, and among all
+    every = text[text.index('id="all"') :]
+    assert every.count("<tr class=") == len(report.layers)
+    # One code of a fix in both frameworks, unfolded.
+    assert all(line in found.text for side in FIXES["epsilon"] for line in side)
+    assert '<details class="fix" open>' in text
+
+
+def test_html_is_short():
+    """A network of 400 layers: less than 2.5 kB a layer, and a chart with as many points as can be told apart."""
+    rows = [LayerRow("forward", f"blocks.{i}.fc", f"blocks/{i}/fc", "linear", "output", 0.0, 1e-10) for i in range(400)]
+    text = page(Report(layers=rows))
+    assert len(text) < 2500 * len(rows)
+    assert 100 < text.count("<title>blocks.") <= 240
+
+
+def test_modules_are_a_tree():
+    rows = [LayerRow("forward", f"net.blocks.{i}.fc", f"b/{i}", "linear", "output", 10.0**-i, 1e-2) for i in range(4)]
+    found = tree(Report(layers=rows))
+    (blocks,) = found.modules.values()
+    assert blocks.name == "net.blocks"  # a module with nothing but another is one with it
+    assert list(blocks.modules) == ["0.fc", "1.fc", "2.fc", "3.fc"]
+    assert blocks.count() == 4
+    deep = LayerRow("forward", ".".join("a" * 5000), "", "", "output", 0.0, 1e-10)
+    Page(page(Report(layers=[deep])))
 
 
 @pytest.mark.parametrize("report", [Report(), Report(layers=[LayerRow("forward", "", "", "", "output", 0.0, 0.0)])])
@@ -245,7 +292,7 @@ def test_html_of_little(report, tmp_path):
 def test_html_of_curves_that_are_none(tmp_path):
     """Details of these names may hold something else."""
     Report(details={"losses": {"a": "text", "b": []}, "distances": 3}).to_html(tmp_path / "report.html")
-    assert "svg" not in [tag for tag, _ in Page((tmp_path / "report.html").read_text()).tags]
+    assert "chart" not in (tmp_path / "report.html").read_text().split("</style>")[1]
 
 
 def contrast(a, b):
@@ -262,7 +309,7 @@ def test_contrast():
     """Text and marks in light and in dark, on the page and on the boxes."""
     from parity.report.html.page import STYLE
 
-    light, dark = STYLE.split("@media")
+    light, dark = STYLE.split("@media", 1)
     for style in (light, dark.split("* {")[0]):
         colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style))
         for name in ("front", "soft", "good", "bad", "warn", "s0", "s1", "s2", "s3"):
@@ -325,7 +372,7 @@ def test_the_same_mistake_in_several_layers_is_one_diagnosis(tmp_path):
     assert f"epsilon at {where}: epsilon is 1e-05 in PyTorch, 0.001 in Flax" in str(report)
     assert report.summary.endswith("epsilon at 1 and 3 more layers")
     report.to_html(tmp_path / "report.html")
-    assert where in (tmp_path / "report.html").read_text()
+    assert all(f"<li>{place}</li>" in (tmp_path / "report.html").read_text() for place in where.split(", "))
     (told,) = report.to_dict()["diagnoses"]
     assert (told["layer"], told["layers"]) == ("1", diagnosis.layers)
 
