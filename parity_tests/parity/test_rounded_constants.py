@@ -83,7 +83,9 @@ def test_a_table_in_float32_is_told_with_both_numbers(flax_net, dtype):
 
 
 @pytest.mark.parametrize(
-    "mistake", [{"base": 10001.0}, {"base": 10000.1}, {"activation": jnp.arctan}, {"after": 1 + 1e-8}], ids=str
+    "mistake",
+    [{"base": 10001.0}, {"base": 10000.1}, {"activation": jnp.arctan}, {"after": 1 + 1e-8}],
+    ids=["base", "base by 1e-5", "activation", "after"],
 )
 def test_another_constant_and_what_lies_behind_is_a_difference(mistake):
     assert not parity.check(net(), LinenNet(**mistake), IDS).ok
