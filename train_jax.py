@@ -22,6 +22,7 @@ def _load(config: Config) -> Program:
     # Only now: a mistake on the command line is answered before JAX is imported.
     from bn_common.memory import keep_memory
     from jax_bn.mesh import make_mesh
+    from jax_bn.predict import of_run
     from jax_bn.processes import join, leave
     from jax_bn.settings import (
         be_deterministic,
@@ -50,7 +51,7 @@ def _load(config: Config) -> Program:
     find_devices()
     make_mesh(config)  # which refuses what the devices cannot do
 
-    return Program(train, process, watch, leave, export)
+    return Program(train, process, watch, leave, export, of_run)
 
 
 def _prog() -> str:

@@ -26,6 +26,7 @@ from bn_common.config import GROUPS, MOST_STEPS, NUM_CLASS, Config
 from bn_common.config_file import read_toml
 from bn_common.files import check_can_be_made
 from bn_common.memory import imports
+from bn_common.predictions import Network
 from bn_common.record import (
     identity_of,
     is_finished,
@@ -67,7 +68,10 @@ def parse(
       defaults: what the command line leaves out, by the field's name, where it is not as in the groups.
     """
     args = sys.argv[1:] if args is None else args
-    for option, value in zip(("", *args), args, strict=False):
+    for option, value in zip(("", *args), (*args, "--"), strict=True):
+        # tyro takes an option of any number of values without one.
+        if option == "--predict" and value.startswith("--"):
+            refuse(prog, f"{option} is ''; allowed: {HELP}")
         # tyro makes of an empty path the folder that the program is started in.
         if not value or re.fullmatch(r"--[\w-]+=", value):
             refuse(prog, f"{value.removesuffix('=') or option} is ''; allowed: {HELP}")
@@ -151,11 +155,14 @@ def read_config(args: Sequence[str] | None, *, prog: str, description: str, fram
             refuse_under_way(config.out)
         else:
             check_can_be_made("--out", Path("runs"))
-        if config.coordinator is None or config.process_id == 0:
+        finished = framework is not None and _nothing_to_train(config)
+        if finished and config.export is not None:
+            afterwards.check_export(config, config.export)
+        elif not finished and (config.coordinator is None or config.process_id == 0):
             afterwards.check(config)
     except ValueError as error:
         refuse(prog, str(error))
-    if framework and _nothing_to_train(config):
+    if finished:
         _say(f"run folder: {config.out} holds all of this run")
         if not afterwards.is_asked(config):
             raise SystemExit(0)
@@ -171,6 +178,10 @@ def _say(text: str) -> None:
     Console().print(as_text(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
+def _no_network(run: Trained) -> Network:
+    raise AssertionError("the program gives what predicts where it is asked for")
+
+
 class Program(NamedTuple):
     """A wing that is ready to train.
 
@@ -180,6 +191,7 @@ class Program(NamedTuple):
       watch: over the other processes, if there are any.
       leave: what the framework does when all are done.
       export: gives the content of the file for --export; None where that is not asked for.
+      predicting: gives a run's network, for --predict.
     """
 
     train: Callable[..., Any]
@@ -187,6 +199,7 @@ class Program(NamedTuple):
     watch: Watch | None = None
     leave: Callable[[], None] = lambda: None
     export: Callable[[Trained], bytes] | None = None
+    predicting: Callable[[Trained], Network] = _no_network
 
 
 def start(
@@ -212,7 +225,7 @@ def start(
             refuse_other(config.out, {**record_of(config, framework), **identity})
         program = loading.result()
         if program.process == 0:
-            afterwards.check(config)
+            afterwards.check(config, dataset.train_images.shape[1])
         about = {"data": dataset.name} | ({"notice": dataset.notice} if dataset.notice else {})
         run = RunFolder(config, framework, about, console, identity, writes=program.process == 0)
     except ValueError as error:
@@ -284,7 +297,13 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
                     raise Stopped(signals.asked)
                 path, say = (run.path, run.say) if run is not None else (config.out, _say)
                 assert path is not None, "that of a finished run was given"
-                afterwards.do(config, path, framework, program.export, say)
+                means: Any = {"export": program.export, "predicting": program.predicting}
+                try:
+                    status = afterwards.do(config, path, framework, **means, say=say, prog=prog)
+                except ValueError as error:
+                    refuse(prog, str(error))
+                if status:
+                    raise SystemExit(status)
         except Stopped as stop:
             stopped(run, prog, f"interrupted by {stop.signal.name}", stop.status)
         except FloatingPointError as error:

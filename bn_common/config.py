@@ -20,7 +20,7 @@ MAY_CHANGE = frozenset({"config", "out", "resume", "checkpoint_every", "keep_che
 MAY_CHANGE |= {"tensorboard", "data", "data_dir", "devices", "coordinator", "num_processes", "process_id"}
 MAY_CHANGE |= {"pixel_mean", "pixel_std"}
 # What is done with a run that is finished: no part of what it is, so neither its record nor a file of options has it.
-AFTERWARDS = frozenset({"export"})
+AFTERWARDS = frozenset({"export", "predict", "resize", "invert"})
 
 # Learning rate and weight decay of each optimiser. Those of adamw and momentum were found at batch size 64 on 10,000
 # held-out training images, as was the label smoothing.
@@ -42,7 +42,7 @@ class Model:
     sync_bn: Literal["global", "local"] = "global"
     """Whose statistics batch norm takes: the whole batch's, or each device its share's."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of layers; parameters, gradients, statistics and the loss stay float32."""
+    """Of layers; all else stays float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Optimiser:
     label_smoothing: float = 0.05
     """Share of the label that is spread over all classes, >= 0 and < 1."""
     until_accuracy: float | None = None
-    """Stop after the first epoch with this test accuracy, > 0 and at most 1."""
+    """Stop at this test accuracy, > 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Devices:
     coordinator: str | None = None
     """With other processes: HOST:PORT of the first, or auto (SLURM, TPU, Kubernetes)."""
     num_processes: int | None = None
-    """How many processes there are, >= 2; with --coordinator HOST:PORT."""
+    """How many there are, >= 2."""
     process_id: int | None = None
-    """Which one this is, from 0 on; with --coordinator HOST:PORT."""
+    """Which one this is, from 0 on."""
     deterministic: bool = False
     """Same bytes each time on GPUs too."""
 
@@ -106,13 +106,19 @@ class Output:
     checkpoint_every: int | None = None
     """Steps between two checkpoints within an epoch, >= 1. None: after every epoch only."""
     keep_checkpoints: int = 3
-    """How many of the last are kept, >= 1, beside the one with the best test accuracy."""
+    """Last ones kept beside the best, >= 1."""
     profile: bool = False
     """Trace some steps, into RUN/profile."""
     tensorboard: bool = False
-    """Scalars of each epoch in RUN/tensorboard."""
+    """Scalars, into RUN/tensorboard."""
     export: Path | None = None
-    """At the end, or of the finished run in --out: write the network to this new file."""
+    """New file for the trained network."""
+    predict: tuple[Path, ...] = ()
+    """After training, or at once if --out holds all of it: classes of PNG or JPEG files."""
+    resize: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Bring these to the network's size."""
+    invert: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """These are dark on white."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +166,8 @@ class Config(Output, Devices, Optimiser, Data, Model, General):  # reversed: the
         require(self.seed < 2**32, "--seed", self.seed, "at most 2^32 - 1")
         check_momentum(self.bn_momentum, "--bn-momentum")
         check_epsilon("--bn-eps", self.bn_eps, "float32")
+        for name in ("resize", "invert"):
+            require(bool(self.predict) or not getattr(self, name), f"--{name}", True, "with --predict")
         both = self.data == "sample" and self.data_dir is not None
         require(not both, "--data-dir", f"{self.data_dir} with --data sample", "one of the two")
 
@@ -197,4 +205,5 @@ class Config(Output, Devices, Optimiser, Data, Model, General):  # reversed: the
             data_dir=None if self.data_dir is None else self.data_dir.expanduser(),
             out=None if self.out is None else self.out.expanduser(),
             export=None if self.export is None else self.export.expanduser(),
+            predict=tuple(path.expanduser() for path in self.predict),
         )

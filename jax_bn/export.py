@@ -15,29 +15,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
 
 from bn_common.command_line import parse, refuse
-from bn_common.config import NUM_CLASS
 from bn_common.files import write_whole
-from bn_common.trained import Trained, check_new_file, check_weights, read_trained
-from jax_bn.blenet import BLeNet
+from bn_common.trained import Trained, check_new_file, read_trained
+from jax_bn.predict import predictor
 
 PROG = "python -m jax_bn.export"
 PLATFORMS = ("cpu", "cuda", "tpu")
-# What the exported function is called: all that such a file says of its classes.
-FASHION_MNIST, ANY = "fashion_mnist_logits", "logits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,37 +40,6 @@ class Options:
     """The run folder, of train_jax.py."""
     out: Path
     """The new file."""
-
-
-def network(run: Trained) -> tuple[BLeNet, Mapping[str, Any]]:
-    """The network of a run, and its variables.
-
-    Raises:
-      ValueError: the weights are another network's.
-    """
-    dtype = None if run.precision == "float32" else jnp.dtype(run.precision)
-    model = BLeNet(fig_size=run.fig_size, num_class=NUM_CLASS, epsilon=run.epsilon, dtype=dtype)
-    x = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32)
-    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
-    check_weights(run.weights, {name: v.shape for name, v in flatten_dict(variables, sep="/").items()})
-    return model, unflatten_dict(dict(run.weights), sep="/")
-
-
-def predictor(run: Trained) -> Callable[[Array], Array]:
-    """The function that is exported: raw images uint8 [b, H, W] -> logits float32 [b, num_class]."""
-    model, variables = network(run)
-
-    def logits(images: Array) -> Array:
-        # As values that only the run knows, by a 0 made of a pixel: what a compiler works out of constants beforehand,
-        # it rounds otherwise than the module does, whose variables are arguments.
-        zero = (images[:1, 0, 0] // 255 // 2)[0].astype(np.float32)
-        given, levels = jax.tree.map(lambda v: v + jnp.broadcast_to(zero, v.shape), (variables, run.levels))
-        x = levels.at[images].get(mode="promise_in_bounds")
-        found: Any = model.apply(given, x[..., None], train=False)
-        return found
-
-    logits.__name__ = FASHION_MNIST if run.is_fashion_mnist else ANY
-    return logits
 
 
 def check_installed() -> None:

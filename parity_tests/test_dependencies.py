@@ -22,7 +22,7 @@ EXTRAS = dict.fromkeys(INSTALLED, ()) | {
 }
 EXTRAS |= {"bn_common": ("tensorboard",)}
 # Where a distribution is called otherwise than the module.
-DISTRIBUTIONS = {"haiku": "dm-haiku", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "haiku": "dm-haiku", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
 OF_TESTS = {"convert_models", "nets_of_a_test", "no_such_module", "transformers"}
 """Modules that a test makes, that are not there, or that `make published` alone installs, apart from all others."""
 

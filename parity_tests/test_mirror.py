@@ -29,6 +29,7 @@ ALONE = {
         "devices": "is_shared promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
         "processes": "SECONDS_OF_JAX RELAYS _in_time _relay",
+        "predict": "of_file",
         "precise": "Path precise_statistics_nnx _modes _moves _name _require_any",
         "training": "STEPS_IN_FLIGHT Variables TrainState init_state",
     },
@@ -41,6 +42,7 @@ ALONE = {
         "channels": "MANY_ROWS largest_of",
         "devices": "_gather NormalizeOverGroup",
         "layers": "NATIVE synchronize",
+        "predict": "Predictor",
         "training": "be_deterministic",
     },
 }

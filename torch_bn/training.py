@@ -341,12 +341,13 @@ if __name__ == "__main__":
 
     def load(config: Config) -> Program:
         """The other processes, and what there is to train with."""
+        from torch_bn.predict import of_run
         from torch_bn.processes import join, leave
 
         require(config.export is None, "--export", config.export, "of train_jax.py only")
         if config.deterministic:
             be_deterministic()
         process, watch = join(config, "python -m torch_bn.training")
-        return Program(train, process, watch, leave)
+        return Program(train, process, watch, leave, predicting=of_run)
 
     main(load, framework="torch", prog="python -m torch_bn.training", description=__doc__ or "")

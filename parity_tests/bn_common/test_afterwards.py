@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import image_data
 from bn_common import afterwards, command_line
 from bn_common.config import Config
 from bn_common.files import LOCK
@@ -24,6 +26,11 @@ def run(program, *args):
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | QUICKLY_COMPILED
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def saved_image(path, size=28):
+    Image.fromarray(image_data.load_sample().test_images[0][:size, :size]).save(path)
+    return path
 
 
 def test_a_run_is_exported_at_its_end_or_later(tmp_path):
@@ -46,10 +53,27 @@ def test_a_run_is_exported_at_its_end_or_later(tmp_path):
     assert "there already" in errors
     file.unlink()
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    status, said, errors = run("jax", "--resume", "--out", out, "--export", file)
-    assert (status, errors) == (0, "")
+    images = [saved_image(tmp_path / "a.png"), tmp_path / "none.png"]
+    status, said, errors = run("jax", "--resume", "--out", out, "--export", file, "--predict", *images)
+    assert status == 2
+    assert errors == f"train_jax.py: error: image {images[1]}: No such file or directory; allowed: a PNG or JPEG file\n"
     assert "holds all of this run" in said
+    assert said.count("%") == 3
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before | {file: content}
+
+
+def test_predicted_after_training(tmp_path):
+    """An image that will not do is told before."""
+    args = ["--data-dir", small_folder(tmp_path / "data"), "--batch-size", 50, "--epochs", 1]
+    image, other = saved_image(tmp_path / "a.png"), saved_image(tmp_path / "b.png", size=20)
+    status, said, errors = run("torch", *args, "--out", tmp_path / "run", "--predict", image, other)
+    assert (status, said, errors.count("\n")) == (2, "", 1)
+    assert "b.png is 20 x 20; allowed: 28 x 28, or any size with --resize" in errors
+    assert not (tmp_path / "run").exists()
+    status, said, errors = run("torch", *args, "--out", tmp_path / "run", "--predict", image, other, "--resize")
+    assert (status, errors) == (0, "")
+    assert said.count("%") >= 2 * 3
+    assert '"predict"' not in (tmp_path / "run" / "config.json").read_text()
 
 
 def test_pytorch_has_no_such_files(tmp_path):
@@ -103,7 +127,7 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     config = Config(out=folder, export=tmp_path / "net")
 
     def do(content):
-        return afterwards.do(config, folder, "jax", content, said.append)
+        return afterwards.do(config, folder, "jax", export=content, predicting=None, say=said.append, prog="p")
 
     def meanwhile(_):
         (tmp_path / "net").write_text("another's")
@@ -132,6 +156,8 @@ def test_how_to_go_on_says_it(tmp_path, capsys, monkeypatch):
     config = Config(export=Path("a b"))
     assert afterwards.as_arguments(config) == ["--export", "a b"]
     assert afterwards.as_arguments(Config()) == []
+    predicting = Config(predict=(Path("a"), Path("b")), invert=True)
+    assert afterwards.as_arguments(predicting) == ["--invert", "--predict", "a", "b"]
 
     def ended(status):
         raise SystemExit(status)

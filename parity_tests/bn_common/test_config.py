@@ -133,6 +133,10 @@ COMMANDS = {
         "--process-id is 2; allowed: 0 to 1",
     ),
     "percent": (["--until-accuracy", "90"], "--until-accuracy is 90.0; allowed: a number > 0, at most 1"),
+    "resized for nothing": (["--resize"], "--resize is True; allowed: with --predict"),
+    "inverted for nothing": (["--invert"], "--invert is True; allowed: with --predict"),
+    "no image": (["--predict", "no.png"], "image no.png: No such file"),
+    "none at all": (["--predict"], "--predict is ''; allowed: "),
     "warm-up": (["--epochs", "2", "--warmup-epochs", "3"], "--warmup-epochs is 3.0; allowed: 0 to --epochs, 2"),
 }
 
@@ -158,6 +162,7 @@ def test_every_option_reaches_the_config():
         " --until-accuracy 0.75 --resume --checkpoint-every 11 --keep-checkpoints 5 --deterministic"
         " --sync-bn local --devices 3 --precision bfloat16 --profile --tensorboard"
         " --coordinator host:1234 --num-processes 4 --process-id 2 --config c.toml --export d"
+        " --predict e f --resize --invert"
     )
     config = parse(Config, args.split(), prog="", description="")
     given = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -191,4 +196,7 @@ def test_every_option_reaches_the_config():
         "keep_checkpoints": "5",
         "config": "c.toml",
         "export": "d",
+        "predict": "(PosixPath('e'), PosixPath('f'))",
+        "resize": "True",
+        "invert": "True",
     }

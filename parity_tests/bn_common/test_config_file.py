@@ -44,7 +44,7 @@ OTHER = Config(
     batch_size=7, seed=2**32 - 1, optimizer="momentum", epochs=3, lr=1e-22, schedule="constant", warmup_epochs=0.5,
     weight_decay=0.0, label_smoothing=0.0, until_accuracy=0.9, devices=3, coordinator="h:1", num_processes=2,
     process_id=1, deterministic=True, out=Path("b"), checkpoint_every=9, keep_checkpoints=1, profile=True,
-    tensorboard=True, export=Path("c"),
+    tensorboard=True, export=Path("c"), predict=(Path("d"),), resize=True, invert=True,
 )  # fmt: skip
 
 
