@@ -17,7 +17,7 @@ from jax import Array, lax
 from bn_common.checks import COMPLEX_DTYPES, FLOAT_DTYPES, channel_axes, check_batch_norm
 from jax_bn.arrays import check_array, full_rank, kind_of, product, to_dtype, wide_dtype
 from jax_bn.channels import Channels, num_values, one_of, spread, spread_to_add, sum_by_channel, total_of
-from jax_bn.devices import is_shared, merge, num_shards, psum, varying
+from jax_bn.devices import is_shared, merge, num_shards, psum, send
 
 
 class BatchStats(NamedTuple):
@@ -142,6 +142,8 @@ def batch_norm_with(
     dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
     gamma, beta, mean, var = (to_dtype(value, dtype) for value in (gamma, beta, mean, var))
     channels, mask = _channels(options, x), options.mask
+    if options.axis_name is None:
+        gamma, beta = send(gamma, x), send(beta, x)
     if not train:
         return normalize(to_dtype(x, dtype), mean, var, gamma, beta, options.epsilon, channels), batch_stats
     if mask is not None:
@@ -385,7 +387,7 @@ def tangent(x, gamma, mask, batch: Statistics, x_dot, gamma_dot, beta_dot, epsil
     if channels.axis_name is not None:
         # Sent to the devices of `jax.shard_map` together: so the transpose of this is one sum over them.
         both = jnp.stack([a - rest * b, b.astype(a.dtype)])
-        a, b = lax.pcast(both, tuple(varying(x) - varying(both)), to="varying")
+        a, b = send(both, x)
     d = x + over_x(minus_shift)
     if channels.axis_name is None and channels.platform != "cpu":
         # Not rest, in which e's own rounding is missing. Nor does that come off d: low bits that all values share would

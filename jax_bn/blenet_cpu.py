@@ -38,6 +38,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
 from jax_bn.batch_norm import BatchStats, Options, batch_norm_with
+from jax_bn.devices import send
 
 # Below a vector register of examples there is nothing to gain.
 FEWEST_EXAMPLES = 16
@@ -145,12 +146,12 @@ def forward(
 
     def convolution(x: Array, i: int) -> Array:
         layer = params[f"Conv_{i}"]
-        x = jax.nn.sigmoid(norm(convolve(x, layer["kernel"], train=train), f"BatchNorm_{i}", 2, layer))
+        x = jax.nn.sigmoid(norm(convolve(x, send(layer["kernel"], x), train=train), f"BatchNorm_{i}", 2, layer))
         return average_pool(x, train=train)
 
     def dense(x: Array, i: int) -> Array:
         layer = params[f"Dense_{i}"]
-        return jax.nn.sigmoid(norm(layer["kernel"].T @ x, f"BatchNorm_{i + 2}", 0, layer))
+        return jax.nn.sigmoid(norm(send(layer["kernel"], x).T @ x, f"BatchNorm_{i + 2}", 0, layer))
 
     x = x.transpose(1, 2, 3, 0)
     # Not by jnp.pad: of what a tap in the middle sees, XLA would make the image before it was padded and transposed.
@@ -158,7 +159,7 @@ def forward(
     x = lax.dynamic_update_slice(padded, x, (2, 2, 0, 0))
     x = convolution(convolution(x, 0), 1)
     x = dense(dense(x.reshape(-1, x.shape[-1]), 0), 1)
-    last = params["Dense_2"]
+    last = {name: send(v, x) for name, v in params["Dense_2"].items()}
     logits = (last["kernel"].T @ x).T + last["bias"][None]
     return logits, moved if train else batch_stats
 

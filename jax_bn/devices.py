@@ -65,16 +65,32 @@ def merge(
     return total, shift, rest, (weights * (variances + product(apart, apart))).sum(0)
 
 
+def send(v: Array, x: Array) -> Array:
+    """v, the same on every device, as each device's own where x is spread over them: so its gradient is their sum.
+
+    On a CPU that is a sum in the devices' order: those of one process are added up in another order than processes are,
+    which in four terms is seen in the last bit. There each device's term is a row, and the collective, which only puts
+    the rows together, cannot round. Elsewhere, where this would be too much to send, the collective adds.
+    JAX only: in PyTorch `DistributedDataParallel` sums gradients.
+    """
+    axes = tuple(sorted(varying(x) - varying(v)))
+    if not axes:
+        return v
+
+    def own_row(v: Array) -> Array:
+        rows = lax.pcast(jnp.broadcast_to(v, (lax.axis_size(axes), *v.shape)), axes, to="varying")
+        return lax.dynamic_index_in_dim(rows, lax.axis_index(axes), keepdims=False)
+
+    return lax.platform_dependent(v, cpu=own_row, default=lambda v: lax.pcast(v, axes, to="varying"))
+
+
 def promote_dtype(x: Array, *params: Array | None, dtype: Any, inexact: bool = True) -> list[Any]:
     """Flax's, for layers whose x is spread over devices and whose parameters are not: these are sent to them first.
 
     There JAX sums their gradient over the devices: so it adds what dtype's rounding has left in float32, not in dtype.
     JAX only: in PyTorch `DistributedDataParallel` sums them.
     """
-    sent = [
-        None if v is None else lax.pcast(v, tuple(varying(x) - varying(v)), to="varying") if varying(x) else v
-        for v in params
-    ]
+    sent = [None if v is None else send(v, x) for v in params]
     return dtypes.promote_dtype(x, *sent, dtype=dtype, inexact=inexact)
 
 

@@ -134,6 +134,15 @@ def of_first(values: Any, axis_name: str) -> Any:
     return lax.psum(jax.tree.map(lambda v: jnp.where(first, v, jnp.zeros_like(v)), values), axis_name)
 
 
+def add_up(values: Any, axis_name: str | None) -> Any:
+    """Sums of a few numbers [] over the devices of the axis, in their order: see `devices.send`."""
+    if axis_name is None:
+        return values
+    mine = lax.broadcasted_iota(np.int32, (lax.axis_size(axis_name),), 0) == lax.axis_index(axis_name)
+    rows = jax.tree.map(lambda v: jnp.where(mine, v[None], jnp.zeros_like(v)[None]), values)
+    return jax.tree.map(lambda v: v.sum(0), lax.psum(rows, axis_name))
+
+
 def mean_over_devices(values: Array, mask: Array | None, axis_name: str | None) -> Array:
     """Mean of values [B], of those in mask only, over all devices of the axis."""
     if mask is None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from bn_common.files import write_whole
+
 
 def compiler_options(*, train: bool = False) -> dict[str, int] | None:
     """The `compiler_options` of `jax.jit` for the default backend.
@@ -112,7 +114,7 @@ class CheckedCache:
         """Write it, unless there is something already: what another process is writing now may differ in its times."""
         if not self._digest_file(key).exists():
             self._kept.put(key, value)
-            self._digest_file(key).write_bytes(_sha256(value))
+            write_whole(self._digest_file(key), _sha256(value))
 
     def clear(self) -> None:
         """As JAX does it."""

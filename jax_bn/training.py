@@ -30,6 +30,7 @@ from jax_bn.checkpoint import Checkpoints
 from jax_bn.mesh import (
     SAME,
     SHARE,
+    add_up,
     axis_of,
     everywhere,
     in_turn,
@@ -216,8 +217,7 @@ def eval_step(
 def _metrics(logits: Array, labels: Array, weights: Array, axis_name: str | None) -> Metrics:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (logits.argmax(-1).astype(labels.dtype) == labels).astype(weights.dtype)
-    found = Metrics((losses * weights).sum(), (correct * weights).sum(), weights.sum())
-    return found if axis_name is None else lax.psum(found, axis_name)
+    return add_up(Metrics((losses * weights).sum(), (correct * weights).sum(), weights.sum()), axis_name)
 
 
 def first_not_finite(model: BLeNet, variables: Variables, x: NDArray[np.float32]) -> str:

@@ -115,6 +115,43 @@ def test_no_circle():
     assert not circles()
 
 
+WRITERS = {"write_text", "write_bytes", "savefig", "savez", "savetxt", "save_file", "tofile"}
+# Where a file that is not whole cannot be seen: a picture into memory, a folder that gets its name later, the lock and
+# the part of a download, and what `write_whole` itself does. `write_idx` is for making samples and tests.
+WRITES_ITSELF = {
+    "bn_common/files.py": {"open"},
+    "bn_common/streams.py": {"open"},
+    "bn_common/shown.py": {"savefig"},
+    "benchmarks/harness.py": {"savefig"},
+    "benchmarks/step/report.py": {"savefig"},
+    "image_data/download.py": {"open"},
+    "image_data/idx.py": {"write_bytes"},
+    "parity/sides/weight_files.py": {"savez", "write_text"},
+    "parity/training/trajectory.py": {"savefig"},
+}
+
+
+def writers(tree):
+    """Names of the calls that write a file where it is to be."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            modes = [v.value for v in ast.walk(node) if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+            to_write = any(mode[:1] in ("w", "a", "x") and mode[1:] in ("", "b", "t", "+", "b+") for mode in modes)
+            if name in WRITERS or (name == "open" and to_write):
+                yield name
+
+
+def test_files_are_written_whole():
+    """By `bn_common.files`, or said here."""
+    found = {}
+    for part in ("bn_common", "jax_bn", "torch_bn", "image_data", "parity", "benchmarks"):
+        for path in (ROOT / part).rglob("*.py"):
+            if names := set(writers(ast.parse(path.read_text()))):
+                found[path.relative_to(ROOT).as_posix()] = names
+    assert found == WRITES_ITSELF
+
+
 def test_files_are_short():
     long = {
         str(p.relative_to(ROOT)) for d in ("parity", "truth") for p in (ROOT / d).rglob("*.py") if lines(p) > MOST_LINES

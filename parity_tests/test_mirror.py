@@ -26,7 +26,7 @@ ALONE = {
         "checkpoint": "on_host like written",
         "channels": "CPU_LANES FIRST_BITS Channels spread_to_add _adds_in_blocks _in_blocks _unfold _first_bits"
         " _is_split",
-        "devices": "is_shared promote_dtype varying",
+        "devices": "is_shared send promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
         "processes": "SECONDS_OF_JAX RELAYS _in_time _relay",
         "predict": "of_file",

@@ -1,4 +1,4 @@
-"""Two real processes that train together: the same as one; and what becomes of one when the other is lost."""
+"""Real processes that train together: the same as one; and what becomes of one when another is lost."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from bn_common import watch
 from parity.comparison import bounds
-from parity_tests.faults import LEFT, PROGRAMS, QUICKLY_COMPILED, ROOT, small_folder
+from parity_tests.faults import LEFT, PROGRAMS, QUICKLY_COMPILED, ROOT, left, small_folder
 
 
 def free_port():
@@ -20,26 +20,26 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(program, folder, args, *, slurm=False, devices=1, **environment):
-    """Two processes, JAX's with so many devices each; their standard output and error go to files in the folder.
+def start(program, folder, args, *, count=2, slurm=False, devices=1, **environment):
+    """The processes, JAX's with so many devices each; their standard output and error go to files in the folder.
 
     slurm: JAX finds them itself.
     """
     address = ("127.0.0.1", str(free_port()))
     processes = []
-    for rank in range(2):
+    for rank in range(count):
         if slurm:
             more = ["--coordinator", "auto"]
             # The number of the job gives the port.
             names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-            own = dict(zip(names, (address[1], "localhost", "2", str(rank), str(rank)), strict=True))
+            own = dict(zip(names, (address[1], "localhost", str(count), str(rank), str(rank)), strict=True))
             own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         elif program == "jax":
-            more = ["--coordinator", ":".join(address), "--num-processes", "2", "--process-id", str(rank)]
+            more = ["--coordinator", ":".join(address), "--num-processes", str(count), "--process-id", str(rank)]
             own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         else:
             more, names = [], ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "OMP_NUM_THREADS")
-            own = dict(zip(names, (*address, "2", str(rank), str(rank), "1"), strict=True))
+            own = dict(zip(names, (*address, str(count), str(rank), str(rank), "1"), strict=True))
         command = [sys.executable, *PROGRAMS[program], *map(str, args), *more]
         with open(folder / f"out{rank}", "w") as out, open(folder / f"err{rank}", "w") as err:
             processes.append(
@@ -54,32 +54,41 @@ def end(processes):
         process.wait()
 
 
-@pytest.mark.parametrize("slurm", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["given", "slurm"])
-def test_two_jax_processes_are_two_devices(slurm, tmp_path):
+thorough = pytest.mark.thorough
+# Processes, the devices of each, and the batch: shares of 13 and 12; of 7, 7, 7 and 6.
+TOGETHER = {
+    "two": (2, 1, 25, {}),
+    "slurm": (2, 1, 25, {"slurm": True}),
+    "four": (4, 1, 27, {}),
+    "two of two": (2, 2, 27, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["two", pytest.param("slurm", marks=thorough), "four", pytest.param("two of two", marks=thorough)]
+)
+def test_jax_processes_are_devices(case, tmp_path):
     """To the bit: the weights, and the metrics but for the times. Process 0 alone writes."""
-    data = small_folder(tmp_path / "data")
-    args = ["--data-dir", data, "--epochs", 2, "--batch-size", 25]  # shares of 13 and 12
-    processes = start("jax", tmp_path, [*args, "--out", tmp_path / "two"], slurm=slurm, **QUICKLY_COMPILED)
+    count, devices, batch_size, options = TOGETHER[case]
+    args = ["--data-dir", small_folder(tmp_path / "data"), "--epochs", 2, "--batch-size", batch_size]
+    # XLA's pool has a thread for each core or device of the process, whichever are more: by that sums are cut up.
+    environment = QUICKLY_COMPILED | {"NPROC": "4"}
+    several = {"count": count, "devices": devices} | options | environment
+    processes = start("jax", tmp_path, [*args, "--out", tmp_path / "several"], **several)
     try:
-        assert [process.wait(300) for process in processes] == [0, 0], (tmp_path / "err0").read_text()
+        assert [process.wait(300) for process in processes] == [0] * count, (tmp_path / "err0").read_text()
     finally:
         end(processes)
     command = [sys.executable, *PROGRAMS["jax"], *map(str, args), "--out", str(tmp_path / "one")]
-    one = os.environ | QUICKLY_COMPILED | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    one = os.environ | environment | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count * devices)}
     subprocess.run(command, cwd=ROOT, env=one, check=True, capture_output=True, timeout=300)
-    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("one", "two")]
-    assert weights[0] == weights[1]
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
-    timed = {"images_per_second", "start_time", "seconds"}
-    for one_line, two_line in zip(*lines, strict=True):
-        first, second = ({k: v for k, v in json.loads(line).items() if k not in timed} for line in (one_line, two_line))
-        assert first == second
-    assert "2 x cpu in 2 processes" in (tmp_path / "out0").read_text()
+    assert left(tmp_path / "several") == left(tmp_path / "one")
+    assert f"{count * devices} x cpu in {count} processes" in (tmp_path / "out0").read_text()
     assert "epoch" not in (tmp_path / "out1").read_text()
-    assert {path.name for path in (tmp_path / "two").iterdir()} == LEFT
+    assert {path.name for path in (tmp_path / "several").iterdir()} == LEFT
 
 
-@pytest.mark.thorough
+@thorough
 def test_a_notice_to_one_of_two(tmp_path):
     """SIGTERM to the second: both stop after the same step, which is saved; given again, they end as two devices do."""
     data = small_folder(tmp_path / "data")
@@ -141,24 +150,27 @@ def test_torchrun(tmp_path):
         assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.thorough
-def test_two_devices_each(tmp_path):
-    """Shares of 7, 7, 7 and 6: the run of four devices, but for the order in which four terms are added."""
-    args = ["--data-dir", small_folder(tmp_path / "data"), "--epochs", 1, "--batch-size", 27]
-    args += ["--optimizer", "sgd", "--lr", 0.1]
-    processes = start("jax", tmp_path, [*args, "--out", tmp_path / "two"], devices=2, **QUICKLY_COMPILED)
-    try:
-        assert [process.wait(300) for process in processes] == [0, 0], (tmp_path / "err0").read_text()
-    finally:
-        end(processes)
-    command = [sys.executable, *PROGRAMS["jax"], *map(str, args), "--out", str(tmp_path / "one")]
-    one = os.environ | QUICKLY_COMPILED | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    subprocess.run(command, cwd=ROOT, env=one, check=True, capture_output=True, timeout=300)
-    one_line, two_line = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "two"))
-    for key in ("step", "train_accuracy", "test_accuracy"):
-        assert one_line[key] == two_line[key]
-    for key in ("loss", "test_loss"):
-        assert two_line[key] == pytest.approx(one_line[key], abs=bounds.FLOAT32_LOGITS_200_SGD_STEPS)
+@thorough
+def test_torchrun_is_told_to_stop(tmp_path):
+    """All of its processes stop after one step, which is saved; given again, they end in the same bytes."""
+    args = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "torch_bn.training", "--batch-size", "20"]
+    args += ["--data-dir", str(small_folder(tmp_path / "data")), "--epochs", "30", "--checkpoint-every", "7"]
+    whole, command = ([sys.executable, *args, "--out", str(tmp_path / name)] for name in ("whole", "run"))
+    finished = {"check": True, "capture_output": True, "text": True, "timeout": 300, "cwd": ROOT}
+    subprocess.run(whole, **finished)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launched:
+        for line in launched.stdout:
+            if line.startswith("epoch  3/"):
+                launched.terminate()
+                break
+        _, errors = launched.communicate(timeout=120)
+    assert launched.returncode != 0
+    said = [line for line in errors.splitlines() if line.startswith("python -m torch_bn.training: ")]
+    assert len(said) == 2
+    assert sum("holds the checkpoint of step" in line for line in said) == 1
+    assert all("interrupted by SIGTERM" in line for line in said)
+    assert "continued from step" in subprocess.run(command, **finished).stdout
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
 
 
 def test_none_to_be_found(tmp_path):
@@ -226,7 +238,6 @@ def test_both_diverge(tmp_path):
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-thorough = pytest.mark.thorough
 LOSSES = [(0, "KILL"), (1, "STOP"), pytest.param(1, "KILL", marks=thorough), pytest.param(0, "STOP", marks=thorough)]
 
 

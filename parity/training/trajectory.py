@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from bn_common.files import write_whole
 from parity.comparison import bounds as compare
 from parity.records.distance import relative_error
 from parity.records.side import Snapshot
@@ -95,7 +97,7 @@ class Trajectory:
         return table
 
     def to_json(self, path: str | Path) -> None:
-        """Everything, for other programs."""
+        """Everything, for other programs, in a file that is written whole or not at all."""
         about = {
             "ok": self.ok,
             "verdict": self.verdict,
@@ -106,10 +108,10 @@ class Trajectory:
         over = None if self.first_over is None else self.first_over._asdict()
         curves = {"losses": self.losses, "distances": self.distances, "bounds": self.bounds}
         whole = {**about, "steps": self.steps, "gauges": self.gauges, "notes": self.notes, "first_over": over, **curves}
-        Path(path).write_text(json.dumps(_finite(whole), indent=1) + "\n")
+        write_whole(Path(path), (json.dumps(_finite(whole), indent=1) + "\n").encode())
 
     def plot(self, path: str | Path) -> None:
-        """The losses, and a chart of the distances (logarithmic) for every kind of thing compared.
+        """A picture: the losses, and a chart of the distances (logarithmic) for every kind of thing compared.
 
         A run with a dash is nudged by one unit in the last place at every step.
         """
@@ -135,7 +137,9 @@ class Trajectory:
             ax.set_axis_off()
         # All charts of distances have the same curves.
         figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-        figure.savefig(path, dpi=120)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=120, format=Path(path).suffix[1:] or "png")
+        write_whole(Path(path), picture.getvalue())
 
 
 REFEREES = "PyTorch64 - Flax64"

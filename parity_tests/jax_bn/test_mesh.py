@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import image_data
 import jax_bn.training
@@ -19,6 +20,7 @@ import torch_bn.training
 from bn_common import run_folder
 from bn_common.config import Config
 from jax_bn import BLeNet, mesh, training
+from jax_bn.devices import send
 from parity.comparison import bounds
 from parity_tests.jax_bn.over_devices import FORMS, batches, distances, program, trained
 from parity_tests.test_options import trained as train_loop
@@ -89,6 +91,25 @@ def test_a_step_has_few_collectives(form, batch):
     masks = () if mask is None else (mask,)
     text = step.lower(state, x[indices], labels[indices], *masks).compile().as_text()
     assert collectives(text) == COLLECTIVES
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_a_sum_in_the_devices_order(platform):
+    """On a CPU the collective only puts rows together, and cannot round; elsewhere it adds, and no more is sent."""
+    devices = mesh.make_mesh(Config(devices=2, batch_size=4))
+
+    def gradient(w, x):
+        return jax.grad(lambda w: lax.psum((send(w, x) * x[0]).sum(), mesh.AXIS))(w)
+
+    step = mesh.on_mesh(gradient, devices, (mesh.SAME, mesh.SHARE))
+    w, x = jnp.ones(3), jnp.arange(6.0).reshape(2, 3)
+    assert_same_bytes(step(w, x), x[0] + x[1])
+    text = step.trace(w, x).lower(lowering_platforms=(platform,)).as_text()
+    sums = re.findall(r"all_reduce.*?\) : \((tensor<.*?>)\) ->", text, re.DOTALL)
+    assert ("tensor<2x3xf32>" in sums, "tensor<3xf32>" in sums) == (platform == "cpu", platform == "cuda")
+    # Nothing is to be sent where there is one device, or x is the same on all.
+    assert send(w, x) is w
 
 
 @pytest.mark.parametrize("form", FORMS)

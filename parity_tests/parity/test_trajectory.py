@@ -1,6 +1,7 @@
 """Training in lockstep: correct pairs stay together, planted mistakes part, gauges are found; and the command."""
 
 import json
+import os
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -173,7 +174,7 @@ def test_a_side_that_rounds_carelessly_parts():
     assert bound == pytest.approx(4 * np.finfo(np.float32).eps)
 
 
-def test_files_and_table(tmp_path):
+def test_files_and_table(tmp_path, monkeypatch):
     found = lockstep(steps=2)
     found.to_json(tmp_path / "a.json")
     found.plot(tmp_path / "a.png")
@@ -183,6 +184,13 @@ def test_files_and_table(tmp_path):
     assert len(read["distances"]["parameters"][REFEREES]) == 2
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert found.table().row_count == 3 * len(found.distances)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found.dtype = "other"
+    monkeypatch.setattr(os, "fsync", lambda _: os.write(-1, b""))  # as a full disk: OSError
+    for write, name in ((found.to_json, "a.json"), (found.plot, "a.png")):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            write(tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(
