@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from datetime import UTC, datetime
+from functools import partial
 
 import flax.linen as linen
 import numpy as np
@@ -375,6 +376,22 @@ def test_the_same_mistake_in_several_layers_is_one_diagnosis(tmp_path):
     assert all(f"<li>{place}</li>" in (tmp_path / "report.html").read_text() for place in where.split(", "))
     (told,) = report.to_dict()["diagnoses"]
     assert (told["layer"], told["layers"]) == ("1", diagnosis.layers)
+
+
+def test_one_convention_over_shares_of_different_sizes():
+    """Of 32 values a channel, then of 8: another factor, and the same mistake."""
+    torch.manual_seed(0)
+    norms = torch.nn.BatchNorm2d(2), torch.nn.AvgPool2d(2), torch.nn.BatchNorm2d(2)
+
+    class Right(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            norm = partial(linen.BatchNorm, use_running_average=not train, momentum=0.9)
+            return norm()(linen.avg_pool(norm()(x), (2, 2), (2, 2)))
+
+    x = np.random.default_rng(0).normal(size=(2, 2, 4, 4)).astype(np.float32)
+    (diagnosis,) = parity.check(torch.nn.Sequential(*norms), Right(), x).diagnoses
+    assert (diagnosis.code, diagnosis.layers) == ("unbiased-variance", ["0", "2"])
 
 
 def test_two_sentences_are_two_diagnoses():

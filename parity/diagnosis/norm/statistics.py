@@ -251,9 +251,9 @@ def _source_finding(name: str, update: Update, other: Update) -> Iterator[Findin
 
 def _unbiased_finding(name: str, update: Update, other: Update) -> Iterator[Finding]:
     if update.unbiased:
-        m = update.source.values or 0
-        evidence = f"moving_var differs by the factor {m}/{m - 1} = m/(m-1) in the batch's share: {name} keeps the"
-        yield Finding("unbiased-variance", f"{evidence} unbiased variance")
+        # Without the number, which is another in each layer: it is one mistake.
+        evidence = "moving_var differs by the factor m/(m-1) in the batch's share, of m values each"
+        yield Finding("unbiased-variance", f"{evidence}: {name} keeps the unbiased variance")
 
 
 def _weight_findings(
