@@ -12,7 +12,7 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test faults fuzz parity mistakes published bench speed exactness docs study accelerators lint format clean
+.PHONY: help train test faults fuzz parity mistakes published bench speed exactness docs study accelerators browser lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -33,6 +33,7 @@ help:
 	@echo "make accelerators   compile steps for a TPU v5e and an H100, which need not be here, beside Flax's; fails with an"
 	@echo "             all-reduce or 5 % of traffic more than in docs/accelerators.json"
 	@echo "make docs    build the site from docs/, in an environment of its own; a warning is an error"
+	@echo "make browser   look at the HTML report in Chromium, by axe-core's rules, and make its pictures in docs/ (needs npm)"
 	@echo "make lint    check format, lint and types; make format puts the format right"
 	@echo "make clean   remove .venv, and those of make published and make docs"
 
@@ -98,6 +99,16 @@ $(VENV)-docs/installed: docs/requirements.txt
 	@echo "installing what builds the site, once"
 	@$(PYTHON) -m venv --clear $(VENV)-docs
 	@$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	@touch $@
+
+# Chromium is the system's, or else Playwright's own.
+browser: $(VENV)/installed-browser
+	$(VENV)/bin/python -m parity_tests.browser --pictures docs
+
+$(VENV)/installed-browser: $(VENV)/installed-test
+	$(INSTALL) '.[browser]'
+	npm install --no-save --silent axe-core@4
+	command -v chromium chromium-browser google-chrome >/dev/null || $(VENV)/bin/python -m playwright install chromium
 	@touch $@
 
 lint: $(VENV)/installed-test
