@@ -18,6 +18,7 @@ import image_data
 import jax_bn
 from bn_common.trained import read_trained
 from jax_bn import blenet_cpu, export
+from jax_bn.predict import FASHION_MNIST
 from parity_tests.trained_runs import standardised, trained_run
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +96,7 @@ def test_the_form_follows_the_platform_compiled_for(run, monkeypatch):
     assert found[0].platforms == ("cpu", "cuda", "tpu")
     assert found[0].mlir_module().count("stablehlo.dot_general") > 3, "a CPU's form, beside the layers"
     assert str(found[0].in_avals) == "(ShapedArray(uint8[b,28,28]),)"
-    assert found[0].fun_name == export.FASHION_MNIST
+    assert found[0].fun_name == FASHION_MNIST
 
 
 def refused(capsys, *args):
