@@ -33,6 +33,7 @@ from benchmarks.learning.pool import in_parallel
 from benchmarks.learning.runs import PRECISE_BATCHES, PRECISE_SIZE, Run, train
 from bn_common.command_line import load, parse
 from bn_common.config import DEFAULTS, Config
+from bn_common.shown import data_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,7 +124,7 @@ def measure(options: Options, console: Console) -> dict[str, Any]:
         for kind in runs[0]
     ]
     console.print(rows_table(COLUMNS, rows))
-    found = {"machine": machine, "data": dataset.name, "held_out": held_out, "rows": rows}
+    found = {"machine": machine, "data": data_title(dataset.name), "held_out": held_out, "rows": rows}
     for line in bounds(rows, options.epochs):
         print_line(line, console)
     return found
