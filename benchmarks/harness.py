@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -159,6 +160,22 @@ def made_by(command: str, machine: Mapping[str, Any]) -> str:
         else ""
     )
     return textwrap.fill(f"Made by `{command}` with {facts}.{busy}", 120, break_on_hyphens=False)
+
+
+def command(prog: str, options: Any, page: str, *, without: Sequence[str] = ()) -> str:
+    """The command that makes a page of docs/: the program with the options that are no default, but for the files.
+
+    Args:
+      prog: its name.
+      options: a dataclass, with `json` and `write`.
+      page: the page's name.
+      without: fields that change nothing of what is found.
+    """
+    words = [prog]
+    for field in dataclasses.fields(options):
+        if field.name not in ("json", "write", *without) and getattr(options, field.name) != field.default:
+            words.append(f"--{field.name} {getattr(options, field.name)}")
+    return " ".join([*words, f"--write {page}"])
 
 
 @contextlib.contextmanager

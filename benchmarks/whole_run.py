@@ -27,6 +27,7 @@ from rich.console import Console
 
 from benchmarks.harness import (
     Calibration,
+    command,
     describe_machine,
     is_installed,
     made_by,
@@ -165,14 +166,9 @@ COLUMNS = {
 
 def _markdown(found: dict[str, Any], options: Options) -> str:
     """docs/whole_run_speed.md."""
-    words = [PROG]
-    for field in dataclasses.fields(Options):
-        if field.name not in ("json", "write") and getattr(options, field.name) != field.default:
-            words.append(f"--{field.name} {getattr(options, field.name)}")
-    command = " ".join([*words, "--write docs/whole_run_speed.md"])
     head = f"""# How long a whole run takes
 
-{made_by(command, found["machine"])}
+{made_by(command(PROG, options, "docs/whole_run_speed.md"), found["machine"])}
 
 The default run of both wings (seed 0) until the test accuracy is {options.accuracy:g}, in this order. Seconds count
 from the start of the process: Python, the framework and the data are loaded before the first step begins, and JAX's

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.harness import (
+    command,
     describe_machine,
     made_by,
     markdown_table,
@@ -190,11 +191,6 @@ COLUMNS = {
 
 def _markdown(found: dict[str, Any], options: Options) -> str:
     """docs/why_batch_norm.md."""
-    words = [PROG]
-    for field in dataclasses.fields(Options):
-        if field.name not in ("json", "write", "runs") and getattr(options, field.name) != field.default:
-            words.append(f"--{field.name} {getattr(options, field.name)}")
-    command = " ".join([*words, "--write docs/why_batch_norm.md"])
     # No time is claimed here: whether the machine was busy is of no interest.
     machine = {name: value for name, value in found["machine"].items() if name != "load before"} | {"busy": False}
     moves = [_moves(found["quantiles"], number) for number in range(len(LAYERS))]
@@ -202,7 +198,7 @@ def _markdown(found: dict[str, Any], options: Options) -> str:
     picture = options.write.with_suffix(".png").name if options.write else ""
     return f"""# What batch norm does
 
-{made_by(command, machine)}
+{made_by(command(PROG, options, "docs/why_batch_norm.md", without=["runs"]), machine)}
 
 BLeNet and the same network without its batch norms, from the same seed, on {found["data"]}: plain SGD at a constant
 rate, batches of 64, JAX. It is what the article on batch norm claims (Ioffe and Szegedy 2015, sections 4.1 and 4.2.1),

@@ -175,3 +175,29 @@ def test_a_dump_that_knows_no_numbers():
     sizes = sizes_of(layer, Structure([layer], shapes), "flax")
     assert sizes is not None
     assert sizes[:2] == (8, 24)
+
+
+class SquareInOut(linen.Module):
+    """As Flax's own, written by hand: square, so that its shape does not tell [in, out] from [out, in]."""
+
+    @linen.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", jax.nn.initializers.normal(1.0), (8, 8))
+
+
+class NnxSquareInOut(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.zeros((8, 8)))
+
+    def __call__(self, x):
+        return x @ self.kernel[...]
+
+
+@pytest.mark.parametrize("make", [SquareInOut, NnxSquareInOut])
+def test_a_square_matrix_in_flaxs_own_order_is_no_other(make):
+    torch.manual_seed(0)
+    module = nn.Linear(8, 8, bias=False)
+    report = parity.check(module, make(), X)
+    assert report.ok, report
+    leaves = jax.tree.leaves(parity.to_flax(module, make(), inputs=[X]))
+    assert [np.array_equal(leaf, module.weight.detach().numpy().T) for leaf in leaves if np.ndim(leaf) == 2] == [True]
