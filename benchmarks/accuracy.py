@@ -239,7 +239,8 @@ behind it, and within two in nineteen of twenty.
 **moving** statistics are what training leaves: an average in which the last ten batches or so count. **precise** ones
 are taken over {PRECISE_BATCHES} batches of {PRECISE_SIZE} training images, with the weights as they are (paper,
 Algorithm 2; `precise_statistics` in either wing). "lowest on the way" is the lowest accuracy of any run after
-any epoch but the first. While the rate is high, the weights run away from the average; where it falls to 0, the two meet.
+any epoch but the first. While the rate is high, the weights run away from the average; where it falls to 0, the two
+meet.
 
 {others(found["rows"])}
 
