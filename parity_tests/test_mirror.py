@@ -14,7 +14,7 @@ WINGS = {"jax_bn": "JAX only", "torch_bn": "PyTorch only"}
 FILES = {wing: {path.stem for path in (ROOT / wing).glob("*.py")} - {"__init__"} for wing in WINGS}
 PAIRS = sorted(FILES["jax_bn"] & FILES["torch_bn"])
 
-FILES_ALONE = {"jax_bn": {"blenet_cpu", "export", "mesh", "nnx", "settings"}, "torch_bn": {"native"}}
+FILES_ALONE = {"jax_bn": {"blenet_cpu", "export", "mesh", "nnx", "settings"}, "torch_bn": {"kernels", "native"}}
 # Frameworks differ in how they differentiate (transposing, or a function of autograd's), in where state lives
 # (collections, or buffers), and in what they leave to their users (devices, layouts, initial values).
 ALONE = {
@@ -35,11 +35,10 @@ ALONE = {
     },
     "torch_bn": {
         "arrays": "dtype_name",
-        "batch_norm": "LARGEST_PLANE _near_the_mean _mean_and_var _kernel_adds_well _dgamma_of_kernel _NormalizeBatch"
-        " _NormalizeBatchForward Options.group _normalize_over_group",
+        "batch_norm": "_NormalizeBatch _NormalizeBatchForward Options.group _normalize_over_group",
         "blenet": "AUTOCAST",
         "checkpoint": "STATE AGREE_EVERY",
-        "channels": "MANY_ROWS largest_of",
+        "channels": "MANY_ROWS largest_of near_the_mean mean_and_var",
         "devices": "_gather NormalizeOverGroup",
         "layers": "NATIVE synchronize",
         "predict": "Predictor",

@@ -17,12 +17,9 @@ from torch.nn import functional
 
 from bn_common.checks import check_batch_norm
 from torch_bn.arrays import check_array, dtype_name, full_rank, kind_of, to_dtype, wide_dtype
-from torch_bn.channels import largest_of, num_values, one_of, spread, sum_by_channel, total_of
+from torch_bn.channels import mean_and_var, near_the_mean, num_values, spread, sum_by_channel, total_of
 from torch_bn.devices import NormalizeOverGroup, merge, num_shards
-
-# A CPU's kernel of the gradient adds a plane up in 8 to 16 running sums: of n terms each, rounding is sqrt(n / 50) eps
-# of their Euclidean norm, and may be three times as much; here up to 1.6. PyTorch only.
-LARGEST_PLANE = 2**10
+from torch_bn.kernels import dgamma_of_kernel, kernel_adds_well
 
 
 def batch_norm(
@@ -226,38 +223,13 @@ class Statistics(NamedTuple):
     var: Tensor
 
 
-def _near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """A value near the mean of each channel, which of a constant channel is its value exactly.
-
-    It is the mean of a quarter of the examples, from the differences to one of the channel's values: whatever the
-    others hold, the mean of all is at most sqrt(3) standard deviations away. PyTorch only: JAX takes the mean itself.
-    """
-    one = one_of(x, mask)
-    some = x if mask is not None else x[: (len(x) + 3) // 4]
-    near = one + sum_by_channel(some - spread(one, x), mask) / total_of(some, mask)
-    # Rounded to the grid of the largest values: these, and most that are smaller, less near are then exact. Else all
-    # of a size would round the same way, and their mean be off by as much: more than it is, in a long batch around 0.
-    largest = largest_of(x, mask).copysign(near)
-    return (near - largest) + largest
-
-
-def _mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of d, whose mean is at most a few standard deviations.
-
-    PyTorch only: in JAX they are taken where what is near the mean is, in `_statistics`.
-    """
-    total = total_of(d, mask)
-    mean = sum_by_channel(d, mask) / total
-    return mean, (sum_by_channel(d * d, mask) / total - mean * mean).clamp(min=0)
-
-
 def batch_statistics(x: Tensor, options: Options) -> Statistics:
     """The statistics that `batch_norm` normalises x with."""
     mask = None if options.mask is None else full_rank(options.mask, x).movedim(options.axis, 1)
     x = x.detach().movedim(options.axis, 1)
     x = x.to(wide_dtype(x.dtype))
-    near = _near_the_mean(x, mask)
-    return Statistics(num_values(x, mask), near, *_mean_and_var(x - spread(near, x), mask))
+    near = near_the_mean(x, mask)
+    return Statistics(num_values(x, mask), near, *mean_and_var(x - spread(near, x), mask))
 
 
 def normalize_batch(
@@ -268,7 +240,7 @@ def normalize_batch(
     All is computed from the differences to a value near the mean: exact where x is nearly constant, 0 where it is
     constant. Their own mean is small, so that PyTorch's kernels, which fold it into d * a + b, lose nothing.
     """
-    near = _near_the_mean(x.detach(), mask)
+    near = near_the_mean(x.detach(), mask)
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
     y, offset, var = function.apply(x - spread(near, x), gamma, beta, mask, epsilon)
     return y, Statistics(num_values(x, mask), near, offset, var)
@@ -279,8 +251,8 @@ def _normalize_over_group(
 ) -> tuple[Tensor, Statistics]:
     """`normalize_batch` of a batch that is spread over a group. PyTorch only: in JAX it is the same function."""
     with torch.no_grad():
-        near = _near_the_mean(x, None)
-        mean, var = _mean_and_var(x - spread(near, x), None)
+        near = near_the_mean(x, None)
+        mean, var = mean_and_var(x - spread(near, x), None)
         m = torch.ones_like(near) * num_values(x, None)
         m, shift, rest, var = merge(m, near, mean, var, group)
     y = NormalizeOverGroup.apply(x - spread(shift, x), gamma, beta, rest, var, epsilon, m, group)
@@ -302,28 +274,6 @@ def tangent(d, gamma, mask, mean, var, d_dot, gamma_dot, beta_dot, epsilon):
     b = r * gamma_dot - factor * (r * r) * along
     a = beta_dot - factor * mean_dot
     return d_dot * spread(factor, d) + spread(a, d) + c * spread(b, d), mean_dot, 2 * along
-
-
-def _kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch's own kernel of the gradient sums well enough here: then it is taken, being the fastest.
-
-    On a CPU it adds images, a channel in a plane, plane by plane, and the planes in float64; what is laid out otherwise
-    it adds one by one. On other devices it adds in a tree. Of float64 that is not enough. PyTorch only: XLA has none.
-    """
-    if mask is not None or d.dtype != torch.float32:
-        return False
-    planes = d.ndim > 2 and d.shape[1] > 1 and d[0, 0].numel() > 1 and d.is_contiguous()
-    return d.device.type != "cpu" or planes
-
-
-def _dgamma_of_kernel(dgamma: Tensor, centred: Tensor, d: Tensor, mean: Tensor, r: Tensor) -> Tensor:
-    """dgamma as PyTorch's kernel has it, but on a CPU of planes above LARGEST_PLANE, where it is added up anew.
-
-    PyTorch only: XLA has no such kernel.
-    """
-    if d.device.type != "cpu" or d[0, 0].numel() <= LARGEST_PLANE:
-        return dgamma
-    return r * (sum_by_channel(centred * d) - mean * sum_by_channel(centred))
 
 
 class _NormalizeBatch(torch.autograd.Function):
@@ -348,7 +298,7 @@ class _NormalizeBatch(torch.autograd.Function):
             # momentum 1: the running statistics become the batch's; of the variance nothing else is given.
             y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, unbiased, True, 1.0, epsilon)
             return y, mean, unbiased * ((m - 1) / m)
-        mean, var = _mean_and_var(d, mask)
+        mean, var = mean_and_var(d, mask)
         y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, var, False, 0.0, epsilon)
         return y, mean, var
 
@@ -378,11 +328,11 @@ class _NormalizeBatch(torch.autograd.Function):
         dbeta = sum_by_channel(dy)
         centred = dy - spread(dbeta / total, d)
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
-        if only_y and not torch.is_grad_enabled() and _kernel_adds_well(d, mask):
+        if only_y and not torch.is_grad_enabled() and kernel_adds_well(d, mask):
             dd, dgamma, _ = torch.ops.aten.native_batch_norm_backward(
                 centred, d, gamma, None, None, mean, r, True, ctx.epsilon, [True, True, False]
             )
-            return dd, _dgamma_of_kernel(dgamma, centred, d, mean, r), dbeta, None, None
+            return dd, dgamma_of_kernel(dgamma, centred, d, mean, r), dbeta, None, None
         c = d - spread(mean, d)
         along = sum_by_channel((centred if mask is None else torch.where(mask, centred, dy)) * c)
         dgamma = along * r

@@ -66,7 +66,7 @@ def test_expanded():
 def planes(request, monkeypatch):
     """Gamma's gradient as PyTorch's kernel has it; or added up beside it, as for large planes."""
     if request.param:
-        monkeypatch.setattr(importlib.import_module("torch_bn.batch_norm"), "LARGEST_PLANE", 1)
+        monkeypatch.setattr(importlib.import_module("torch_bn.kernels"), "LARGEST_PLANE", 1)
 
 
 @pytest.mark.usefixtures("planes")
