@@ -38,7 +38,7 @@ ALONE = {
         "batch_norm": "_NormalizeBatch _NormalizeBatchForward Options.group _normalize_over_group",
         "blenet": "AUTOCAST",
         "checkpoint": "STATE AGREE_EVERY",
-        "channels": "MANY_ROWS largest_of near_the_mean mean_and_var",
+        "channels": "MANY_ROWS largest_of sum_of_squares near_the_mean mean_and_var",
         "devices": "_gather NormalizeOverGroup",
         "layers": "NATIVE synchronize",
         "predict": "Predictor",

@@ -19,7 +19,7 @@ from bn_common.checks import check_batch_norm
 from torch_bn.arrays import check_array, dtype_name, full_rank, kind_of, to_dtype, wide_dtype
 from torch_bn.channels import mean_and_var, near_the_mean, num_values, spread, sum_by_channel, total_of
 from torch_bn.devices import NormalizeOverGroup, merge, num_shards
-from torch_bn.kernels import dgamma_of_kernel, kernel_adds_well
+from torch_bn.kernels import can_be_read, dgamma_of_kernel, is_centred, is_offset_small, kernel_adds_well
 
 
 def batch_norm(
@@ -125,12 +125,13 @@ def batch_norm_with(
     options = checked(options, x, named, train=train)
     dtype = wide_dtype(x.dtype, *(value.dtype for value in named.values()))
     axis, mask = options.axis, options.mask
-    wide_x = to_dtype(x if axis == 1 else x.movedim(axis, 1), dtype)
+    x_second = x if axis == 1 else x.movedim(axis, 1)
     gamma, beta = to_dtype(gamma, dtype), to_dtype(beta, dtype)
     if not train:
         mean, var = to_dtype(moving_mean, dtype), to_dtype(moving_var, dtype)
-        y = normalize(wide_x, mean, var, gamma, beta, options.epsilon)
+        y = normalize(x_second, mean, var, gamma, beta, options.epsilon)
         return y if axis == 1 else y.movedim(1, axis), moving_mean, moving_var
+    wide_x = to_dtype(x_second, dtype)
     if mask is not None:
         mask = full_rank(mask, x).movedim(axis, 1)
         wide_x = torch.where(mask | wide_x.isfinite(), wide_x, 0)
@@ -197,6 +198,9 @@ def moving_average(
 
 def normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
     """gamma * (x - mean) / sqrt(var + epsilon) + beta. Subtract first: folded into x * a + b, a large mean cancels."""
+    if not torch.is_grad_enabled() and is_centred(x, mean, var):  # then x * a + b, PyTorch's kernel, loses little
+        return functional.batch_norm(x, mean, var, gamma, beta, training=False, eps=epsilon)
+    x = to_dtype(x, mean.dtype)
     if not torch.is_grad_enabled():  # PyTorch's kernel, whose derivative by gamma would not be as exact
         return functional.batch_norm(
             x - spread(mean, x), torch.zeros_like(mean), var, gamma, beta, training=False, eps=epsilon
@@ -238,11 +242,22 @@ def normalize_batch(
     """x normalised with its own statistics, and these.
 
     All is computed from the differences to a value near the mean: exact where x is nearly constant, 0 where it is
-    constant. Their own mean is small, so that PyTorch's kernels, which fold it into d * a + b, lose nothing.
+    constant. Their own mean is small, so that PyTorch's kernels, which fold it into d * a + b, lose nothing. On a CPU
+    it is looked whether 0 is near enough, which spares the differences.
     """
-    near = near_the_mean(x.detach(), mask)
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
-    y, offset, var = function.apply(x - spread(near, x), gamma, beta, mask, epsilon)
+    if mask is None and can_be_read(x):
+        if x.ndim > 2 and not x.is_contiguous() and (last := x.movedim(1, -1)).is_contiguous():
+            y, batch = normalize_batch(
+                last.flatten(0, -2), gamma, beta, None, epsilon
+            )  # the matrix that it is in memory
+            return y.unflatten(0, last.shape[:-1]).movedim(-1, 1), batch
+        mean, var = mean_and_var(x.detach(), None)
+        if is_centred(x, mean, var):
+            y, mean, var = function.apply(x, gamma, beta, None, epsilon, mean, var)
+            return y, Statistics(num_values(x, None), torch.zeros_like(mean), mean, var)
+    near = near_the_mean(x.detach(), mask)
+    y, offset, var = function.apply(x - spread(near, x), gamma, beta, mask, epsilon, None, None)
     return y, Statistics(num_values(x, mask), near, offset, var)
 
 
@@ -277,7 +292,7 @@ def tangent(d, gamma, mask, mean, var, d_dot, gamma_dot, beta_dot, epsilon):
 
 
 class _NormalizeBatch(torch.autograd.Function):
-    """(d, gamma, beta, mask, epsilon) -> (y, mean, var): d normalised, and its statistics.
+    """(d, gamma, beta, mask, epsilon, mean, var) -> (y, mean, var): d normalised, and its statistics, if not given.
 
     PyTorch only: JAX transposes `tangent` itself.
     """
@@ -291,20 +306,22 @@ class _NormalizeBatch(torch.autograd.Function):
         beta: Tensor,
         mask: Tensor | None,
         epsilon: float,
+        mean: Tensor | None,
+        var: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if mask is None and d.device.type != "cpu":
-            # One kernel for all. (A CPU's adds the statistics one value at a time, three times as slow as sums.)
+            # One kernel for all. (A CPU's adds the statistics one value at a time, six times as slow as sums.)
             m, mean, unbiased = num_values(d, mask), d.new_zeros(d.shape[1]), d.new_zeros(d.shape[1])
             # momentum 1: the running statistics become the batch's; of the variance nothing else is given.
             y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, unbiased, True, 1.0, epsilon)
             return y, mean, unbiased * ((m - 1) / m)
-        mean, var = mean_and_var(d, mask)
+        mean, var = mean_and_var(d, mask) if mean is None or var is None else (mean.clone(), var.clone())
         y, _, _ = torch.native_batch_norm(d, gamma, beta, mean, var, False, 0.0, epsilon)
         return y, mean, var
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        d, gamma, _, mask, ctx.epsilon = inputs
+        d, gamma, _, mask, ctx.epsilon, *_ = inputs
         _, mean, var = output
         ctx.save_for_backward(d, gamma, mask, mean, var)
         ctx.save_for_forward(d, gamma, mask, mean, var)
@@ -326,13 +343,15 @@ class _NormalizeBatch(torch.autograd.Function):
         only_y = dy is not None and dmean is None and dvar is None
         dy = torch.zeros_like(d) if dy is None else dy
         dbeta = sum_by_channel(dy)
-        centred = dy - spread(dbeta / total, d)
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
         if only_y and not torch.is_grad_enabled() and kernel_adds_well(d, mask):
+            left = dbeta if is_offset_small(dy, dbeta, d, mean) else None
+            centred = dy if left is not None else dy - spread(dbeta / total, d)
             dd, dgamma, _ = torch.ops.aten.native_batch_norm_backward(
                 centred, d, gamma, None, None, mean, r, True, ctx.epsilon, [True, True, False]
             )
-            return dd, dgamma_of_kernel(dgamma, centred, d, mean, r), dbeta, None, None
+            return dd, dgamma_of_kernel(dgamma, centred, left, d, mean, r), dbeta, None, None, None, None
+        centred = dy - spread(dbeta / total, d)
         c = d - spread(mean, d)
         along = sum_by_channel((centred if mask is None else torch.where(mask, centred, dy)) * c)
         dgamma = along * r
@@ -343,7 +362,7 @@ class _NormalizeBatch(torch.autograd.Function):
         b = b if dvar is None else b + 2 * dvar / total
         through = torch.addcmul(spread(a, d), c, spread(b, d))
         through = through if mask is None else torch.where(mask, through, 0)
-        return torch.addcmul(through, dy, spread(factor, d)), dgamma, dbeta, None, None
+        return torch.addcmul(through, dy, spread(factor, d)), dgamma, dbeta, None, None, None, None
 
 
 # `apply` asks for it at every call; found anew each time, it is a tenth of the time of a small batch.

@@ -36,6 +36,17 @@ def sum_by_channel(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return (blocks.sum(0, dtype=torch.float64) + x[whole:].sum(0)).float()
 
 
+def sum_of_squares(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum of x^2 per channel: of images on a CPU in one pass, without x^2 in memory.
+
+    PyTorch only: XLA computes x^2 while it adds.
+    """
+    if mask is not None or x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim == 2:
+        return sum_by_channel(x * x, mask)
+    norms = torch.linalg.vector_norm(x, dim=tuple(range(2, x.ndim)))
+    return norms.double().square().sum(0).float()
+
+
 def num_values(x: Tensor, mask: Tensor | None) -> int | Tensor:
     """Number of values per channel."""
     return x.numel() // x.shape[1] if mask is None else sum_by_channel(mask.expand(x.shape).to(x.dtype))
@@ -86,4 +97,4 @@ def mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     total = total_of(d, mask)
     mean = sum_by_channel(d, mask) / total
-    return mean, (sum_by_channel(d * d, mask) / total - mean * mean).clamp(min=0)
+    return mean, (sum_of_squares(d, mask) / total - mean * mean).clamp(min=0)

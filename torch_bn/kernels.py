@@ -3,29 +3,77 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torch_bn.channels import sum_by_channel
+from torch_bn.channels import spread, sum_by_channel
 
+# Values from which it pays to look at some of them first.
+LARGE = 2**17
+# Standard deviations within which a mean is small: what is near the mean of a quarter of the batch is as far off at
+# most (sqrt(3)), and of a variance taken from the sum of squares, 1 + 3 roundings are lost then.
+SMALL_MEAN = 3**0.5
 # A CPU's kernel of the gradient adds a plane up in 8 to 16 running sums: of n terms each, rounding is sqrt(n / 50) eps
 # of their Euclidean norm, and may be three times as much; here up to 1.6.
 LARGEST_PLANE = 2**10
+# Rows, which it adds one by one: 0.7 sqrt(n / 24) eps of the norm, three times as much 6.9, of the 8 that are allowed.
+MOST_ROWS = 2**8
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Whether what is done may depend on values: on a CPU, outside of all that traces or transforms a function."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def is_centred(x: Tensor, mean: Tensor, var: Tensor) -> bool:
+    """Whether the mean of each channel is small beside its standard deviation: then x * a + b is exact enough.
+
+    Half a rounding each of x * a, mean * a, b and y: with x_hat up to 3, (3 + 1.7 + 1.7 + 1.7 + 3) / 2 eps of gamma,
+    1.9 of the largest y. Not of a constant channel, which becomes exactly beta: its variance is 0; nor where a sum was
+    too large. A NaN is one in any form, and decides nothing for the other channels.
+    """
+    if not can_be_read(x):
+        return False
+    beyond = mean.abs().sub(var.sqrt(), alpha=SMALL_MEAN)
+    return bool((((beyond <= 0) & (beyond > -torch.inf)) | mean.isnan()).all())
 
 
 def kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch's own kernel of the gradient sums well enough here: then it is taken, being the fastest.
+    """Whether the kernel of the gradient sums well enough here.
 
-    On a CPU it adds images, a channel in a plane, plane by plane, and the planes in float64; what is laid out otherwise
-    it adds one by one. On other devices it adds in a tree. Of float64 that is not enough.
+    On a CPU it adds images, a channel in a plane, plane by plane, and the planes in float64; rows, and what is laid out
+    otherwise, it adds one by one. On other devices it adds in a tree. Of float64 that is not enough.
     """
     if mask is not None or d.dtype != torch.float32:
         return False
-    planes = d.ndim > 2 and d.shape[1] > 1 and d[0, 0].numel() > 1 and d.is_contiguous()
-    return d.device.type != "cpu" or planes
+    planes = d.ndim > 2 and d.shape[1] > 1 and d[0, 0].numel() > 1
+    return d.device.type != "cpu" or (d.is_contiguous() and (planes or (d.ndim == 2 and len(d) <= MOST_ROWS)))
 
 
-def dgamma_of_kernel(dgamma: Tensor, centred: Tensor, d: Tensor, mean: Tensor, r: Tensor) -> Tensor:
-    """dgamma as PyTorch's kernel has it, but on a CPU of planes above LARGEST_PLANE, where it is added up anew."""
+def is_offset_small(dy: Tensor, dbeta: Tensor, d: Tensor, mean: Tensor) -> bool:
+    """Whether dy may go into the sum of dy (d - mean) as it is, uncentred: whether that is known to lose little.
+
+    The mean is rounded, within eps |mean| with its sum's own rounding, and dgamma by |dbeta| times as much. That is
+    held to 3 eps of the norm of the terms, of which a part of the examples has no more than all.
+    """
+    if d.numel() < LARGE or not can_be_read(d):  # to look takes as long
+        return False
+    some = max(1, len(d) // 32)
+    terms = dy[:some] * (d[:some] - spread(mean, d))
+    sizes = torch.linalg.vector_norm(terms, dim=[0, *range(2, d.ndim)])
+    return bool((mean.abs() * dbeta.abs() <= 3 * sizes).all())
+
+
+def dgamma_of_kernel(dgamma: Tensor, dy: Tensor, dy_sum: Tensor | None, d: Tensor, mean: Tensor, r: Tensor) -> Tensor:
+    """dgamma as the kernel has it, but on a CPU of planes above LARGEST_PLANE, where it is added up anew.
+
+    dy_sum: of dy by channel, if it is known.
+    """
     if d.device.type != "cpu" or d[0, 0].numel() <= LARGEST_PLANE:
         return dgamma
-    return r * (sum_by_channel(centred * d) - mean * sum_by_channel(centred))
+    return r * (sum_by_channel(dy * d) - mean * (sum_by_channel(dy) if dy_sum is None else dy_sum))

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import torch_bn
-from parity_tests.test_batch_norm import draw
+from parity_tests.test_batch_norm import check, draw
+from torch_bn import kernels
+from torch_bn.channels import spread
 from truth import batch_norm as exact
 
 
@@ -67,6 +69,47 @@ def planes(request, monkeypatch):
     """Gamma's gradient as PyTorch's kernel has it; or added up beside it, as for large planes."""
     if request.param:
         monkeypatch.setattr(importlib.import_module("torch_bn.kernels"), "LARGEST_PLANE", 1)
+
+
+@pytest.mark.parametrize("mean", [1.6, 3.0], ids=["x as it is", "differences"])
+@pytest.mark.parametrize("offset", [0.0, 0.01, 100.0])
+def test_offset_of_the_gradient(mean, offset):
+    """What all dy share is not added up with the mean's rounding, m times: looked for, where that pays."""
+    *arrays, dy = draw((32, 2, 48, 48), "float32", mean=mean)
+    assert arrays[0].size >= kernels.LARGE
+    check("torch", (*arrays, dy + np.float32(offset)), "float32", train=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_prediction_where_the_mean_is_small(dtype):
+    """PyTorch's kernel on x as it is: within an eps of x's dtype, and 4 of float32, of the largest y."""
+    x, gamma, beta, _, var, _ = map(torch.tensor, draw((8, 3, 6, 5), "float32"))
+    mean = 1.7 * var.sqrt()
+    x = (x * spread(var.sqrt(), x) + spread(mean, x)).to(dtype)
+    assert kernels.is_centred(x, mean, var)
+    with torch.no_grad():
+        y, *_ = torch_bn.batch_norm(x, gamma, beta, mean, var, train=False)
+    truth, *_ = torch_bn.batch_norm(*(v.double() for v in (x, gamma, beta, mean, var)), train=False)
+    error = (y.double() - truth).abs().amax((0, 2, 3)) / truth.abs().amax((0, 2, 3))
+    assert y.dtype == dtype
+    assert (error <= 4 * 2.0**-23 + (0 if dtype == torch.float32 else torch.finfo(dtype).eps)).all()
+
+
+@pytest.mark.parametrize(
+    ("mean", "var", "is_small"),
+    [
+        (1.7, 1.0, True),
+        (1.8, 1.0, False),
+        (0.0, 0.0, True),
+        (0.1, 0.0, False),
+        (1.0, np.inf, False),
+        (1.0, np.nan, False),
+    ],
+)
+def test_whose_mean_is_small(mean, var, is_small):
+    """Not a constant channel's, nor where a sum was too large; one channel decides, but not by a NaN."""
+    means, variances = torch.tensor([0.0, mean, np.nan]), torch.tensor([1.0, float(var), np.nan])
+    assert kernels.is_centred(torch.zeros(2, 3), means, variances) == is_small
 
 
 @pytest.mark.usefixtures("planes")
