@@ -262,23 +262,28 @@ class Statistics(NamedTuple):
 
 
 def _statistics(x: Array, near: Array, mask: Array | None, epsilon: float, channels: Channels) -> Statistics:
-    """Mean and variance: on TPUs in one pass, around a value that is near the mean, where in all channels it is.
+    """Mean and variance: from sums around a value that is near the mean, where in all channels it is.
 
-    There the sums of d = x - near and d^2 fuse into what has made x. Of the variance, mean(d^2) - e^2 with e = mean(d),
-    as much is lost as by one more rounding while e is half a standard deviation at most. Else x is read again, as it is
-    on other platforms: XLA fuses no sums on a CPU, and on a GPU would do both always.
+    Of the variance, mean(d^2) - e^2 with d = x - near and e = mean(d), as much is lost as by one more rounding while e
+    is half a standard deviation at most, and by 3 more at sqrt(3). Else x is read again, as it always is on a GPU,
+    which would do both always. On a TPU the sums fuse into what has made x. On a CPU near is 0, so that d is x itself.
 
     JAX only: PyTorch takes mean and variance within the function that it differentiates.
     """
-    if channels.platform != "tpu" or jnp.iscomplexobj(x) or not is_shared(near, x, channels):
+    furthest = {"tpu": 0.5, "cpu": 3**0.5}.get(channels.platform)
+    if furthest is None or jnp.iscomplexobj(x) or not is_shared(near, x, channels):
         return _in_two_passes(x, near, mask, channels)
-    here, is_near = _in_one_pass(x, near, mask, channels)
+    near = jnp.zeros_like(near) if channels.platform == "cpu" else near
+    here, e = _in_one_pass(x, near, mask, channels)
+    is_near = (jnp.abs(e) <= jnp.sqrt(here.var) * furthest) & (here.var < jnp.inf)
+    # A NaN of x is one in any form, and decides nothing for the other channels.
+    is_near = (is_near | (jnp.isnan(e) & ~jnp.isnan(near))).all()
     # x as it is: of a conversion, XLA would write out the result for the branch.
     return lax.cond(is_near, lambda *_: here, functools.partial(_in_two_passes, channels=channels), x, near, mask)
 
 
 def _in_one_pass(x: Array, near: Array, mask: Array | None, channels: Channels) -> tuple[Statistics, Array]:
-    """The statistics from sums around near, and whether that is near enough.
+    """The statistics from sums around near, and how far the mean is from it.
 
     Over several devices from one sum of [2, C], with a mask of [3, C]. JAX only: see `_statistics`.
     """
@@ -295,8 +300,7 @@ def _in_one_pass(x: Array, near: Array, mask: Array | None, channels: Channels) 
         near = jnp.where(m > 0, near, jnp.zeros_like(near))  # as it is elsewhere where nothing counts
         e, square = (v / total_of(m, mask) for v in sums)
     var, shift = jnp.maximum(square - e * e, 0), near + e
-    is_near = (jnp.abs(e) <= jnp.sqrt(var) / 2).all()  # NaN is not
-    return Statistics(m, shift, (near - shift) + e, var, -shift), is_near
+    return Statistics(m, shift, (near - shift) + e, var, -shift), e
 
 
 def _in_two_passes(x: Array, near: Array, mask: Array | None, channels: Channels) -> Statistics:

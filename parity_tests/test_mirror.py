@@ -24,8 +24,8 @@ ALONE = {
         " _on_its_platform _normalize_folded _statistics _in_one_pass _in_two_passes _normalize_batch_jvp",
         "blenet": "kernel_init bias_init average_pool",
         "checkpoint": "on_host like written",
-        "channels": "CPU_LANES FIRST_BITS Channels spread_to_add _adds_in_blocks _in_blocks _unfold _first_bits"
-        " _is_split",
+        "channels": "CPU_LANES FIRST_BITS Channels spread_to_add _adds_in_blocks _in_blocks _divisor _unfold"
+        " _first_bits _is_split",
         "devices": "is_shared send promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
         "processes": "SECONDS_OF_JAX RELAYS _in_time _relay",
