@@ -32,7 +32,7 @@ class Channels(NamedTuple):
       folds: the last axis of x holds so many pixels beside each other, each with all its channels.
       axis_name: a mapped axis over whose devices the batch is spread.
       groups: which devices of it belong together (None: all).
-      platform: whose form it is: "cpu" (see `fold` and `sum_by_channel`), "tpu" (see `batch_norm._statistics`), or any
+      platform: whose form it is: "cpu" (see `fold` and `sum_by_channel`), "tpu" (see `statistics_of`), or any
         other, as on a GPU.
     """
 
@@ -54,9 +54,9 @@ class Channels(NamedTuple):
         """
         if self.platform != "cpu" or self.axes != (x.ndim - 1,) or x.ndim < 3 or _is_split(x):
             return x, self
-        pixels, channels = math.prod(x.shape[1:-1]), x.shape[-1]
-        if not isinstance(pixels, int):
+        if not all(isinstance(size, int) for size in x.shape[1:]):  # symbolic ones, in an export
             return x, self
+        pixels, channels = math.prod(x.shape[1:-1]), x.shape[-1]
         folds = _divisor(pixels, CPU_LANES // channels)
         block = _divisor(pixels // folds, BLOCK)
         shape = x.shape[0], pixels // folds // block, block, folds * channels
@@ -164,7 +164,8 @@ def _in_blocks(x: Array, channels: Channels) -> tuple[list[int], tuple[int, ...]
             sizes[a] = _divisor(x.shape[a], left)
             left //= sizes[a]
     shape: list[int] = []
-    blocks, others = [], []
+    blocks: list[int] = []
+    others: list[int] = []
     for a, size in sizes.items():
         if a not in channels.axes and (size == 1 or size != x.shape[a]):
             others.append(len(shape) - len(blocks))

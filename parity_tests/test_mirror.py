@@ -20,8 +20,8 @@ FILES_ALONE = {"jax_bn": {"blenet_cpu", "export", "mesh", "nnx", "settings"}, "t
 ALONE = {
     "jax_bn": {
         "arrays": "product",
-        "batch_norm": "BatchStats Options.axis_name Options.groups Options.platform Statistics.minus_shift _channels"
-        " _on_its_platform _normalize_folded _statistics _in_one_pass _in_two_passes _normalize_batch_jvp",
+        "batch_norm": "BatchStats Options.axis_name Options.groups Options.platform _channels"
+        " _on_its_platform _normalize_folded _normalize_batch_jvp",
         "blenet": "kernel_init bias_init average_pool",
         "checkpoint": "on_host like written",
         "channels": "CPU_LANES FIRST_BITS Channels spread_to_add _adds_in_blocks _in_blocks _divisor _unfold"
@@ -31,6 +31,7 @@ ALONE = {
         "processes": "SECONDS_OF_JAX RELAYS _in_time _relay",
         "predict": "of_file",
         "precise": "Path precise_statistics_nnx _modes _moves _name _require_any",
+        "statistics": "Statistics.minus_shift statistics_of _in_one_pass _in_two_passes",
         "training": "STEPS_IN_FLIGHT Variables TrainState init_state",
     },
     "torch_bn": {
@@ -38,10 +39,11 @@ ALONE = {
         "batch_norm": "_NormalizeBatch _NormalizeBatchForward Options.group _normalize_over_group",
         "blenet": "AUTOCAST",
         "checkpoint": "STATE AGREE_EVERY",
-        "channels": "MANY_ROWS largest_of sum_of_squares near_the_mean mean_and_var",
+        "channels": "MANY_ROWS largest_of sum_of_squares",
         "devices": "_gather NormalizeOverGroup",
         "layers": "NATIVE synchronize",
         "predict": "Predictor",
+        "statistics": "near_the_mean mean_and_var",
         "training": "be_deterministic",
     },
 }

@@ -17,9 +17,10 @@ from torch.nn import functional
 
 from bn_common.checks import check_batch_norm
 from torch_bn.arrays import check_array, dtype_name, full_rank, kind_of, to_dtype, wide_dtype
-from torch_bn.channels import mean_and_var, near_the_mean, num_values, spread, sum_by_channel, total_of
+from torch_bn.channels import num_values, spread, sum_by_channel, total_of
 from torch_bn.devices import NormalizeOverGroup, merge, num_shards
 from torch_bn.kernels import can_be_read, dgamma_of_kernel, is_centred, is_offset_small, kernel_adds_well
+from torch_bn.statistics import Statistics, mean_and_var, near_the_mean
 
 
 def batch_norm(
@@ -209,22 +210,6 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor,
     # each. Over both at once PyTorch adds rows one by one.
     factor, offset = (spread(v, x).expand(1, *x.shape[1:]) for v in (gamma * torch.rsqrt(var + epsilon), beta))
     return torch.addcmul(offset, x - spread(mean, x), factor)
-
-
-class Statistics(NamedTuple):
-    """Statistics of a batch, a value per channel. The mean is shift + rest: twice the digits.
-
-    Attributes:
-      num_values: m, a number, or by channel.
-      shift: a value near the mean.
-      rest: what the mean is beside it.
-      var: the biased variance.
-    """
-
-    num_values: int | Tensor
-    shift: Tensor
-    rest: Tensor
-    var: Tensor
 
 
 def batch_statistics(x: Tensor, options: Options) -> Statistics:

@@ -69,32 +69,7 @@ def one_of(x: Tensor, mask: Tensor | None) -> Tensor:
 def largest_of(x: Tensor, mask: Tensor | None) -> Tensor:
     """The largest |x| of each channel: of a sample, SAMPLE of its values, or of all that the mask counts.
 
-    PyTorch only: see `near_the_mean`.
+    PyTorch only: see `torch_bn.statistics.near_the_mean`.
     """
     some = torch.where(mask, x, 0) if mask is not None else x[: max(1, SAMPLE * x.shape[1] // x[0].numel())]
     return some.abs().amax([0, *range(2, x.ndim)])
-
-
-def near_the_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """A value near the mean of each channel, which of a constant channel is its value exactly.
-
-    It is the mean of a quarter of the examples, from the differences to one of the channel's values: whatever the
-    others hold, the mean of all is at most sqrt(3) standard deviations away. PyTorch only: JAX takes the mean itself.
-    """
-    one = one_of(x, mask)
-    some = x if mask is not None else x[: (len(x) + 3) // 4]
-    near = one + sum_by_channel(some - spread(one, x), mask) / total_of(some, mask)
-    # Rounded to the grid of the largest values: these, and most that are smaller, less near are then exact. Else all
-    # of a size would round the same way, and their mean be off by as much: more than it is, in a long batch around 0.
-    largest = largest_of(x, mask).copysign(near)
-    return (near - largest) + largest
-
-
-def mean_and_var(d: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of d, whose mean is at most a few standard deviations.
-
-    PyTorch only: in JAX they are taken in `_statistics`.
-    """
-    total = total_of(d, mask)
-    mean = sum_by_channel(d, mask) / total
-    return mean, (sum_of_squares(d, mask) / total - mean * mean).clamp(min=0)
