@@ -19,7 +19,14 @@ from bn_common.checks import check_batch_norm
 from torch_bn.arrays import check_array, dtype_name, full_rank, kind_of, to_dtype, wide_dtype
 from torch_bn.channels import num_values, spread, sum_by_channel, total_of
 from torch_bn.devices import NormalizeOverGroup, merge, num_shards
-from torch_bn.kernels import can_be_read, dgamma_of_kernel, is_centred, is_offset_small, kernel_adds_well
+from torch_bn.kernels import (
+    SMALL_KNOWN_MEAN,
+    can_be_read,
+    dgamma_of_kernel,
+    is_centred,
+    is_offset_small,
+    kernel_adds_well,
+)
 from torch_bn.statistics import Statistics, mean_and_var, near_the_mean
 
 
@@ -199,7 +206,7 @@ def moving_average(
 
 def normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
     """gamma * (x - mean) / sqrt(var + epsilon) + beta. Subtract first: folded into x * a + b, a large mean cancels."""
-    if not torch.is_grad_enabled() and is_centred(x, mean, var):  # then x * a + b, PyTorch's kernel, loses little
+    if not torch.is_grad_enabled() and is_centred(x, mean, var, SMALL_KNOWN_MEAN):  # x * a + b
         return functional.batch_norm(x, mean, var, gamma, beta, training=False, eps=epsilon)
     x = to_dtype(x, mean.dtype)
     if not torch.is_grad_enabled():  # PyTorch's kernel, whose derivative by gamma would not be as exact

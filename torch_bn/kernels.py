@@ -12,6 +12,8 @@ LARGE = 2**17
 # Standard deviations within which a mean is small: what is near the mean of a quarter of the batch is as far off at
 # most (sqrt(3)), and of a variance taken from the sum of squares, 1 + 3 roundings are lost then.
 SMALL_MEAN = 3**0.5
+# The same to predict with statistics that are known, of which nothing is lost.
+SMALL_KNOWN_MEAN = 4
 # A CPU's kernel of the gradient adds a plane up in 8 to 16 running sums: of n terms each, rounding is sqrt(n / 50) eps
 # of their Euclidean norm, and may be three times as much; here up to 1.6.
 LARGEST_PLANE = 2**10
@@ -30,16 +32,17 @@ def can_be_read(x: Tensor) -> bool:
     )
 
 
-def is_centred(x: Tensor, mean: Tensor, var: Tensor) -> bool:
-    """Whether the mean of each channel is small beside its standard deviation: then x * a + b is exact enough.
+def is_centred(x: Tensor, mean: Tensor, var: Tensor, most: float = SMALL_MEAN) -> bool:
+    """Whether no channel's mean is more than `most` standard deviations from 0: then x * a + b is exact enough.
 
-    Half a rounding each of x * a, mean * a, b and y: with x_hat up to 3, (3 + 1.7 + 1.7 + 1.7 + 3) / 2 eps of gamma,
-    1.9 of the largest y. Not of a constant channel, which becomes exactly beta: its variance is 0; nor where a sum was
-    too large. A NaN is one in any form, and decides nothing for the other channels.
+    Half a rounding each of x * a, mean * a, b and y: with x_hat up to 3 and a mean of 4 standard deviations
+    (3 + 4 + 4 + 4 + 3) / 2 eps of gamma, 3 of the largest y; with one of sqrt(3), 1.9. Not of a constant channel, which
+    becomes exactly beta: its variance is 0; nor where a sum was too large. A NaN is one in any form, and decides
+    nothing for the other channels.
     """
     if not can_be_read(x):
         return False
-    beyond = mean.abs().sub(var.sqrt(), alpha=SMALL_MEAN)
+    beyond = mean.abs().sub(var.sqrt(), alpha=most)
     return bool((((beyond <= 0) & (beyond > -torch.inf)) | mean.isnan()).all())
 
 

@@ -20,7 +20,8 @@ from truth.hard_inputs import HARD_INPUTS
 # Where the moving mean is: so many standard deviations from the mean, at 0, far away, or nowhere.
 SHIFTS = {"near": 0.3, "at the limit": 0.49999, "beyond": 0.6, "far": 30.0, "0": "0", "1e6": "1e6", "NaN": "nan"}
 INPUTS = ["N(0, 1)", "mean 1e4, std 1", "mean 1e6, std 0.1", "one outlier of 1e6", "m = 2, one ulp apart", "constant"]
-module = importlib.import_module("jax_bn.batch_norm")
+compiled = importlib.import_module("jax_bn.batch_norm")._on_its_platform
+module = importlib.import_module("jax_bn.statistics")
 
 
 @functools.partial(jax.jit, static_argnums=7)
@@ -49,7 +50,7 @@ def _a_cpu_as_a_tpu(monkeypatch):
     monkeypatch.setitem(WINGS, "tpu", run)
     monkeypatch.setattr(importlib.import_module("jax_bn.channels"), "_adds_in_blocks", lambda x, channels: True)
     yield
-    module._on_its_platform.clear_cache()
+    compiled.clear_cache()
 
 
 @functools.lru_cache(maxsize=1)
@@ -100,7 +101,7 @@ def test_one_pass_where_the_mean_is_known(monkeypatch):
     """The second is not run there: it would give NaN here; and is wherever one channel is beyond the limit."""
     two = module._in_two_passes
     monkeypatch.setattr(module, "_in_two_passes", lambda *a, **k: jax.tree.map(lambda v: v * np.nan, two(*a, **k)))
-    module._on_its_platform.clear_cache()
+    compiled.clear_cache()
     x, gamma, beta, _, var, dy = draw((64, 3), "float32", mean=5.0)
     near = x.mean(0) + 0.4 * x.std(0)
     options = {"momentum": 0.75, "train": True}
