@@ -61,6 +61,7 @@ def check_distances(apart, dtype):
         assert max(apart["losses"], apart["statistics"]) <= bounds.FLOAT32_LOGITS_200_SGD_STEPS
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.usefixtures("two_devices")
 def test_both_wings_over_two(dtype, tmp_path, monkeypatch):

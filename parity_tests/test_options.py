@@ -55,6 +55,7 @@ def trained_weights(loop, folder, **options):
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.usefixtures("quickly_compiled")
 def test_every_option_counts(loop, tmp_path, monkeypatch):

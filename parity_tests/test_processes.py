@@ -64,9 +64,7 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["two", pytest.param("slurm", marks=thorough), "four", pytest.param("two of two", marks=thorough)]
-)
+@pytest.mark.parametrize("case", ["two", *(pytest.param(case, marks=thorough) for case in TOGETHER if case != "two")])
 def test_jax_processes_are_devices(case, tmp_path):
     """To the bit: the weights, and the metrics but for the times. Process 0 alone writes."""
     count, devices, batch_size, options = TOGETHER[case]
@@ -213,6 +211,7 @@ def test_the_other_does_not_come(program, rank, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@thorough
 def test_both_diverge(tmp_path):
     """No process is taken for lost then: each says so in a line, and the run folder holds no NaN."""
     args = [

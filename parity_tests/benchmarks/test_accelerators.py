@@ -83,7 +83,7 @@ def test_another_text_is_refused():
 
 
 @pytest.mark.parametrize("norm", ["jax_bn", "flax"])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("step", ["train", "eval"])
 def test_blenets_steps_are_compiled(norm, count, step, monkeypatch):
     """On devices that are here; a training step over several has nine operations over devices, prediction one."""

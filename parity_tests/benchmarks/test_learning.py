@@ -30,6 +30,7 @@ def small():
     )
 
 
+@pytest.mark.thorough
 def test_lenet_is_one_network_without_batch_norm():
     """The same function in both wings, with BLeNet's other parameters and no batch norm's."""
     model, flax_model = torch_lenet(), LeNet()
@@ -42,7 +43,7 @@ def test_lenet_is_one_network_without_batch_norm():
     assert parity.check(model, flax_model, np.zeros((2, 1, 28, 28), np.float32) + np.arange(28) / 28).ok
 
 
-@pytest.mark.parametrize("wing", ["jax", "torch"])
+@pytest.mark.parametrize("wing", [pytest.param("jax", marks=pytest.mark.thorough), "torch"])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_a_run_is_the_same_each_time_and_learns(wing, batch_norm, small):
     run = Run(wing, batch_norm, "adamw", 0.01, 4, seed=0)
@@ -63,6 +64,7 @@ def test_held_out_images_are_trained_on_by_nobody(small):
     assert np.array_equal(part.train_images, small.train_images[:-100])
 
 
+@pytest.mark.thorough
 def test_precise_statistics_leave_the_run_as_it_is(small):
     """Looking at the accuracy changes nothing of what is trained."""
     run = Run("jax", True, "sgd", 0.5, 1, seed=0)
@@ -90,6 +92,7 @@ def process_of(job, dataset):
     return {"number": job.number, "pid": os.getpid(), "cores": cores}
 
 
+@pytest.mark.thorough
 def test_what_is_finished_is_kept(tmp_path, small):
     """In processes of one core; the second time nothing is done again; other data are another thing."""
     small = small._replace(train_images=small.train_images[:2], test_images=small.test_images[:2])

@@ -44,7 +44,7 @@ def check_float64(found):
     assert found["logits"] <= bounds.FLOAT64_LOGITS_200_STEPS
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", [pytest.param("even", marks=pytest.mark.thorough), "uneven"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.usefixtures("two_devices", "x64", "quickly_compiled")
 def test_two_devices_in_float64(form, batch):
@@ -61,6 +61,7 @@ def test_two_devices_in_float32(form):
     assert max(found["losses"], found["statistics"], found["logits"]) <= bounds.FLOAT32_LOGITS_200_SGD_STEPS
 
 
+@pytest.mark.thorough
 def test_eight_devices():
     """Shares of 16 and 17; of 1 and 2; and of none: from 5 images, few steps, as they blow up rounding."""
     flags = f"{QUICKLY_COMPILED['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
