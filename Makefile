@@ -12,7 +12,7 @@ VENV := .venv
 VENV_WORKS := $(shell $(VENV)/bin/python -c pass 2>/dev/null && echo yes)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help train test faults fuzz parity mistakes published bench speed exactness docs study accelerators browser lint format clean
+.PHONY: help train test faults fuzz parity mistakes published bench speed exactness docs study accelerators browser package versions lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -34,8 +34,12 @@ help:
 	@echo "             all-reduce or 5 % of traffic more than in docs/accelerators.json"
 	@echo "make docs    build the site from docs/, in an environment of its own; a warning is an error"
 	@echo "make browser   look at the HTML report in Chromium, by axe-core's rules, and make its pictures in docs/ (needs npm)"
+	@echo "make package    build sdist and wheel into dist/, look at them as registries do, install the wheel in two new"
+	@echo "             environments, with PyTorch and without, and use it there"
+	@echo "make versions   the lowest versions that pyproject.toml allows, and the newest, each in a new environment, used"
+	@echo "             and tested"
 	@echo "make lint    check format, lint and types; make format puts the format right"
-	@echo "make clean   remove .venv, and those of make published and make docs"
+	@echo "make clean   remove .venv, those of other targets, and what was built"
 
 train: $(VENV)/installed-train$(EXTRA)
 	$(VENV)/bin/python train_jax.py $(ARGS)
@@ -101,6 +105,17 @@ $(VENV)-docs/installed: docs/requirements.txt
 	@$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
 	@touch $@
 
+package: $(VENV)-package/installed
+	$(VENV)-package/bin/python -m parity_tests.package $(ARGS)
+
+$(VENV)-package/installed: Makefile
+	@$(PYTHON) -m venv --clear $(VENV)-package
+	@$(VENV)-package/bin/python -m pip install --quiet --disable-pip-version-check build check-wheel-contents twine
+	@touch $@
+
+versions:
+	$(PYTHON) -m parity_tests.versions $(ARGS)
+
 # Chromium is the system's, or else Playwright's own.
 browser: $(VENV)/installed-browser
 	$(VENV)/bin/python -m parity_tests.browser --pictures docs
@@ -121,7 +136,7 @@ format: $(VENV)/installed-test
 	$(VENV)/bin/python -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VENV)-published $(VENV)-docs docs/_build
+	rm -rf $(VENV) $(VENV)-published $(VENV)-docs $(VENV)-package docs/_build dist
 
 $(VENV)/created: $(if $(VENV_WORKS),,remake)
 	@echo "setting up $(VENV) with $(PYTHON)"

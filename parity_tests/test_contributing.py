@@ -30,8 +30,12 @@ def test_hooks_are_make_lint():
 def test_the_workflow_is_ci_run():
     workflow = read_yaml(".github/workflows/ci.yml")
     assert workflow["permissions"] == {"contents": "read"}
-    job, docs = workflow["jobs"].values()
-    assert [step["run"] for step in docs["steps"] if "run" in step] == ["make docs"]
+    job, *others = workflow["jobs"].values()
+    assert [step["run"] for other in others for step in other["steps"] if "run" in step] == [
+        "make docs",
+        "make package",
+        "make versions",
+    ]
     assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
     (python,) = [step["with"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
     assert PROJECT["requires-python"] == f">={python['python-version']}"
