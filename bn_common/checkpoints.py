@@ -39,6 +39,10 @@ class Place(NamedTuple):
     start_time: float | None = None
     seconds: float = 0.0
 
+    def steps_done(self, steps_per_epoch: int) -> int:
+        """Steps since the beginning of the run."""
+        return self.epoch * steps_per_epoch + len(self.found)
+
 
 class Checkpoint(NamedTuple):
     """One that is whole: its step, its folder, and what its seal says."""

@@ -1,16 +1,17 @@
-"""Training BLeNet: the state, one step, evaluation, the loop. `torch_bn/training.py` is the same in PyTorch.
+"""Training BLeNet: the network, its state, one step, evaluation, an epoch, a run. `torch_bn/training.py` is its twin.
 
-The data stay on the device as uint8; a step is given the indices of its batch, and is one jitted function whose
-state is donated.
+The data stay on the devices as uint8 (`device_data.py`); a step is one jitted function whose state is donated. On
+several devices it is the same function of each one's share (`mesh.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +19,17 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jax import Array
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from bn_common.checkpoints import Fetched, Place
 from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
-from image_data import ImageDataset, epoch_batches, padded_batches, pixel_mean_and_std, steps_per_epoch
+from image_data import ImageDataset, padded_batches
 from jax_bn.blenet import BLeNet
 from jax_bn.checkpoint import Checkpoints
-from jax_bn.device_data import DeviceData, to_device
-from jax_bn.mesh import (
-    SAME,
-    SHARE,
-    add_up,
-    axis_of,
-    in_turn,
-    make_mesh,
-    mean_over_devices,
-    of_first,
-    on_mesh,
-    shares,
-    spread,
-)
+from jax_bn.device_data import Batch, Batches, DeviceData, to_device
+from jax_bn.mesh import SAME, SHARE, add_up, axis_of, make_mesh, mean_over_devices, of_first, on_mesh, spread
 from jax_bn.profiling import Profile
 from jax_bn.settings import compiler_options
 
@@ -51,12 +41,15 @@ GATHERING = frozenset({"cpu"})
 # JAX only: steps that may be under way at once: the device always has the next one, and the progress bar stays honest.
 STEPS_IN_FLIGHT = 4
 
-Variables = dict[str, Any]
+Collection = Mapping[str, Mapping[str, Array]]
+"""Layer -> name -> array: {"Conv_0": {"kernel": ..., "bias": ...}, ...}. JAX only, as `Variables` are."""
+
+Variables = Mapping[str, Collection]
 """{"params": ..., "batch_stats": ...}. JAX only: a module of PyTorch's holds its own."""
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. JAX only: PyTorch's module and optimiser are changed in place.
+    """All that a step changes. Its parts are JAX only: PyTorch's module and optimiser hold theirs.
 
     Attributes:
       params: BLeNet's parameters.
@@ -64,8 +57,8 @@ class TrainState(NamedTuple):
       opt_state: the optimiser's state, which counts the steps for the schedule.
     """
 
-    params: Any
-    batch_stats: Any
+    params: Collection
+    batch_stats: Collection
     opt_state: optax.OptState
 
     @property
@@ -80,6 +73,26 @@ class Metrics(NamedTuple):
     loss: Array
     correct: Array
     examples: Array
+
+
+TrainBatch = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+"""A step on a batch of `Batches`."""
+
+EvalBatch = Callable[[Variables, DeviceData, NDArray[np.int32], NDArray[np.float32]], Metrics]
+"""`eval_step` of the images at these indices [B], with weights [B]. JAX only: see `jit_eval_step`."""
+
+
+def make_model(config: Config, fig_size: int, mesh: Mesh) -> BLeNet:
+    """The network that the config describes, for images of that size, on these devices."""
+    return BLeNet(
+        fig_size=fig_size,
+        num_class=NUM_CLASS,
+        momentum=config.bn_momentum,
+        epsilon=config.bn_eps,
+        axis_name=axis_of(mesh) if config.sync_bn == "global" else None,
+        dtype=None if config.precision == "float32" else jnp.dtype(config.precision),
+        platform=mesh.devices[0].platform,
+    )
 
 
 def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
@@ -113,7 +126,7 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
 
 
 def init_state(model: BLeNet, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Fresh weights from the seed, and the optimiser's state for them. JAX only: see `TrainState`."""
+    """Fresh weights from the seed, and the optimiser's state for them."""
     x = jnp.zeros((1, *model.image_shape), model.param_dtype)
 
     @jax.jit  # op by op it compiles for longer
@@ -176,7 +189,7 @@ def eval_step(
 
     axis_name: as in `train_step`.
     """
-    logits: Any = model.apply(variables, x, train=False)
+    logits = cast(Array, model.apply(variables, x, train=False))
     return _metrics(logits, labels, weights, axis_name)
 
 
@@ -184,6 +197,109 @@ def _metrics(logits: Array, labels: Array, weights: Array, axis_name: str | None
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (logits.argmax(-1).astype(labels.dtype) == labels).astype(weights.dtype)
     return add_up(Metrics((losses * weights).sum(), (correct * weights).sum(), weights.sum()), axis_name)
+
+
+def jit_eval_step(model: BLeNet, mesh: Mesh) -> EvalBatch:
+    """`eval_step` for all devices, of a batch of a data set: (variables, data, indices, weights) -> metrics.
+
+    JAX only, as `EvalBatch` and `compile_step` are: PyTorch compiles nothing.
+    """
+
+    def eval_batch(variables: Variables, data: DeviceData, indices: Array, weights: Array) -> Metrics:
+        return eval_step(model, variables, *data.batch(indices), weights, axis_name=axis_of(mesh))
+
+    jitted = on_mesh(eval_batch, mesh, (SAME, SAME, SHARE, SHARE), compiler_options=compiler_options())
+    return lambda variables, data, *batch: jitted(variables, data, *spread(batch, mesh))
+
+
+def evaluate(eval_batch: EvalBatch, variables: Variables, data: DeviceData, *, num_devices: int = 1) -> Totals:
+    """Metrics over a whole data set, in batches of one size, which the devices can share; the last one is padded."""
+    batches = padded_batches(len(data.labels), EVAL_BATCH_SIZE, multiple=num_devices)
+    return totals(fetch([eval_batch(variables, data, *batch) for batch in batches]))
+
+
+def fetch(found: list[Metrics]) -> Fetched:
+    """All batches' metrics, fetched from the device in one go."""
+    return tuple((float(loss), float(correct), float(examples)) for loss, correct, examples in jax.device_get(found))
+
+
+def totals(found: Fetched) -> Totals:
+    """The sum of all batches' metrics."""
+    return Totals(*np.asarray(found, np.float64).sum(0).tolist())
+
+
+def compile_step(
+    config: Config, model: BLeNet, optimizer: optax.GradientTransformation, batches: Batches, mesh: Mesh
+) -> tuple[Callable[[], TrainState], TrainBatch]:
+    """(`init_state`, `train_step` of a batch) for all devices.
+
+    Before the clock starts, so that the first epoch's images/s mean the same as the others'. JAX only.
+    """
+
+    def train_batch(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        x, labels = batches.read(batch)
+        smoothing, axis_name = config.label_smoothing, axis_of(mesh)
+        return train_step(
+            model, optimizer, state, x, labels, label_smoothing=smoothing, mask=batch.mask, axis_name=axis_name
+        )
+
+    init = on_mesh(partial(init_state, model, optimizer, config.seed), mesh, ()).trace()
+    specs, options = (SAME, batches.specs), compiler_options(train=True)
+    step = on_mesh(train_batch, mesh, specs, donate_argnums=0, compiler_options=options)
+    lowered = step.lower(init.out_info, next(batches.epoch(0)))
+    # Beside the initial weights, a program that takes nearly as long to compile.
+    with ThreadPoolExecutor(1) as beside:
+        compiling = beside.submit(lowered.compile)
+        return init.lower().compile(), compiling.result()
+
+
+def train_epoch(
+    step: TrainBatch,
+    state: TrainState,
+    place: Place,
+    batches: Batches,
+    run: RunFolder,
+    profile: Profile,
+    save: Callable[[TrainState, Place], None],
+) -> tuple[TrainState, Place]:
+    """What is left of an epoch: the state after it, and the place, which holds what all of its steps have found.
+
+    Args:
+      step: of a batch.
+      state: at `place`.
+      place: in the epoch.
+      batches: of every epoch.
+      run: is shown how far the epoch is, and says where a checkpoint is due.
+      profile: of some of the steps.
+      save: writes a checkpoint.
+    """
+    first, found = len(place.found), list[Metrics]()
+    start_time, started = place.start_time or time.time(), time.perf_counter() - place.seconds
+
+    def here() -> Place:
+        return Place(place.epoch, place.found + fetch(found), start_time, time.perf_counter() - started)
+
+    with run.progress(place.epoch + 1, batches.steps, first) as advance:
+        for number, batch in enumerate(batches.epoch(place.epoch, first), first + 1):
+            with profile.step() as wanted:
+                state, metrics = step(state, batch)
+                wanted.append(metrics)
+            found.append(metrics)
+            if len(found) > STEPS_IN_FLIGHT:
+                jax.block_until_ready(found[-STEPS_IN_FLIGHT - 1])
+            advance()
+            if number < batches.steps and run.save_is_due(place.epoch * batches.steps + number):
+                save(state, here())
+        return state, here()
+
+
+def replay(step: TrainBatch, state: TrainState, place: Place, batches: Batches, epoch: int, number: int) -> TrainState:
+    """The state before that step of that epoch, both from 0, as the steps from an earlier place on make it again."""
+    for again in range(place.epoch, epoch + 1):
+        first, last = len(place.found) if again == place.epoch else 0, number if again == epoch else batches.steps
+        for batch in islice(batches.epoch(again, first), last - first):
+            state, _ = step(state, batch)
+    return state
 
 
 def first_not_finite(model: BLeNet, variables: Variables, x: NDArray[np.float32]) -> str:
@@ -198,24 +314,6 @@ def first_not_finite(model: BLeNet, variables: Variables, x: NDArray[np.float32]
     return "the loss"
 
 
-def evaluate(
-    eval_batch: Callable[..., Metrics], variables: Variables, data: DeviceData, *, num_devices: int = 1
-) -> Totals:
-    """Metrics over a whole data set, in batches of one size, which the devices can share; the last one is padded."""
-    batches = padded_batches(len(data.labels), EVAL_BATCH_SIZE, multiple=num_devices)
-    return totals([eval_batch(variables, data, *batch) for batch in batches])
-
-
-def totals(found: list[Metrics], before: Fetched = ()) -> Totals:
-    """The sum of all batches' metrics, fetched from the device in one go, and of those fetched before."""
-    return Totals(*np.asarray(before + fetch(found), np.float64).sum(0).tolist())
-
-
-def fetch(found: list[Metrics]) -> Fetched:
-    """All batches' metrics, fetched from the device in one go."""
-    return tuple((float(loss), float(correct), float(examples)) for loss, correct, examples in jax.device_get(found))
-
-
 def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
     """Train BLeNet as the config says, from the beginning or where the run folder's newest checkpoint stands.
 
@@ -227,126 +325,53 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
       Stopped: a signal has ended the run, which is saved.
     """
     mesh = make_mesh(config)
-    axis_name = axis_of(mesh)
+    device, framework = mesh.devices[0], f"jax {jax.__version__}"
     train_data, test_data = to_device(dataset, mesh)
-    num_train, steps = len(dataset.train_labels), steps_per_epoch(len(dataset.train_labels), config.batch_size)
-    model = BLeNet(
-        fig_size=dataset.train_images.shape[1],
-        num_class=NUM_CLASS,
-        momentum=config.bn_momentum,
-        epsilon=config.bn_eps,
-        axis_name=axis_name if config.sync_bn == "global" else None,
-        dtype=None if config.precision == "float32" else jnp.dtype(config.precision),
-        platform=mesh.devices[0].platform,
-    )
-    optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
-    initial_state = on_mesh(partial(init_state, model, optimizer, config.seed), mesh, ()).trace()
-    run.say_what_runs_where(
-        mesh.devices[0].device_kind, mesh.size, processes=jax.process_count(), framework=f"jax {jax.__version__}"
-    )
+    batches = Batches(train_data, config, mesh, gathers=device.platform in GATHERING)
+    model = make_model(config, dataset.train_images.shape[1], mesh)
+    optimizer, schedule = make_optimizer(config, batches.steps), learning_rate_schedule(config, batches.steps)
+    run.say_what_runs_where(device.device_kind, mesh.size, processes=jax.process_count(), framework=framework)
+    with run.waiting("compiling"):
+        init, step = compile_step(config, model, optimizer, batches, mesh)
+    eval_batch = jit_eval_step(model, mesh)
+    checkpoints = Checkpoints(run)
 
-    def train_batch(
-        state: TrainState, data: DeviceData, where: Array, mask: Array | None = None
-    ) -> tuple[TrainState, Metrics]:
-        x, labels = data.batch(where) if gathers else data.slice(where, share)
-        smoothing = config.label_smoothing
-        return train_step(model, optimizer, state, x, labels, label_smoothing=smoothing, mask=mask, axis_name=axis_name)
-
-    def eval_batch(variables: Variables, data: DeviceData, indices: Array, weights: Array) -> Metrics:
-        return eval_step(model, variables, *data.batch(indices), weights, axis_name=axis_name)
-
-    def feed(epoch: int, first_step: int = 0) -> tuple[DeviceData, Iterable[NDArray]]:
-        """An epoch's data, and where in them each batch is: its indices, or which slice it is."""
-        batches = list(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch))
-        if gathers:
-            return train_data, (spread(shares(indices, mesh)[0], mesh) for indices in batches[first_step:])
-        return permuted(train_data, spread(in_turn(np.stack(batches), mesh), mesh)), np.arange(
-            first_step, steps, dtype=np.int32
+    def first_broken(epoch: int, number: int) -> str:
+        """The first layer that is not finite in that step; all from the last checkpoint on is done again for it."""
+        state = replay(step, *checkpoints.restore(init(), again=True), batches, epoch, number)
+        return first_not_finite(
+            model, jax.tree.map(np.asarray, state.variables), batches.images(dataset, epoch, number)
         )
 
-    gathers = mesh.devices[0].platform in GATHERING
-    first, mask = shares(np.arange(config.batch_size, dtype=np.int32), mesh)
-    share, masks = len(first) // mesh.size, () if mask is None else (spread(mask, mesh),)
-    in_order: Any = (SHARE, SHARE, SAME, SAME)
-    in_order = DeviceData(*in_order)
-    permuted = on_mesh(DeviceData.permuted, mesh, (SAME, SHARE), in_order)
-    # Compiled before the clock starts, so that the first epoch's images/s mean the same as the others'.
-    arguments = (SAME, *((SAME, SHARE) if gathers else (in_order, SAME)), *(SHARE for _ in masks))
-    jitted_step = on_mesh(train_batch, mesh, arguments, donate_argnums=0, compiler_options=compiler_options(train=True))
-    epoch_data, batches = feed(0)
-    lowered_step = jitted_step.lower(initial_state.out_info, epoch_data, next(iter(batches)), *masks)
-    # Beside the initial weights, a program that takes nearly as long to compile.
-    with run.waiting("compiling"), ThreadPoolExecutor(1) as beside:
-        compiling = beside.submit(lowered_step.compile)
-        make_state = initial_state.lower().compile()
-        state = make_state()
-        compiled_step = compiling.result()
-    jitted_eval = on_mesh(eval_batch, mesh, (SAME, SAME, SHARE, SHARE), compiler_options=compiler_options())
+    def check_finite(state: TrainState, place: Place) -> None:
+        done, weights = place.steps_done(batches.steps), named_weights(state.variables)
+        run.check_finite(epoch=place.epoch, step=done, found=place.found, weights=weights, first_broken=first_broken)
 
-    def eval_shared(variables: Variables, data: DeviceData, *batch: NDArray) -> Metrics:
-        return jitted_eval(variables, data, *spread(batch, mesh))
+    def save(state: TrainState, place: Place) -> None:
+        check_finite(state, place)
+        checkpoints.save(place.steps_done(batches.steps), state, place)
+        run.stop_if_told(place.steps_done(batches.steps), checkpoints.wait)
 
-    def first_broken(epoch: int, step: int) -> str:
-        """The first layer that is not finite in that step; all from the last checkpoint on is done again for it."""
-        state, place = checkpoints.restore(make_state(), again=True)
-        for epoch_again in range(place.epoch, epoch + 1):
-            done = len(place.found) if epoch_again == place.epoch else 0
-            epoch_data, batches = feed(epoch_again, done)
-            for number, where in enumerate(batches, done):
-                if (epoch_again, number) == (epoch, step):
-                    break
-                state, _ = compiled_step(state, epoch_data, where, *masks)
-        indices = list(epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch))[step]
-        mean, std = map(np.float32, pixel_mean_and_std(dataset.train_images))
-        x = (dataset.train_images[indices].astype(np.float32) - mean) / std
-        return first_not_finite(model, jax.tree.map(np.asarray, state.variables), x[..., None])
-
-    def check_finite(epoch: int, step: int, found: Fetched) -> None:
-        weights = named_weights(state.variables)
-        run.check_finite(epoch=epoch, step=step, found=found, weights=weights, first_broken=first_broken)
-
-    checkpoints = Checkpoints(run)
-    state, place = checkpoints.restore(state)
-    profile = Profile(
-        run.path if config.profile and run.writes else None, (config.epochs - place.epoch) * steps - len(place.found)
-    )
-    for epoch in range(place.epoch, config.epochs):
-        if run.reached(epoch):
-            break
-        step, found = epoch * steps + len(place.found), []
-        start_time, started = place.start_time or time.time(), time.perf_counter() - place.seconds
-        epoch_data, batches = feed(epoch, len(place.found))
-        with run.progress(epoch + 1, steps, len(place.found)) as advance:
-            for where in batches:
-                with profile.step() as wanted:
-                    state, metrics = compiled_step(state, epoch_data, where, *masks)
-                    wanted.append(metrics)
-                found.append(metrics)
-                if len(found) > STEPS_IN_FLIGHT:
-                    jax.block_until_ready(found[-STEPS_IN_FLIGHT - 1])
-                advance()
-                step += 1
-                if step < (epoch + 1) * steps and run.save_is_due(step):
-                    so_far, seconds = place.found + fetch(found), time.perf_counter() - started
-                    check_finite(epoch, step, so_far)
-                    checkpoints.save(step, state, Place(epoch, so_far, start_time, seconds))
-                    run.stop_if_told(step, checkpoints.wait)
-            train_totals = totals(found, place.found)
-        seconds = time.perf_counter() - started
-        check_finite(epoch, step, place.found + fetch(found))
+    state, place = checkpoints.restore(init())
+    left = config.epochs * batches.steps - place.steps_done(batches.steps)
+    profile = Profile(run.path if config.profile and run.writes else None, left)
+    while place.epoch < config.epochs and not run.reached(place.epoch):
+        state, place = train_epoch(step, state, place, batches, run, profile, save)
+        assert place.start_time is not None, "it has begun"
+        check_finite(state, place)
+        done = place.steps_done(batches.steps)
         run.end_epoch(
-            epoch=epoch,
-            step=step,
-            train=train_totals,
-            test=evaluate(eval_shared, state.variables, test_data, num_devices=mesh.size),
-            start_time=start_time,
-            seconds=seconds,
-            learning_rate=float(schedule(step - 1)),
+            epoch=place.epoch,
+            step=done,
+            train=totals(place.found),
+            test=evaluate(eval_batch, state.variables, test_data, num_devices=mesh.size),
+            start_time=place.start_time,
+            seconds=place.seconds,
+            learning_rate=float(schedule(done - 1)),
             weights=named_weights(state.variables),
         )
-        place = Place(epoch + 1)
-        checkpoints.save(step, state, place)
-        run.stop_if_told(step, checkpoints.wait)
+        place = Place(place.epoch + 1)
+        save(state, place)
     profile.stop()
     checkpoints.wait()
     run.finish()

@@ -32,7 +32,9 @@ ALONE = {
         "predict": "of_file",
         "precise": "Path precise_statistics_nnx _modes _moves _name _require_any",
         "statistics": "Statistics.minus_shift statistics_of _in_one_pass _in_two_passes",
-        "training": "STEPS_IN_FLIGHT Variables TrainState init_state",
+        "device_data": "Batch",
+        "training": "STEPS_IN_FLIGHT Collection Variables TrainState.params TrainState.batch_stats TrainState.opt_state"
+        " EvalBatch jit_eval_step compile_step",
     },
     "torch_bn": {
         "arrays": "dtype_name",
@@ -44,7 +46,7 @@ ALONE = {
         "layers": "NATIVE synchronize",
         "predict": "Predictor",
         "statistics": "near_the_mean mean_and_var",
-        "training": "be_deterministic",
+        "training": "TrainState.model TrainState.parallel TrainState.optimizer TrainState.scheduler be_deterministic",
     },
 }
 

@@ -1,4 +1,4 @@
-"""Training BLeNet in PyTorch. `jax_bn/training.py` is the same in JAX.
+"""Training BLeNet: the network, its state, one step, evaluation, an epoch, a run. `jax_bn/training.py` is its twin.
 
     python -m torch_bn.training                       10 epochs on Fashion-MNIST
     python -m torch_bn.training --data sample --epochs 2 --out runs/sample
@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -26,10 +26,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from bn_common.checkpoints import Fetched, Place
 from bn_common.config import NUM_CLASS, Config
 from bn_common.run_folder import RunFolder, Totals
-from image_data import ImageDataset, epoch_batches, steps_per_epoch
+from image_data import ImageDataset
 from torch_bn.blenet import BLeNet
 from torch_bn.checkpoint import Checkpoints
-from torch_bn.device_data import DeviceData, to_device
+from torch_bn.device_data import Batches, DeviceData, to_device
 from torch_bn.layers import synchronize
 from torch_bn.profiling import Profile
 
@@ -40,12 +40,44 @@ EVAL_BATCH_SIZE = 1000
 GATHERING = frozenset({"cpu"})
 
 
+class TrainState(NamedTuple):
+    """All that a step changes, in place. Its parts are PyTorch only: in JAX a step is a function of arrays.
+
+    Attributes:
+      model: BLeNet.
+      parallel: what a step calls: the model, or `DistributedDataParallel` around it.
+      optimizer: as from `make_optimizer`.
+      scheduler: of the learning rate; counts the steps.
+    """
+
+    model: BLeNet
+    parallel: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+
+
 class Metrics(NamedTuple):
     """Sums over examples: `loss` of the cross-entropy, `correct` of the right predictions, `examples` their number."""
 
     loss: Tensor
     correct: Tensor
     examples: Tensor
+
+
+TrainBatch = Callable[[TrainState, Tensor, Tensor], Metrics]
+"""A step on images and labels."""
+
+
+def make_model(config: Config, fig_size: int) -> BLeNet:
+    """The network that the config describes, for images of that size."""
+    return BLeNet(
+        channels=1,
+        fig_size=fig_size,
+        num_class=NUM_CLASS,
+        momentum=config.bn_momentum,
+        eps=config.bn_eps,
+        dtype=None if config.precision == "float32" else getattr(torch, config.precision),
+    )
 
 
 def learning_rate_schedule(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
@@ -77,6 +109,19 @@ def make_optimizer(config: Config, steps_per_epoch: int, model: nn.Module) -> tu
         "adamw": lambda p: torch.optim.AdamW(p, lr, weight_decay=decay),
     }[config.optimizer](model.parameters())
     return optimizer, LambdaLR(optimizer, learning_rate_schedule(config, steps_per_epoch))
+
+
+def init_state(config: Config, fig_size: int, steps_per_epoch: int, device: torch.device) -> TrainState:
+    """Fresh weights from the seed, and the optimiser's state for them."""
+    torch.manual_seed(config.seed)
+    model = make_model(config, fig_size).to(device)
+    parallel: nn.Module = model
+    if dist.is_initialized():
+        if config.sync_bn == "global":
+            synchronize(model)
+        # With local, each process has statistics of its own; the first's are for all.
+        parallel = DistributedDataParallel(model)
+    return TrainState(model, parallel, *make_optimizer(config, steps_per_epoch, model))
 
 
 def train_step(
@@ -125,6 +170,75 @@ def _metrics(logits: Tensor, labels: Tensor) -> Metrics:
     return Metrics(loss, correct, torch.full_like(correct, len(labels)))
 
 
+def evaluate(model: nn.Module, data: DeviceData) -> Totals:
+    """Metrics over a whole data set, of which each process takes its share."""
+    indices = torch.arange(len(data.labels), device=data.labels.device)
+    if dist.is_initialized():
+        for buffer in model.buffers():  # which differ only where each process has statistics of its own
+            dist.broadcast(buffer, 0)
+        indices = indices.tensor_split(dist.get_world_size())[dist.get_rank()]
+    batches = indices.split(EVAL_BATCH_SIZE)
+    return totals(fetch([eval_step(model, *data.batch(indices)) for indices in batches]))
+
+
+def fetch(found: list[Metrics]) -> Fetched:
+    """All batches' metrics, of all processes, fetched from the device in one go."""
+    columns = torch.tensor([torch.stack(column).tolist() for column in zip(*found, strict=True)], dtype=torch.float64)
+    if dist.is_initialized() and found:
+        columns = columns.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(columns)
+    return tuple((loss, correct, examples) for loss, correct, examples in columns.T.tolist())
+
+
+def totals(found: Fetched) -> Totals:
+    """The sum of all batches' metrics."""
+    return Totals(*torch.tensor(found, dtype=torch.float64).sum(0).tolist())
+
+
+def train_epoch(
+    step: TrainBatch,
+    state: TrainState,
+    place: Place,
+    batches: Batches,
+    run: RunFolder,
+    profile: Profile,
+    save: Callable[[Place], None],
+) -> Place:
+    """What is left of an epoch: the place after it, which holds what all of its steps have found.
+
+    Args:
+      step: of a batch.
+      state: at `place`; the steps change it.
+      place: in the epoch.
+      batches: of every epoch.
+      run: is shown how far the epoch is, and says where a checkpoint is due.
+      profile: of some of the steps.
+      save: writes a checkpoint.
+    """
+    first, found = len(place.found), list[Metrics]()
+    start_time, started = place.start_time or time.time(), time.perf_counter() - place.seconds
+
+    def here() -> Place:
+        return Place(place.epoch, place.found + fetch(found), start_time, time.perf_counter() - started)
+
+    with run.progress(place.epoch + 1, batches.steps, first) as advance:
+        for number, (x, labels) in enumerate(batches.epoch(place.epoch, first), first + 1):
+            with profile.step():
+                found.append(step(state, x, labels))
+            advance()
+            if number < batches.steps and run.save_is_due(place.epoch * batches.steps + number):
+                save(here())
+        return here()
+
+
+def replay(step: TrainBatch, state: TrainState, place: Place, batches: Batches, epoch: int, number: int) -> None:
+    """The state before that step of that epoch, both from 0, as the steps from an earlier place on make it again."""
+    for again in range(place.epoch, epoch + 1):
+        first, last = len(place.found) if again == place.epoch else 0, number if again == epoch else batches.steps
+        for x, labels in islice(batches.epoch(again, first), last - first):
+            step(state, x, labels)
+
+
 @torch.no_grad()
 def first_not_finite(model: nn.Module, x: Tensor) -> str:
     """The first layer whose parameters, statistics or output in training are not finite; "the loss" if all are."""
@@ -143,32 +257,6 @@ def first_not_finite(model: nn.Module, x: Tensor) -> str:
     return found[0] if found else "the loss"
 
 
-def evaluate(model: nn.Module, data: DeviceData) -> Totals:
-    """Metrics over a whole data set, of which each process takes its share."""
-    indices = torch.arange(len(data.labels), device=data.labels.device)
-    if dist.is_initialized():
-        for buffer in model.buffers():  # which differ only where each process has statistics of its own
-            dist.broadcast(buffer, 0)
-        indices = indices.tensor_split(dist.get_world_size())[dist.get_rank()]
-    batches = indices.split(EVAL_BATCH_SIZE)
-    return totals([eval_step(model, *data.batch(indices)) for indices in batches])
-
-
-def totals(found: list[Metrics], before: Fetched = ()) -> Totals:
-    """The sum of all batches' metrics, of all processes, and of those fetched before."""
-    columns = list(zip(*before + fetch(found), strict=True))
-    return Totals(*torch.tensor(columns, dtype=torch.float64).sum(1).tolist())
-
-
-def fetch(found: list[Metrics]) -> Fetched:
-    """All batches' metrics, of all processes, fetched from the device in one go."""
-    columns = torch.tensor([torch.stack(column).tolist() for column in zip(*found, strict=True)], dtype=torch.float64)
-    if dist.is_initialized() and found:
-        columns = columns.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(columns)
-    return tuple((loss, correct, examples) for loss, correct, examples in columns.T.tolist())
-
-
 def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
     """Train BLeNet as the config says, from the beginning or where the run folder's newest checkpoint stands.
 
@@ -179,107 +267,68 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
       OSError: the run folder can't be written; its last checkpoint is whole.
       Stopped: a signal has ended the run, which is saved.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, framework = torch.device("cuda" if torch.cuda.is_available() else "cpu"), f"torch {torch.__version__}"
     train_data, test_data = to_device(dataset, device)
-    num_train, steps = len(dataset.train_labels), steps_per_epoch(len(dataset.train_labels), config.batch_size)
-    processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-
-    def make_state() -> tuple[BLeNet, nn.Module, torch.optim.Optimizer, LambdaLR]:
-        """As it is at the beginning: the model, what a step is given of it, its optimiser and schedule."""
-        torch.manual_seed(config.seed)
-        model = BLeNet(
-            channels=1,
-            fig_size=dataset.train_images.shape[1],
-            num_class=NUM_CLASS,
-            momentum=config.bn_momentum,
-            eps=config.bn_eps,
-            dtype=None if config.precision == "float32" else getattr(torch, config.precision),
-        ).to(device)
-        trained: nn.Module = model
-        if processes > 1:
-            if config.sync_bn == "global":
-                synchronize(model)
-            # With local, each process has statistics of its own; the first's are for all.
-            trained = DistributedDataParallel(model)
-        return model, trained, *make_optimizer(config, steps, model)
-
-    model, trained, optimizer, scheduler = make_state()
+    batches = Batches(train_data, config, gathers=device.type in GATHERING)
+    schedule, lr = learning_rate_schedule(config, batches.steps), config.lr
+    assert lr is not None, "Config.resolved() gives it"
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
-    run.say_what_runs_where(kind, processes, framework=f"torch {torch.__version__}")
-
-    size = len(np.array_split(np.arange(config.batch_size), processes)[rank])
-    share = size * processes / config.batch_size
-
-    def feed(epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch's batches, from that step on."""
-        batches = epoch_batches(num_train, config.batch_size, seed=config.seed, epoch=epoch)
-        order = [np.array_split(batch, processes)[rank] for batch in batches]
-        if device.type in GATHERING:
-            return (train_data.batch(torch.from_numpy(indices)) for indices in order[first_step:])
-        in_order = train_data.permuted(torch.from_numpy(np.concatenate(order)).to(device))
-        return (in_order.slice(step, size) for step in range(first_step, steps))
-
-    def first_broken(epoch: int, step: int) -> str:
-        """The first layer that is not finite in that step; all from the last checkpoint on is done again for it."""
-        model, trained, optimizer, scheduler = make_state()
-        place = checkpoints.restore(model, optimizer, scheduler, again=True)
-        for epoch_again in range(place.epoch, epoch + 1):
-            done = len(place.found) if epoch_again == place.epoch else 0
-            for number, (x, labels) in enumerate(feed(epoch_again, done), done):
-                if (epoch_again, number) == (epoch, step):
-                    break
-                train_step(trained, optimizer, x, labels, label_smoothing=config.label_smoothing, share=share)
-                scheduler.step()
-        return first_not_finite(model, x)
-
-    def check_finite(epoch: int, step: int, found: Fetched) -> None:
-        weights = named_weights(model)
-        run.check_finite(epoch=epoch, step=step, found=found, weights=weights, first_broken=first_broken)
-
+    run.say_what_runs_where(kind, batches.processes, framework=framework)
     checkpoints = Checkpoints(run)
-    place = checkpoints.restore(model, optimizer, scheduler)
-    profile = Profile(
-        run.path if config.profile and run.writes else None, (config.epochs - place.epoch) * steps - len(place.found)
-    )
-    for epoch in range(place.epoch, config.epochs):
-        if run.reached(epoch):
-            break
-        step, found = epoch * steps + len(place.found), []
-        start_time, started = place.start_time or time.time(), time.perf_counter() - place.seconds
-        with run.progress(epoch + 1, steps, len(place.found)) as advance:
-            for x, labels in feed(epoch, len(place.found)):
-                learning_rate = optimizer.param_groups[0]["lr"]
-                with profile.step():
-                    smoothing = config.label_smoothing
-                    found.append(train_step(trained, optimizer, x, labels, label_smoothing=smoothing, share=share))
-                scheduler.step()
-                advance()
-                step += 1
-                if step < (epoch + 1) * steps and run.save_is_due(step):
-                    so_far, seconds = place.found + fetch(found), time.perf_counter() - started
-                    check_finite(epoch, step, so_far)
-                    checkpoints.save(step, model, optimizer, scheduler, Place(epoch, so_far, start_time, seconds))
-                    run.stop_if_told(step, checkpoints.wait)
-            train_totals = totals(found, place.found)
-        seconds = time.perf_counter() - started
-        check_finite(epoch, step, place.found + fetch(found))
+
+    def init() -> TrainState:
+        return init_state(config, dataset.train_images.shape[1], batches.steps, device)
+
+    def step(state: TrainState, x: Tensor, labels: Tensor) -> Metrics:
+        smoothing, share = config.label_smoothing, batches.share
+        metrics = train_step(state.parallel, state.optimizer, x, labels, label_smoothing=smoothing, share=share)
+        state.scheduler.step()
+        return metrics
+
+    def restore(state: TrainState, *, again: bool = False) -> Place:
+        return checkpoints.restore(state.model, state.optimizer, state.scheduler, again=again)
+
+    def first_broken(epoch: int, number: int) -> str:
+        """The first layer that is not finite in that step; all from the last checkpoint on is done again for it."""
+        state = init()
+        replay(step, state, restore(state, again=True), batches, epoch, number)
+        x, _ = next(batches.epoch(epoch, number))
+        return first_not_finite(state.model, x)
+
+    def check_finite(place: Place) -> None:
+        done, weights = place.steps_done(batches.steps), named_weights(state.model)
+        run.check_finite(epoch=place.epoch, step=done, found=place.found, weights=weights, first_broken=first_broken)
+
+    def save(place: Place) -> None:
+        check_finite(place)
+        checkpoints.save(place.steps_done(batches.steps), state.model, state.optimizer, state.scheduler, place)
+        run.stop_if_told(place.steps_done(batches.steps), checkpoints.wait)
+
+    state = init()
+    place = restore(state)
+    left = config.epochs * batches.steps - place.steps_done(batches.steps)
+    profile = Profile(run.path if config.profile and run.writes else None, left)
+    while place.epoch < config.epochs and not run.reached(place.epoch):
+        place = train_epoch(step, state, place, batches, run, profile, save)
+        assert place.start_time is not None, "it has begun"
+        check_finite(place)
+        done = place.steps_done(batches.steps)
         run.end_epoch(
-            epoch=epoch,
-            step=step,
-            train=train_totals,
-            test=evaluate(model, test_data),
-            start_time=start_time,
-            seconds=seconds,
-            learning_rate=learning_rate,
-            weights=named_weights(model),
+            epoch=place.epoch,
+            step=done,
+            train=totals(place.found),
+            test=evaluate(state.model, test_data),
+            start_time=place.start_time,
+            seconds=place.seconds,
+            learning_rate=lr * schedule(done - 1),
+            weights=named_weights(state.model),
         )
-        place = Place(epoch + 1)
-        checkpoints.save(step, model, optimizer, scheduler, place)
-        run.stop_if_told(step, checkpoints.wait)
+        place = Place(place.epoch + 1)
+        save(place)
     profile.stop()
     checkpoints.wait()
     run.finish()
-    return model
+    return state.model
 
 
 def named_weights(model: nn.Module) -> dict[str, NDArray]:
