@@ -18,8 +18,8 @@ from bn_common.watch import Watch
 
 # Until all are there.
 SECONDS_TO_JOIN = 120
-# JAX's own bounds abort the process without a name; ours are to be sooner. JAX only.
-SECONDS_OF_JAX = 600
+# JAX's own bounds abort the process without a name; ours are to be sooner.
+SECONDS_OF_FRAMEWORK = 600
 # What was started, to be there as long as this process is. JAX only, as `_relay` is.
 RELAYS: list[subprocess.Popen[bytes]] = []
 
@@ -50,9 +50,9 @@ def join(config: Config, prog: str) -> tuple[int, Watch | None]:
                 count,
                 index,
                 own_devices,
-                initialization_timeout=SECONDS_OF_JAX,
-                heartbeat_timeout_seconds=SECONDS_OF_JAX,
-                shutdown_timeout_seconds=SECONDS_OF_JAX,
+                initialization_timeout=SECONDS_OF_FRAMEWORK,
+                heartbeat_timeout_seconds=SECONDS_OF_FRAMEWORK,
+                shutdown_timeout_seconds=SECONDS_OF_FRAMEWORK,
             )
     except (RuntimeError, ValueError) as error:
         allowed = "HOST:PORT of process 0, or auto where SLURM, Cloud TPU or Kubernetes has started the processes"

@@ -28,7 +28,7 @@ ALONE = {
         " _first_bits _is_split",
         "devices": "is_shared send promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
-        "processes": "SECONDS_OF_JAX RELAYS _in_time _relay",
+        "processes": "RELAYS _in_time _relay",
         "predict": "of_file",
         "precise": "Path precise_statistics_nnx _modes _moves _name _require_any",
         "statistics": "Statistics.minus_shift statistics_of _in_one_pass _in_two_passes",

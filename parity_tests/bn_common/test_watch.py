@@ -1,5 +1,6 @@
 """Three processes that watch each other, without any framework: a loss is named by all others, and an end is none."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SILENCE = 10.0  # seconds: a busy machine holds a process up for one or two
 PROGRAM = """
-import pathlib, sys, time
+import ctypes, pathlib, sys, time
 from bn_common.watch import Watch
 
-index, folder, seconds, silence = int(sys.argv[1]), pathlib.Path(sys.argv[2]), *map(float, sys.argv[3:])
+index, folder, seconds, silence = int(sys.argv[1]), pathlib.Path(sys.argv[2]), *map(float, sys.argv[3:5])
 
 def publish(port):
     (folder / "new").write_text(str(port))
@@ -26,8 +27,11 @@ def find():
     return "127.0.0.1", int((folder / "port").read_text())
 
 watch = Watch(index, 3, publish, find, "prog", silence=silence)
-print("watching", flush=True)
-time.sleep(seconds)
+print("watching", watch.guard.pid, flush=True)
+if index == int(sys.argv[5]):
+    ctypes.PyDLL(None).sleep(int(seconds))  # which lets no other thread of this process do anything
+else:
+    time.sleep(seconds)
 watch.leave()
 print("left", flush=True)
 """
@@ -35,16 +39,18 @@ print("left", flush=True)
 
 @pytest.fixture
 def three(tmp_path):
-    """Starts them; each works for so many seconds."""
+    """Starts them; each works for so many seconds, one perhaps with the interpreter's lock."""
     processes = []
 
-    def start(*seconds):
+    def start(*seconds, locked=-1):
         for index, each in enumerate(seconds):
-            command = [sys.executable, "-c", PROGRAM, str(index), str(tmp_path), str(each), str(SILENCE)]
+            command = [sys.executable, "-c", PROGRAM, *map(str, (index, tmp_path, each, SILENCE, locked))]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             processes.append(subprocess.Popen(command, cwd=ROOT, **pipes))
         for process in processes:
-            assert process.stdout.readline() == "watching\n"
+            watching, guard = process.stdout.readline().split()
+            assert watching == "watching"
+            process.guard = int(guard)
         return processes
 
     yield start
@@ -98,3 +104,28 @@ def test_who_is_done_may_not_be_missed_either(three):
     for index in (1, 2):
         expected = f"prog: stopped: process 0 has ended; process {index} ends\n"
         assert ends(processes[index], 120) == (1, "", expected)
+
+
+def test_who_holds_the_lock_is_not_lost(three):
+    """As in a long compilation, or where a busy machine leaves a process no time: it says nothing itself, and lives."""
+    for process in three(1, SILENCE + 3, 2, locked=1):
+        assert ends(process, 120) == (0, "left\n", "")
+
+
+@thorough
+def test_who_holds_the_lock_ends_as_well(three):
+    """It can't hear that another is lost: its guard says so, and kills it."""
+    processes = three(1000, 1000, 1000, locked=1)
+    time.sleep(1)
+    processes[2].kill()
+    expected = "prog: stopped: process 2 has ended; process {} ends\n"
+    assert ends(processes[0], 120) == (1, "", expected.format(0))
+    assert ends(processes[1], 120) == (-signal.SIGKILL, "", expected.format(1))
+
+
+def test_a_guard_is_killed(three):
+    processes = three(100, 100, 100)
+    os.kill(processes[1].guard, signal.SIGKILL)
+    expected = ["process 1 has ended", "the guard of process 1 has ended", "process 1 has ended"]
+    for index, (process, what) in enumerate(zip(processes, expected, strict=True)):
+        assert ends(process, 120) == (1, "", f"prog: stopped: {what}; process {index} ends\n")
