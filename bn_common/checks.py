@@ -59,6 +59,11 @@ def check_initial_moving_var(value: object) -> None:
     check_real("initial_moving_var", value, 0.0, LARGEST, "a finite number >= 0")
 
 
+def check_platform(platform: object) -> None:
+    """The name of a platform, whatever it is, as JAX's are plugins; or None."""
+    require(isinstance(platform, str | None), "platform", repr(platform), "None, or a name such as 'cpu'")
+
+
 def check_batch_norm(
     *,
     shape: Sequence[int],

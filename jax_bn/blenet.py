@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_common.checks import FLOAT_DTYPES, check_blenet, check_blenet_input, check_epsilon, check_momentum, require
+from bn_common.checks import (
+    FLOAT_DTYPES,
+    check_blenet,
+    check_blenet_input,
+    check_epsilon,
+    check_momentum,
+    check_platform,
+    require,
+)
 from jax_bn import blenet_cpu
 from jax_bn.arrays import check_array, wide_dtype
 from jax_bn.devices import promote_dtype
@@ -133,8 +141,7 @@ class BLeNet(nn.Module):
         check_epsilon("epsilon", self.epsilon)
         name = self.dtype if self.dtype is None else jnp.dtype(self.dtype).name
         require(name in (None, *FLOAT_DTYPES), "dtype", name, f"None, {', '.join(FLOAT_DTYPES)}")
-        # Any name: JAX's platforms are plugins.
-        require(isinstance(self.platform, str | None), "platform", repr(self.platform), "None, or a name such as 'cpu'")
+        check_platform(self.platform)
         super().__post_init__()
 
 

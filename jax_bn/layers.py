@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bn_common.checks import channel_axes, check_epsilon, check_initial_moving_var, check_momentum, check_rank
+from bn_common.checks import (
+    channel_axes,
+    check_epsilon,
+    check_initial_moving_var,
+    check_momentum,
+    check_platform,
+    check_rank,
+)
 from jax_bn.arrays import check_array, wide_dtype
 from jax_bn.batch_norm import BatchStats, Options, batch_norm_with
 
@@ -51,7 +58,8 @@ class BatchNorm(nn.BatchNorm):
         it is traced. None: both are, and the compiler takes the one for its platform. JAX only.
 
     Raises:
-      ValueError: a momentum or epsilon that `jax_bn.batch_norm` refuses, or a negative initial_moving_var.
+      ValueError: a momentum or epsilon that `jax_bn.batch_norm` refuses, a negative initial_moving_var, or a platform
+        that is neither a name nor None.
     """
 
     momentum: float | None = 0.99  # type: ignore[assignment]  # Flax knows no None
@@ -64,6 +72,7 @@ class BatchNorm(nn.BatchNorm):
         check_momentum(self.momentum)
         check_epsilon("epsilon", self.epsilon)
         check_initial_moving_var(self.initial_moving_var)
+        check_platform(self.platform)
         super().__post_init__()
 
     @nn.compact

@@ -257,6 +257,7 @@ def test_blenet_options(bad):
         jax_bn.BLeNet(**{{"eps": "epsilon"}.get(name, name): value for name, value in bad.items()})
 
 
-def test_blenet_platform():
+@pytest.mark.parametrize("layer", [jax_bn.BLeNet, jax_bn.BatchNorm])
+def test_platform(layer):
     with pytest.raises(ValueError, match="platform is 3; allowed: None, or a name"):
-        jax_bn.BLeNet(platform=3)
+        layer(platform=3)
