@@ -13,7 +13,6 @@ from parity.judge import Judge
 from parity.records.inputs import Calls, Inputs, calls
 from parity.records.kinds import HALF
 from parity.report import Report
-from parity.report.verdict import stopped
 from parity.sides.installed import BOTH, need
 from parity.sides.module import framework_of
 
@@ -75,7 +74,8 @@ def check(
       TypeError: an argument of another kind.
       ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, optimizers that want
         more than gradients, a loss that is no number, another number of flax_inputs in a sequence.
-      Exception: what either module raises on these inputs whatever their dtype.
+      Exception: what either module raises on these inputs whatever their dtype. What it raises in one of the runs alone
+        is in the report, with the layer and what could be compared up to there.
     """
     need("parity.check", *BOTH)
     called = calls(inputs, keywords, flax_inputs, flax_call)
@@ -128,8 +128,6 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Man
         if optimizers is not None:
             torch_runs.check_optimizer(optimizers[0])
         torch = torch_runs.evidence()
-        if not torch.free.has_ended:
-            return stopped(torch)
         # Which layer, tensor and axis is which; the weights go across; Flax on its own.
         inputs = torch_runs.inputs_for_flax(torch.free, called.flax)
         lifts = torch.details["parameters"] in HALF
@@ -180,7 +178,7 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Man
                 report.notes.append(told)
                 return report
         # The optimisers' rules by themselves; training, if all agrees so far: else a step only carries on what differs.
-        if optimizers is not None:
+        if optimizers is not None and torch.free.has_ended:
             torch_runs.add_optimizer(torch, optimizers[0])
             flax_runs.add_optimizer(flax, optimizers[1], translation)
             if judge.agrees:

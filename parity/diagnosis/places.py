@@ -265,9 +265,13 @@ class Diagnosis:
         return [] if any(f.code == UNEXPLAINED for f in found) else found
 
     def _norm_side(self, call: Call, pair: LayerPair, mine: Call | None) -> NormSide:
-        """PyTorch's side in Flax's layout, or (with Flax's call) Flax's; statistics only of a layer called once."""
+        """PyTorch's side in Flax's layout, or (with Flax's call) Flax's; new statistics only of a layer called once.
+
+        And only where both runs came to their end: what one that stopped would have kept is not known.
+        """
         tensors = self._tensors(pair, self.torch if mine is None else self.forced, mine is None)
         once = sum(c.path == call.path for c in self.torch.calls) == 1
+        once = once and self.torch.has_ended and self.forced.has_ended
         before, after = tensors["before"], tensors["after"] if once else {}
         x = self.translation.input(call, 0)
         y = self.translation.output(call) if mine is None else mine.output

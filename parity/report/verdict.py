@@ -14,7 +14,6 @@ from parity.diagnosis.finding import Located
 from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED, UNEXPLAINED, is_one_sided
 from parity.pairing.pairs import Pairing
 from parity.pairing.translation import Translation
-from parity.records.evidence import Evidence
 from parity.records.recording import NETWORK, PHASES, Recording
 from parity.report.findings import NETWORK as NETWORK_NAME
 from parity.report.findings import Diagnosis, Divergence, LayerRow, Place, together
@@ -143,15 +142,6 @@ def _place(f: Located, torch: Recording) -> Place:
         return Place(f.layer, f.flax_layer, layer.class_name if layer is not None and layer.is_called else "")
     names = next((g.class_names for g in torch.glue if g.path == f.layer), ("",))
     return Place(f.layer, f.flax_layer, names[0].rpartition(".")[2], NETWORK_NAME if f.key == NETWORK else f.key[0])
-
-
-def stopped(torch: Evidence) -> Report:
-    """PyTorch's module came to no end in float64: there is nothing to hold the other side against."""
-    failure = torch.free.failure
-    assert failure is not None
-    stop = Stop("PyTorch, on its own,", failure.phase, failure.layer, "", failure.error)
-    about = {name: torch.details[name] for name in ("mode", "dtype", "torch", "numpy")}
-    return report(None, [], [], torch.notes, stops=[stop], torch=torch.free, bound=lambda _: 0, details=about)
 
 
 def _why_not_compared(divergence: Divergence, torch: Recording) -> str:

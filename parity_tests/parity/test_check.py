@@ -18,6 +18,7 @@ import parity
 from parity.testing import assert_parity
 
 X = np.random.default_rng(0).normal(size=(4, 3, 6, 6)).astype(np.float32)
+SGD = lambda parameters: torch.optim.SGD(parameters, 0.1), optax.sgd(0.1)
 
 
 def torch_net(size=3, padding=1):
@@ -295,6 +296,41 @@ def test_a_run_of_pytorch_that_stops(function):
     assert np.isnan(report.first_divergence.error)
     with pytest.raises(RuntimeError, match="not in this dtype"):  # whatever the dtype: it is the user's own mistake
         function(torch_raises(torch.float64, torch.float32), Right(), X[:, 0, 0], train=False)
+
+
+class StopsBehindTheNorm(linen.Module):
+    """In float64, if it does: behind the batch norm."""
+
+    stops: bool
+
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.BatchNorm(use_running_average=not train, momentum=0.9)(linen.Dense(4)(x))
+        if self.stops and x.dtype == "float64" and not self.is_initializing():
+            raise RuntimeError("not in this dtype")
+        return linen.Dense(5)(linen.tanh(x))
+
+
+@pytest.mark.parametrize("stops", ["torch", "flax", "both"])
+@pytest.mark.parametrize("options", [{"train": False}, {}, {"steps": 1, "optimizers": SGD}])
+def test_a_run_that_stops_is_compared_up_to_there(stops, options):
+    """On either side: what was compared agrees, and nothing is said of what was not."""
+    torch.manual_seed(0)
+    last = TorchPicky((torch.float64,)) if stops != "flax" else nn.Linear(4, 5)
+    flax = StopsBehindTheNorm(stops != "torch")
+    torch_module = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), last)
+    report = parity.check(torch_module, flax, X[:, 0, 0], **options)
+    assert {d.code for d in report.diagnoses} == {"could-not-run"}
+    assert "RuntimeError: not in this dtype" in report.diagnoses[0].evidence
+    compared = {(row.torch_layer, row.quantity) for row in report.layers}
+    assert compared == {(layer, what) for layer in "01" for what in ("input", "output")}
+    assert all(row.ok for row in report.layers)
+    assert report.first_divergence.torch_layer == ("" if stops == "flax" else "3")
+
+    torch_module[1].eps = 0.1
+    report = parity.check(torch_module, flax, X[:, 0, 0], **options)
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("epsilon", "1")]
+    assert "could not run: RuntimeError: not in this dtype" in str(report)
 
 
 def test_what_has_no_gradient_is_no_silence():
