@@ -9,7 +9,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
 from parity.diagnosis.finding import told_apart
-from parity.diagnosis.fixes import FIXES, Fix
+from parity.diagnosis.fixes import Fix
+from parity.diagnosis.kind_fixes import BETWEEN, fix_of
 from parity.diagnosis.mistakes import COULD_NOT_RUN, MISTAKES, NOT_COMPARED
 from parity.report.findings import NETWORK, Diagnosis, Place, shown
 
@@ -55,6 +56,7 @@ class Card(NamedTuple):
 
 def cards(report: Report) -> list[Card]:
     """One for each diagnosis, in their order."""
+    kinds = {row.torch_layer: row.kind for row in report.layers}
     return [
         Card(
             d.code,
@@ -64,7 +66,7 @@ def cards(report: Report) -> list[Card]:
             shown(d.evidence),
             d.values,
             "" if d.values is None else numbers(d.values),
-            FIXES.get(d.code),
+            fix_of(d.code, BETWEEN if d.at[0].before else kinds.get(d.layer, "")),
             _convention(report, d.code),
             link(d.code),
         )
