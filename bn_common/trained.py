@@ -17,6 +17,8 @@ from bn_common.files import check_can_write
 from bn_common.record import WEIGHTS, read_record
 from image_data import FASHION_MNIST_CLASSES
 
+# What the function in an exported file is called: all that such a file says of its classes.
+FASHION_MNIST, ANY = "fashion_mnist_logits", "logits"
 PROGRAMS = {"jax": "train_jax.py", "torch": "python -m torch_bn.training"}
 
 
@@ -54,6 +56,11 @@ class Trained(NamedTuple):
 def class_names(is_fashion_mnist: bool, num_class: int) -> tuple[str, ...]:
     """Fashion-MNIST's, or the labels' numbers."""
     return FASHION_MNIST_CLASSES if is_fashion_mnist else tuple(map(str, range(num_class)))
+
+
+def function_name(is_fashion_mnist: bool) -> str:
+    """What the function in an exported file is called."""
+    return FASHION_MNIST if is_fashion_mnist else ANY
 
 
 def read_trained(path: Path, framework: str | None = None) -> Trained:

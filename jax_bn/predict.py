@@ -3,6 +3,7 @@
     python -m jax_bn.predict runs/mine shoe.png shirt.jpg
     python -m jax_bn.predict runs/mine photo.jpg --resize --invert --json
     python -m jax_bn.predict fashion.jaxexport shoe.png       what python -m jax_bn.export has written
+    python -m jax_bn.predict fashion.onnx shoe.png            the same as ONNX, of either wing
 
 Images are made grey, and have to be of the size that the network was trained on, bright on black, unless --resize and
 --invert say otherwise. A wrong file is told in one line, the others are still predicted; the exit status is 2 then.
@@ -23,14 +24,13 @@ from jax import Array
 from numpy.typing import NDArray
 
 from bn_common.config import NUM_CLASS
+from bn_common.onnx_files import SUFFIX, of_onnx
 from bn_common.predict import program
 from bn_common.predictions import Network
-from bn_common.trained import Trained, check_weights, class_names, read_trained
+from bn_common.trained import FASHION_MNIST, Trained, check_weights, class_names, function_name, read_trained
 from jax_bn.blenet import BLeNet
 
 PROG = "python -m jax_bn.predict"
-# What the exported function is called: all that such a file says of its classes. JAX only: PyTorch has no such files.
-FASHION_MNIST, ANY = "fashion_mnist_logits", "logits"
 
 
 def network(run: Trained) -> tuple[BLeNet, Mapping[str, Any]]:
@@ -60,7 +60,7 @@ def predictor(run: Trained) -> Callable[[Array], Array]:
         found: Any = model.apply(given, x[..., None], train=False)
         return found
 
-    logits.__name__ = FASHION_MNIST if run.is_fashion_mnist else ANY
+    logits.__name__ = function_name(run.is_fashion_mnist)
     return logits
 
 
@@ -107,11 +107,13 @@ def _network(function: Callable[[Array], Array], fig_size: int, classes: Sequenc
 
 
 def load(path: Path) -> Network:
-    """The network of a run folder, or of an exported file.
+    """The network of a run folder, or of an exported file; ONNX Runtime runs what is called .onnx.
 
     Raises:
       ValueError: it is neither.
     """
+    if path.suffix == SUFFIX and path.is_file():
+        return of_onnx(path)
     from jax_bn.settings import find_devices, keep_compiled
 
     keep_compiled()

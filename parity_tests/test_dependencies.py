@@ -20,7 +20,7 @@ EXTRAS = dict.fromkeys(INSTALLED, ()) | {
     "torch_bn": ("torch",),
     "benchmarks": ("bench",),
 }
-EXTRAS |= {"bn_common": ("tensorboard",), "parity_tests": ("test", "browser")}
+EXTRAS |= {"bn_common": ("onnx", "tensorboard"), "parity_tests": ("test", "browser")}
 # Where a distribution is called otherwise than the module.
 DISTRIBUTIONS = {"PIL": "pillow", "haiku": "dm-haiku", "orbax": "orbax-checkpoint", "yaml": "pyyaml"}
 OF_TESTS = {"convert_models", "nets_of_a_test", "no_such_module", "transformers"}

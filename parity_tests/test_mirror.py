@@ -14,7 +14,7 @@ WINGS = {"jax_bn": "JAX only", "torch_bn": "PyTorch only"}
 FILES = {wing: {path.stem for path in (ROOT / wing).glob("*.py")} - {"__init__"} for wing in WINGS}
 PAIRS = sorted(FILES["jax_bn"] & FILES["torch_bn"])
 
-FILES_ALONE = {"jax_bn": {"blenet_cpu", "export", "mesh", "nnx", "settings"}, "torch_bn": {"kernels", "native"}}
+FILES_ALONE = {"jax_bn": {"blenet_cpu", "mesh", "nnx", "settings"}, "torch_bn": {"kernels", "native"}}
 # Frameworks differ in how they differentiate (transposing, or a function of autograd's), in where state lives
 # (collections, or buffers), and in what they leave to their users (devices, layouts, initial values).
 ALONE = {
@@ -29,6 +29,7 @@ ALONE = {
         "devices": "is_shared send promote_dtype varying",
         "layers": "feature_shape batch_norm_in_flax",
         "processes": "RELAYS _in_time _relay",
+        "export": "PLATFORMS check_installed exported_onnx _no_source_paths",
         "predict": "of_file",
         "precise": "Path precise_statistics_nnx _modes _moves _name _require_any",
         "statistics": "Statistics.minus_shift statistics_of _in_one_pass _in_two_passes",
@@ -43,6 +44,7 @@ ALONE = {
         "checkpoint": "STATE AGREE_EVERY",
         "channels": "MANY_ROWS largest_of sum_of_squares",
         "devices": "_gather NormalizeOverGroup",
+        "export": "folded _fold _without_source_paths",
         "layers": "NATIVE synchronize",
         "predict": "Predictor",
         "statistics": "near_the_mean mean_and_var",

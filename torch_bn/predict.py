@@ -2,6 +2,7 @@
 
     python -m torch_bn.predict runs/mine shoe.png shirt.jpg
     python -m torch_bn.predict runs/mine photo.jpg --resize --invert --json
+    python -m torch_bn.predict fashion.onnx shoe.png          what python -m torch_bn.export has written, or JAX's
 
 Images are made grey, and have to be of the size that the network was trained on, bright on black, unless --resize and
 --invert say otherwise. A wrong file is told in one line, the others are still predicted; the exit status is 2 then.
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bn_common.config import NUM_CLASS
+from bn_common.onnx_files import of_onnx
 from bn_common.predict import program
 from bn_common.predictions import Network
 from bn_common.trained import Trained, check_weights, class_names, read_trained
@@ -85,12 +87,12 @@ def _network(
 
 
 def load(path: Path) -> Network:
-    """The network of a run folder.
+    """The network of a run folder, or of an exported file, which ONNX Runtime runs.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is neither.
     """
-    return of_run(read_trained(path, "torch"))
+    return of_onnx(path) if path.is_file() else of_run(read_trained(path, "torch"))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -16,9 +16,8 @@ from flax.traverse_util import unflatten_dict
 
 import image_data
 import jax_bn
-from bn_common.trained import read_trained
+from bn_common.trained import FASHION_MNIST, read_trained
 from jax_bn import blenet_cpu, export
-from jax_bn.predict import FASHION_MNIST
 from parity_tests.trained_runs import standardised, trained_run
 
 ROOT = Path(__file__).parents[2]
