@@ -35,7 +35,7 @@ def precise_statistics(
     float64 (Chan, Golub and LeVeque 1979). One batch is held at a time; batches may differ in size.
 
     The variance is the unbiased one, as in Algorithm 2, where the layer keeps the unbiased, else the biased. Layers
-    that predict with their moving statistics (frozen, or use_running_average=True) keep them.
+    that predict with their moving statistics (frozen, or use_running_average=True) keep them::
 
         model = jax_bn.BLeNet()
         variables = precise_statistics(

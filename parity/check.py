@@ -57,7 +57,7 @@ def check(
         right?". None: PyTorch's weights are carried over: "are these two the same network?".
       flax_inputs: what Flax is called with instead of inputs and keywords, in its layout: a sequence of arguments, or
         a dict of keywords. What is the same but for float32's rounding is given as float64 has it.
-      flax_call: flax_call(module, variables, *inputs, train, **keywords) returns what `module.apply` gives, where the
+      flax_call: `flax_call(module, variables, *inputs, train, **keywords)` returns what `module.apply` gives, where the
         way to tell train from eval is not found in the module's signature.
       layer_map: {PyTorch's dotted name: Flax's path "a/b"} of layers that are not paired rightly by order and kind.
       loss: (torch_loss, jax_loss), each a function of the output. None: the same fixed function of the
@@ -242,7 +242,7 @@ def trace(
       keywords: further ones by name.
       train: train or eval mode.
       flax_inputs: what Flax is called with instead, in its layout.
-      flax_call: flax_call(module, variables, *inputs, train, **keywords).
+      flax_call: `flax_call(module, variables, *inputs, train, **keywords)`.
       layer_map: {PyTorch's dotted name: Flax's path} of layers that are not paired rightly by order and kind.
       loss: (torch_loss, jax_loss), each a function of the output; None: as for `dump`.
 

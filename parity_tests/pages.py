@@ -66,7 +66,8 @@ class Block(NamedTuple):
 
 def pages() -> list[Path]:
     """All of them, the README first."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    docs = ROOT / "docs"
+    return [ROOT / "README.md", *sorted(p for p in docs.rglob("*.md") if docs / "_build" not in p.parents)]
 
 
 def blocks(page: str) -> list[Block]:

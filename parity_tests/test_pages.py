@@ -1,11 +1,16 @@
 """README.md and docs/ are run: outputs, commands and links hold; and what runs them sees what does not."""
 
 import importlib.util
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 
+import jax_bn
+import parity
+import torch_bn
 from parity_tests.pages import ROOT, alike, asked, blocks, faults, options_missing, outputs, pages, refreshed
 
 LONG = pytest.mark.thorough
@@ -25,7 +30,19 @@ def test_the_readme_is_short():
 
 def test_every_page_is_in_the_site():
     index = (ROOT / "docs/index.md").read_text().splitlines()
-    assert {p.stem for p in pages() if p.parent.name == "docs"} - {"index"} <= set(index)
+    docs = ROOT / "docs"
+    names = {p.relative_to(docs).with_suffix("").as_posix() for p in pages() if docs in p.parents}
+    assert names - {"index"} <= set(index)
+
+
+@pytest.mark.parametrize("package", [jax_bn, parity, torch_bn], ids=lambda package: package.__name__)
+def test_every_public_name_is_in_the_reference(package):
+    """Each function and class; by its full name, in the page of its package."""
+    page = (ROOT / f"docs/api/{package.__name__}.md").read_text()
+    named = set(re.findall(r"^\.\. auto(?:function|class):: (\S+)$", page, re.MULTILINE))
+    public = {name for name in package.__all__ if not isinstance(getattr(package, name), types.ModuleType)}
+    assert {name.rpartition(".")[2] for name in named} >= public
+    assert public
 
 
 @LONG
