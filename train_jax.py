@@ -11,7 +11,7 @@ It leaves a run folder. `python -m torch_bn.training` is the same in PyTorch.
 
 from __future__ import annotations
 
-from bn_common.command_line import Program, main, program_name
+from bn_common.command_line import Program, as_command, main, program_name
 from bn_common.config import Config
 
 SCRIPT = "blenet-train"
@@ -23,7 +23,7 @@ def _load(config: Config) -> Program:
     from bn_common.memory import keep_memory
     from jax_bn.mesh import make_mesh
     from jax_bn.predict import of_run
-    from jax_bn.processes import join, leave
+    from jax_bn.processes import again, join, leave
     from jax_bn.settings import (
         be_deterministic,
         check_what_is_kept,
@@ -51,7 +51,7 @@ def _load(config: Config) -> Program:
     find_devices()
     make_mesh(config)  # which refuses what the devices cannot do
 
-    return Program(train, process, watch, leave, export, of_run)
+    return Program(train, process, watch, leave, export, of_run, again(as_command(_prog())))
 
 
 def _prog() -> str:

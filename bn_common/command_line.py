@@ -123,6 +123,11 @@ def program_name(script: str, otherwise: str) -> str:
     return script if started.is_absolute() and started.stem == script else otherwise
 
 
+def as_command(prog: str) -> str:
+    """The command that starts the program of that name."""
+    return f"python {prog}" if prog.endswith(".py") else prog
+
+
 def refuse(prog: str, message: str) -> NoReturn:
     """End the program: one line on standard error, exit status 2."""
     sys.stderr.write(f"{prog}: error: {' '.join(message.split())}\n")
@@ -192,6 +197,7 @@ class Program(NamedTuple):
       leave: what the framework does when all are done.
       export: gives the content of the file for --export; None where that is not asked for.
       predicting: gives a run's network, for --predict.
+      again: how the program is started in all its processes, in words and the command's beginning; "": by its name.
     """
 
     train: Callable[..., Any]
@@ -200,6 +206,7 @@ class Program(NamedTuple):
     leave: Callable[[], None] = lambda: None
     export: Callable[[Trained], bytes] | None = None
     predicting: Callable[[Trained], Network] = _no_network
+    again: str = ""
 
 
 def start(
@@ -272,7 +279,7 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
       description: of the program, for --help.
     """
     fill_standard_streams()
-    run = None
+    run, again = None, ""
     with Signals() as signals:
         try:
             config = read_config(None, prog=prog, description=description, framework=framework)
@@ -287,6 +294,7 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
                 except SystemExit as stop:
                     end(int(stop.code or 0))  # what is refused does not wait for what is still being imported
                 meanwhile.shutdown()
+            again = program.again
             if run is not None:
                 signals.deferred = True
                 run.told_to_stop = lambda step: signals.asked
@@ -305,12 +313,12 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
                 if status:
                     raise SystemExit(status)
         except Stopped as stop:
-            stopped(run, prog, f"interrupted by {stop.signal.name}", stop.status)
+            stopped(run, prog, f"interrupted by {stop.signal.name}", stop.status, again=again)
         except FloatingPointError as error:
             stopped(run, prog, f"stopped: {error}", 1, goes_on=False)
         except OSError as error:
             at = f"{error.filename}: " if error.filename else ""
-            stopped(run, prog, f"stopped: {at}{error.strerror or error}", 1)
+            stopped(run, prog, f"stopped: {at}{error.strerror or error}", 1, again=again)
 
 
 def _train(program: Program, config: Config, dataset: ImageDataset, run: RunFolder) -> None:
@@ -340,7 +348,9 @@ def _train(program: Program, config: Config, dataset: ImageDataset, run: RunFold
     watch.leave()
 
 
-def stopped(run: RunFolder | None, prog: str, why: str, status: int, *, goes_on: bool = True) -> NoReturn:
+def stopped(
+    run: RunFolder | None, prog: str, why: str, status: int, *, goes_on: bool = True, again: str = ""
+) -> NoReturn:
     """End the program before its run is finished: one line on standard error, with what is saved.
 
     Args:
@@ -349,6 +359,7 @@ def stopped(run: RunFolder | None, prog: str, why: str, status: int, *, goes_on:
       why: it ends.
       status: with which.
       goes_on: whether it would go otherwise another time; then how to go on is told.
+      again: see `Program`.
     """
     held = "nothing begun"
     if run is not None:
@@ -360,7 +371,7 @@ def stopped(run: RunFolder | None, prog: str, why: str, status: int, *, goes_on:
         held = f"{run.path} holds the checkpoint of step {run.saved_step}"
         if run.saved_step is None:
             held = f"{run.path} holds no checkpoint yet"
-        command = f"python {prog}" if prog.endswith(".py") else prog
+        command = again or as_command(prog)
         if goes_on:
             more = shlex.join(["--out", str(run.path), *afterwards.as_arguments(run.config)])
             held += f"; to go on: {command} --resume {more}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
+
+from bn_common.streams import show_cursor
 
 # SIGHUP is none of Windows's.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -28,8 +31,9 @@ class Stopped(KeyboardInterrupt):
 class Signals:
     """While it is entered, `SIGNALS` raise `Stopped` at once; or, once `deferred`, the first is only noted.
 
-    A second one ends the program at once. What the program was started to ignore (nohup, a shell's background)
-    stays ignored.
+    The next one ends the program at once; but of a run that is to save what it has, only the third does: a job's
+    launcher hands on what its processes have heard themselves, and who presses Ctrl-C twice is told what is waited for.
+    What the program was started to ignore (nohup, a shell's background) stays ignored.
 
     Attributes:
       deferred: whether a run is under way that will look at `asked` soon, and save before it stops.
@@ -39,6 +43,7 @@ class Signals:
     def __init__(self) -> None:
         self.deferred = False
         self.asked: int | None = None
+        self._count = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -52,8 +57,14 @@ class Signals:
             signal.signal(number, before)  # type: ignore[arg-type]
 
     def _told(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None:
+        self._count += 1
+        if self._count > (2 if self.deferred else 1):
+            show_cursor()
             os._exit(128 + number)
+        if self._count == 2:
+            with contextlib.suppress(OSError):
+                os.write(2, b"It ends as soon as a checkpoint is written; told once more, it ends without.\n")
+            return
         self.asked = number
         if not self.deferred:
             raise Stopped(number)

@@ -22,6 +22,14 @@ def fill_standard_streams() -> None:
         setattr(sys, name, Patient(getattr(sys, name) or open(os.devnull, "w")))  # noqa: SIM115
 
 
+def show_cursor() -> None:
+    """What a program that ends at once owes a terminal: a progress bar has hidden its cursor."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.isatty(number):
+                os.write(number, b"\x1b[?25h")
+
+
 class Patient:
     """A text stream that loses what can't be written. Otherwise as the one it is made of.
 

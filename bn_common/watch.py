@@ -106,7 +106,10 @@ class Watch:
             return
         text = said.partition(LOST)[2].decode() or f"the guard of process {self.index} has ended"
         # Not by way of Python's own end, where the framework would wait for the lost process once more.
+        from bn_common.streams import show_cursor  # which the guard's program does not see
+
         sys.stdout.flush()
+        show_cursor()
         os.write(2, ending(self.prog, text, self.index))
         os._exit(1)
 

@@ -68,6 +68,13 @@ def join(config: Config, prog: str) -> tuple[int, Watch | None]:
     return index, Watch(index, count, lambda port: store.key_value_set("watch", str(port)), find, prog)
 
 
+def again(prog: str) -> str:
+    """What to start the run with once more, in all of its processes: see `Program`."""
+    if jax.process_count() == 1:
+        return ""
+    return f"in each process, as it was started: {prog}"
+
+
 def leave() -> None:
     """Wait for the others, and say goodbye; they are watched until then."""
     jax.distributed.shutdown()

@@ -3,11 +3,14 @@
 The random ones are `make faults`.
 """
 
+import contextlib
 import errno
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -15,7 +18,7 @@ from jax.experimental import multihost_utils
 
 import jax_bn.training
 import torch_bn.training
-from bn_common import files, stopping
+from bn_common import checkpoints, files, stopping
 from bn_common.stopping import Stopped
 from jax_bn.checkpoint import agreed
 from parity_tests.faults import (
@@ -30,7 +33,7 @@ from parity_tests.faults import (
     small_folder,
     start,
 )
-from parity_tests.test_checkpoint import LOOPS, trained
+from parity_tests.test_checkpoint import LOOPS, KilledRun, trained
 from parity_tests.test_checkpoint import left as left_in
 
 TRAINING = {"jax": jax_bn.training, "torch": torch_bn.training}
@@ -155,6 +158,70 @@ def test_signals():
     finally:
         signal.signal(signal.SIGHUP, before[signal.SIGHUP])
     assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == before
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.usefixtures("quickly_compiled")
+def test_told_twice(loop, tmp_path, monkeypatch, capfd):
+    """In a step, and again while that is saved: it is saved, and the run ends by the first signal."""
+    seal, before = checkpoints.seal, {number: signal.getsignal(number) for number in stopping.SIGNALS}
+
+    def told_again(path, about):
+        os.kill(os.getpid(), signal.SIGINT)
+        seal(path, about)
+
+    monkeypatch.setattr(checkpoints, "seal", told_again)
+    with stopping.Signals() as signals:
+        signals.deferred = True
+
+        def told_to_stop(step):
+            if step == 5 and signals.asked is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return signals.asked
+
+        given = property(lambda run: told_to_stop, lambda run, value: None)
+        monkeypatch.setattr(KilledRun, "told_to_stop", given, raising=False)
+        with pytest.raises(Stopped) as stop:
+            trained(loop, tmp_path / "run")
+    assert stop.value.signal == signal.SIGTERM
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
+    assert capfd.readouterr().err == "It ends as soon as a checkpoint is written; told once more, it ends without.\n"
+    monkeypatch.undo()
+    assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == before
+    assert "continued from step 5" in trained(loop, tmp_path / "run")
+
+
+BAR = """
+import os, signal
+from rich.progress import Progress
+from bn_common import stopping
+
+with stopping.Signals() as signals:
+    signals.deferred = True
+    with Progress() as bar:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            print("told", flush=True)
+            os.kill(os.getpid(), number)
+"""
+
+
+def test_told_a_third_time():
+    """It ends at once, and the terminal has its cursor again, which the progress bar has hidden."""
+    near, far = pty.openpty()
+    command, environment = [sys.executable, "-c", BAR], os.environ | {"TERM": "xterm"}
+    with subprocess.Popen(command, cwd=ROOT, stdin=far, stdout=far, stderr=far, env=environment) as process:
+        os.close(far)
+        late = threading.Timer(120, process.kill)
+        late.start()
+        said = b""
+        with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
+            while more := os.read(near, 4096):
+                said += more
+    late.cancel()
+    os.close(near)
+    assert process.returncode == 128 + signal.SIGHUP
+    assert said.count(b"told\r\n") == 3
+    assert -1 < said.rfind(b"\x1b[?25l") < said.rfind(b"\x1b[?25h")
 
 
 @pytest.mark.usefixtures("quickly_compiled")

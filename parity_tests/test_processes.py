@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from bn_common import watch
 from parity.comparison import bounds
 from parity_tests.faults import LEFT, PROGRAMS, QUICKLY_COMPILED, ROOT, left, small_folder
+from torch_bn.processes import again
 
 
 def free_port():
@@ -167,8 +169,27 @@ def test_torchrun_is_told_to_stop(tmp_path):
     assert len(said) == 2
     assert sum("holds the checkpoint of step" in line for line in said) == 1
     assert all("interrupted by SIGTERM" in line for line in said)
+    (told,) = (line.partition("; to go on: ")[2] for line in said if "to go on" in line)
+    assert told.startswith("torchrun --nproc-per-node 2 -m torch_bn.training --resume --out ")
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(told)[1:]]
     assert "continued from step" in subprocess.run(command, **finished).stdout
     assert left(tmp_path / "run") == left(tmp_path / "whole")
+
+
+def test_how_to_go_on(monkeypatch):
+    """Of several processes, the command that starts all of them, as torchrun tells them of it."""
+    prog = "python -m torch_bn.training"
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert again(prog) == ""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert again(prog) == f"in each process, as it was started: {prog}"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert again(prog) == "torchrun --nproc-per-node 8 -m torch_bn.training"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    several = "torchrun --nnodes 2 --nproc-per-node 4 -m torch_bn.training"
+    assert again(prog) == f"on each node, with its rendezvous: {several}"
 
 
 def test_none_to_be_found(tmp_path):

@@ -56,6 +56,19 @@ def join(config: Config, prog: str) -> tuple[int, Watch | None]:
     return index, Watch(index, count, lambda port: store.set("watch", str(port)), find, prog)
 
 
+def again(prog: str) -> str:
+    """What to start the run with once more, in all of its processes: see `Program`."""
+    count, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if count == 1:
+        return ""
+    command = prog.removeprefix("python ")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"in each process, as it was started: {prog}"
+    if count == here:
+        return f"torchrun --nproc-per-node {here} {command}"
+    return f"on each node, with its rendezvous: torchrun --nnodes {count // here} --nproc-per-node {here} {command}"
+
+
 def leave() -> None:
     """Wait for the others, and say goodbye; they are watched until then."""
     dist.barrier()

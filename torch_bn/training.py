@@ -347,15 +347,17 @@ if __name__ == "__main__":
     from bn_common.checks import require
     from bn_common.command_line import Program, main
 
+    prog = "python -m torch_bn.training"
+
     def load(config: Config) -> Program:
         """The other processes, and what there is to train with."""
         from torch_bn.predict import of_run
-        from torch_bn.processes import join, leave
+        from torch_bn.processes import again, join, leave
 
         require(config.export is None, "--export", config.export, "of train_jax.py only")
         if config.deterministic:
             be_deterministic()
-        process, watch = join(config, "python -m torch_bn.training")
-        return Program(train, process, watch, leave, predicting=of_run)
+        process, watch = join(config, prog)
+        return Program(train, process, watch, leave, predicting=of_run, again=again(prog))
 
-    main(load, framework="torch", prog="python -m torch_bn.training", description=__doc__ or "")
+    main(load, framework="torch", prog=prog, description=__doc__ or "")
