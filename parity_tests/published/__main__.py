@@ -42,7 +42,9 @@ checked in a process of its own.
 """
 DIFFERS = """\
 `unbiased-variance` of ResNet and RegNet in training is true: PyTorch's batch norm keeps the unbiased variance, Flax's
-the biased one, so that these statistics differ by m/(m-1).
+the biased one, so that these statistics differ by m/(m-1). `train-uses-moving-statistics` of RegNet is true as well:
+Flax's `FlaxRegNetXLayer` calls `self.layer(hidden_state)` without `deterministic`, whose default is True, so that the
+batch norms in it predict while the network is trained.
 """
 FREE = """\
 Another `rope_theta` cannot be planted in Flax's LLaMA: it takes no notice of it, its frequencies are those of 10000.
