@@ -51,29 +51,37 @@ def test_two_devices_in_float64(form, batch):
     check_float64(distances(*(trained(n, form, "float64", BATCHES[batch]) for n in (1, 2))))
 
 
-@pytest.mark.parametrize("form", [pytest.param("layers", marks=pytest.mark.thorough), "cpu"])
-@pytest.mark.usefixtures("two_devices")
-def test_two_devices_in_float32(form):
-    found = distances(*(trained(n, form, "float32", BATCHES["uneven"]) for n in (1, 2)))
+def check_float32(found):
+    """As `test_lockstep` has them: a loss is a mean of what the logits are made into, a moving statistic of outputs."""
     assert found["gradients"] <= bounds.FLOAT32_GRADIENTS
     assert found["parameters"] <= bounds.FLOAT32_PARAMETERS_200_SGD_STEPS
-    # A loss is a mean of what the logits are made into, a moving statistic one of a layer's output: see test_lockstep.
     assert max(found["losses"], found["statistics"], found["logits"]) <= bounds.FLOAT32_LOGITS_200_SGD_STEPS
 
 
-@pytest.mark.thorough
-def test_eight_devices():
-    """Shares of 16 and 17; of 1 and 2; and of none: from 5 images, few steps, as they blow up rounding."""
+@pytest.mark.parametrize("form", [pytest.param("layers", marks=pytest.mark.thorough), "cpu"])
+@pytest.mark.usefixtures("two_devices")
+def test_two_devices_in_float32(form):
+    check_float32(distances(*(trained(n, form, "float32", BATCHES["uneven"]) for n in (1, 2))))
+
+
+# Shares of 16 and 17; of 1 and 2; and of none: from 5 images, few steps, as they blow up rounding.
+EIGHT = [
+    ("float64", check_float64, ["cpu:133:50", "layers:11:50", "layers:5:3"]),
+    pytest.param("float32", check_float32, ["cpu:133:50", "layers:133:50"], marks=pytest.mark.thorough),
+]
+
+
+@pytest.mark.parametrize(("dtype", "check", "cases"), EIGHT, ids=["float64", "float32"])
+def test_eight_devices(dtype, check, cases):
     flags = f"{QUICKLY_COMPILED['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = os.environ | QUICKLY_COMPILED | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    cases = ["cpu:133:50", "layers:11:50", "layers:5:3"]
-    command = [sys.executable, "-m", "parity_tests.jax_bn.over_devices", "8", "float64", *cases]
+    command = [sys.executable, "-m", "parity_tests.jax_bn.over_devices", "8", dtype, *cases]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(cases)
     for case in found:
-        check_float64(case)
+        check(case)
 
 
 def collectives(text):
