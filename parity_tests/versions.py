@@ -22,7 +22,7 @@ from parity_tests.package import PROJECT, ROOT, environment, run, use
 SETS = "lowest", "newest"
 OF_TESTS = "flatbuffers", "hypothesis", "mpmath", "pytest", "pytest-xdist", "pyyaml"
 TESTS = (
-    "parity_tests/jax_bn/test_layers.py", "parity_tests/jax_bn/test_nnx.py", "parity_tests/jax_bn/test_export.py",
+    "parity_tests/jax_bn/test_layers.py", "parity_tests/jax_bn/test_nnx.py", "parity_tests/parity/test_weights.py",
     "parity_tests/test_options.py", "parity_tests/test_predict.py", "parity_tests/parity/test_check.py",
     "parity_tests/torch_bn/test_layers.py",
 )  # fmt: skip
