@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,7 +147,11 @@ def input_gradients(torch: Recording, flax: Recording) -> Iterator[Difference]:
 
 
 def alone(pairing: Pairing, torch: Recording, flax: Recording) -> tuple[list[Layer], list[Layer]]:
-    """The layers of either side that have no partner on the other and are used: called, or with a gradient."""
+    """The layers of either side that have no partner on the other and are used: called, or with a gradient.
+
+    Also those that have one, but are never called, as a module whose own parameters its code uses: with the tensors
+    that the other side lacks. What is called is judged by what it gives.
+    """
     left = tuple(map(set, pairing.left()))
     left[0].difference_update(_tied(left[0], [name for name, _, _ in pairing.tensors()], torch))
 
@@ -155,9 +160,15 @@ def alone(pairing: Pairing, torch: Recording, flax: Recording) -> tuple[list[Lay
         called = any(call.path == layer.path for call in run.calls)
         return any(called or np.any(run.gradients.get(full, np.zeros(()))) for full in mine)
 
+    def rest(layer: Layer, names: Sequence[str]) -> Layer:
+        return replace(layer, tensors={name: layer.tensors[name] for name in names})
+
+    silent = [p for p in pairing.layers if not p.torch.is_called and not p.flax.is_called]
+    ours = [*pairing.torch_alone, *(rest(p.torch, p.torch_left) for p in silent)]
+    theirs = [*pairing.flax_alone, *(rest(p.flax, p.flax_left) for p in silent)]
     return (
-        [layer for layer in pairing.torch_alone if used(layer, torch, left[0])],
-        [layer for layer in pairing.flax_alone if used(layer, flax, left[1])],
+        [layer for layer in ours if used(layer, torch, left[0])],
+        [layer for layer in theirs if used(layer, flax, left[1])],
     )
 
 

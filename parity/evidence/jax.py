@@ -61,6 +61,7 @@ class FlaxRuns:
         self.layers, self.shapes = flax_side.structure(self.side, self.inputs, train=train)
         self.variables: dict[str, Any] = {}
         self.carried: dict[str, Any] = {}
+        self.filled: set[str] = set()  # parameters that neither PyTorch nor the user has
         self.given: Mapping[str, Any] | None = None
         self.swapped: list[int] = []
         self.rounded: set[str] = set()
@@ -205,14 +206,24 @@ class FlaxRuns:
             known = (a[name] for a in sources if name in a and np.shape(a[name]) == tuple(v.shape))
             self.variables[name] = next(known, None)
             if self.variables[name] is None:
-                # A collection of its own holds constants, which only the module knows.
-                known_here = {} if name.startswith(("params/", "batch_stats/")) else self._initial
+                # What is no parameter and no norm's only the module knows; a 0 might switch off what it is for.
+                known_here = {} if name.startswith("params/") or name in self._of_norms else self._initial
                 self.variables[name] = known_here.get(name, _filler(name, v.shape))
         for name in self.side.tables:
             own = self._initial[name]
             mine = (self.given or {}).get(name)
             self.variables[name] = mine if mine is not None and np.shape(mine) == own.shape else own
         self.carried = {**self.variables, **{name: a for name, a in carried.items() if name in self.shapes}}
+        self.filled = {
+            name
+            for name in self.shapes
+            if name.startswith("params/") and all(name not in a for a in (self.given or {}, carried))
+        }
+
+    @property
+    def _of_norms(self) -> set[str]:
+        """The names of the batch norms' variables."""
+        return {name for x in self.layers.values() if x.kind == "batch_norm" for name in x.tensors.values()}
 
     def _unknown(self) -> list[str]:
         """The names of the user's own variables that the module has not."""
@@ -243,6 +254,7 @@ class FlaxRuns:
         held = {name: free.tensors[name] for name, v in before.items() if np.asarray(v).dtype == np.float64}
         self.variables = before | held
         self.carried = {name: held.get(name, v) if v is before[name] else v for name, v in self.carried.items()}
+        self._see_filled(free)
         about = flax_side.versions() | details(self.module, self.train, self.loss)
         about["parameters"] = self.own_dtype.name
         found = Evidence(free, given=self.given, details=about)
@@ -257,6 +269,16 @@ class FlaxRuns:
         if unseen and free.has_ended:
             found.notes.append(f"inside a jit, remat or scan, which can't be looked into: {', '.join(unseen)}")
         return found
+
+    def _see_filled(self, free: Recording) -> None:
+        """The gradients of what is filled in, of the product of two too: each is 0 as long as the other is."""
+        hidden = [name for name in self.filled if name in free.gradients and not np.any(free.gradients[name])]
+        if not hidden or free.failure is not None:
+            return
+        random = np.random.default_rng(0)
+        noise = {name: random.normal(0, 0.1, self.shapes[name].shape) for name in sorted(self.filled)}
+        seen = self.run({**self.variables, **noise})
+        free.gradients |= {name: seen.gradients[name] for name in hidden if name in seen.gradients}
 
     def forced(self, translation: Translation, *, gradients: bool = True) -> Recording:
         """The run in single-layer mode: every layer on PyTorch's input.
