@@ -26,6 +26,7 @@ from bn_common.config import GROUPS, MOST_STEPS, NUM_CLASS, Config
 from bn_common.config_file import read_toml
 from bn_common.files import check_can_be_made
 from bn_common.memory import imports
+from bn_common.mistakes import pictures
 from bn_common.predictions import Network
 from bn_common.record import (
     identity_of,
@@ -40,7 +41,7 @@ from bn_common.shown import as_text
 from bn_common.stopping import Signals, Stopped
 from bn_common.streams import fill_standard_streams
 from bn_common.tensorboard import check_installed
-from bn_common.trained import Trained
+from bn_common.trained import Trained, read_trained
 from bn_common.watch import Watch
 from image_data import ImageDataset, load_fashion_mnist, load_folder, load_sample, steps_per_epoch
 
@@ -298,6 +299,8 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
             if run is not None:
                 signals.deferred = True
                 run.told_to_stop = lambda step: signals.asked
+                if run.writes:
+                    run.pictures = partial(_pictures, program, dataset, run.path, framework)
                 _train(program, config, dataset, run)
             if afterwards.is_asked(config) and program.process == 0:
                 signals.deferred = False
@@ -319,6 +322,11 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
         except OSError as error:
             at = f"{error.filename}: " if error.filename else ""
             stopped(run, prog, f"stopped: {at}{error.strerror or error}", 1, again=again)
+
+
+def _pictures(program: Program, dataset: ImageDataset, path: Path, framework: str) -> tuple[bytes, bytes, str]:
+    """What a finished run in that folder makes of the test set, see `bn_common.mistakes`."""
+    return pictures(program.predicting(read_trained(path, framework)), dataset)
 
 
 def _train(program: Program, config: Config, dataset: ImageDataset, run: RunFolder) -> None:

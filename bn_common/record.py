@@ -18,9 +18,10 @@ from bn_common.files import LOCK, check_can_be_made, lock
 from image_data import ImageDataset, pixel_mean_and_std
 
 CONFIG, METRICS, WEIGHTS, CURVES = "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
+CONFUSION, MISTAKES = "confusion.png", "mistakes.png"
 OPTIONS = "config.toml"
 """For people, and for --config; what a run is, config.json says."""
-FILES = (CONFIG, OPTIONS, METRICS, WEIGHTS, CURVES)
+FILES = (CONFIG, OPTIONS, METRICS, WEIGHTS, CURVES, CONFUSION, MISTAKES)
 """Of a run folder, beside its folders."""
 
 

@@ -27,9 +27,11 @@ from bn_common.config_file import as_toml
 from bn_common.files import check_can_be_made, leftovers, lock, write_together, write_whole
 from bn_common.record import (
     CONFIG,
+    CONFUSION,
     CURVES,
     FILES,
     METRICS,
+    MISTAKES,
     OPTIONS,
     WEIGHTS,
     reached,
@@ -87,6 +89,7 @@ class RunFolder:
         self.config, self.about, self.console, self.writes = config, dict(about), console, writes
         self.saved_step: int | None = None
         self.told_to_stop: Callable[[int], int | None] = lambda step: None
+        self.pictures: Callable[[], tuple[bytes, bytes, str]] | None = None
         self._open = contextlib.ExitStack()
         self._scalars: Scalars | None = None
         self.metrics: list[dict[str, Any]] = []
@@ -320,17 +323,33 @@ class RunFolder:
         return reached(self.config, self.metrics[:epoch])
 
     def finish(self) -> None:
-        """Draw the curves, let go of the folder, and say what has come of the run and where everything is."""
+        """Draw the pictures, let go of the folder, and say what has come of the run and where everything is."""
         if not self.writes:
             return
+        mistakes = self._draw_mistakes() if self.metrics else None
+        # The last file: with it the run is finished.
         write_whole(self.path / CURVES, draw_curves(self.metrics, self.about["data"]))
         if self.metrics:
             self.say(summary(self.metrics))
+        if mistakes is not None:
+            self.say(f"{CONFUSION}, {MISTAKES}: {mistakes}")
         if self.config.until_accuracy is not None:
             found = "reached" if reached(self.config, self.metrics) else "not reached"
             self.say(f"test accuracy {self.config.until_accuracy:g} {found} after {len(self.metrics)} epochs")
         self.close()
         self.say(f"run folder: {self.path}")
+
+    def _draw_mistakes(self) -> str | None:
+        """Draw what `self.pictures` gives, and give its words. What fails is told, and the run ends as it would."""
+        if self.pictures is None:
+            return None
+        try:
+            confusion, sheet, mistakes = self.pictures()
+            write_together({self.path / CONFUSION: confusion, self.path / MISTAKES: sheet})
+        except Exception as error:  # of a picture nothing depends
+            self.say(f"Notice: {CONFUSION} and {MISTAKES} are not drawn: {error}", "yellow")
+            return None
+        return mistakes
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line, never wrapped: it may be read by a program."""

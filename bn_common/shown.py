@@ -54,8 +54,13 @@ def data_title(data: str) -> str:
 
 def draw_curves(metrics: list[dict[str, Any]], data: str) -> bytes:
     """Loss and accuracy over the epochs, as a PNG."""
+    return as_png(plot_curves(metrics, data))
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as the content of a PNG file."""
     buffer = io.BytesIO()
-    plot_curves(metrics, data).savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 

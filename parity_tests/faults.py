@@ -30,7 +30,8 @@ PROGRAMS = {"jax": ["train_jax.py"], "torch": ["-m", "torch_bn.training"]}
 QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
 OPTIONS = ["--batch-size", "20", "--epochs", "12", "--checkpoint-every", "4"]
 TIMES = "start_time", "seconds", "images_per_second"
-LEFT = {"config.json", "config.toml", "metrics.jsonl", "weights.safetensors", "curves.png", "checkpoints"}
+LEFT = {"config.json", "config.toml", "metrics.jsonl", "weights.safetensors", "checkpoints"}
+LEFT |= {"curves.png", "confusion.png", "mistakes.png"}
 
 
 def small_folder(folder: Path) -> Path:
