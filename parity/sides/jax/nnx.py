@@ -23,8 +23,12 @@ class NnxSide:
         self.flax_call, self.is_opened, self.lifts = flax_call, False, False
         self.tables: list[str] = []
         self.turns: frozenset[int] = frozenset()
+        _refuse_weight_norm(module)
         self.graph, state = nnx.split(module)
-        self.state = dict(nnx.to_flat_state(state))
+        leaves = dict(nnx.to_flat_state(state))
+        # An array that is an attribute, such as a table of frequencies, is trained by nobody: it stays as it is.
+        self.constants = {path: v for path, v in leaves.items() if not isinstance(v, nnx.Variable)}
+        self.state = {path: v for path, v in leaves.items() if path not in self.constants}
         self.names = {path: _nnx_name(path, variable) for path, variable in self.state.items()}
 
     def module_with(self, variables: Variables) -> nnx.Module:
@@ -34,7 +38,7 @@ class NnxSide:
             (path, v.replace(variables.get(self.names[path], _value(v))))
             for path, v in self.state.items()
         ]
-        return nnx.merge(self.graph, nnx.from_flat_state(leaves))
+        return nnx.merge(self.graph, nnx.from_flat_state(leaves + list(self.constants.items())))
 
     def apply(self, variables, inputs, *, train, intercept, seed):
         """See `Side`."""
@@ -63,6 +67,15 @@ class NnxSide:
         return {self.names[path]: _value(v) for path, v in self.state.items() if not _is_random(v)}
 
 
+def _refuse_weight_norm(module: nnx.Module) -> None:
+    """Raise ValueError where an `nnx.WeightNorm` stands: its scales are arrays, into which nothing is carried."""
+    kind = getattr(nnx, "WeightNorm", ())
+    found = [".".join(map(str, path)) for path, child in nnx.iter_modules(module) if isinstance(child, kind)]
+    if found:
+        names = ", ".join(name or "the module itself" for name in found)
+        raise ValueError(f"nnx.WeightNorm stands at {names}; allowed: linen's, or the layer without it")
+
+
 def _value(variable: Any) -> Any:
     return variable.get_value() if hasattr(variable, "get_value") else variable.value
 
@@ -76,12 +89,14 @@ def _nnx_name(path: tuple, variable: Any) -> str:
 
 
 def nnx_state(state: Any) -> Variables:
-    """An `nnx.State` as a flat dict."""
-    return {_nnx_name(path, v): _value(v) for path, v in nnx.to_flat_state(state) if not _is_random(v)}
+    """An `nnx.State` as a flat dict, without arrays that are no variables."""
+    leaves = nnx.to_flat_state(state)
+    return {_nnx_name(p, v): _value(v) for p, v in leaves if isinstance(v, nnx.Variable) and not _is_random(v)}
 
 
 def flat_variables(variables: Any) -> Variables:
-    """A linen module's variables or an `nnx.State` as a flat dict of numpy arrays."""
+    """A linen module's variables, an `nnx.State` or the NNX module that has it, as a flat dict of numpy arrays."""
+    variables = nnx.state(variables) if isinstance(variables, nnx.Module) else variables
     given = nnx_state(variables) if isinstance(variables, nnx.State) else flat(variables)
     # Off whatever device they are on: the float64 run is the CPU's.
     return {
