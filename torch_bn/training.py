@@ -1,4 +1,4 @@
-"""Training BLeNet: the network, its state, one step, evaluation, an epoch, a run. `jax_bn/training.py` is its twin.
+"""Training BLeNet in PyTorch. `jax_bn/training.py` is the same in JAX.
 
     python -m torch_bn.training                       10 epochs on Fashion-MNIST
     python -m torch_bn.training --data sample --epochs 2 --out runs/sample
