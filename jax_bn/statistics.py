@@ -36,11 +36,12 @@ def statistics_of(x: Array, near: Array, mask: Array | None, epsilon: float, cha
 
     Of the variance, mean(d^2) - e^2 with d = x - near and e = mean(d), as much is lost as by one more rounding while e
     is half a standard deviation at most, and by 3 more at sqrt(3). Else x is read again, as it always is on a GPU,
-    which would do both always. On a TPU the sums fuse into what has made x. On a CPU near is 0, so that d is x itself.
+    which would do both always. On a TPU the sums fuse into what has made x. On a CPU near is 0, so that d is x itself;
+    over several of its devices the second form's sum over them would stand beside the first's.
 
     JAX only: PyTorch takes mean and variance within the function that it differentiates.
     """
-    furthest = {"tpu": 0.5, "cpu": 3**0.5}.get(channels.platform)
+    furthest = {"tpu": 0.5, "cpu": 3**0.5 if channels.axis_name is None else None}.get(channels.platform)
     if furthest is None or jnp.iscomplexobj(x) or not is_shared(near, x, channels):
         return _in_two_passes(x, near, mask, channels)
     near = jnp.zeros_like(near) if channels.platform == "cpu" else near
