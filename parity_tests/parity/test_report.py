@@ -17,7 +17,7 @@ from rich.console import Console
 
 import parity
 from parity import testing
-from parity.diagnosis.fixes import FIXES
+from parity.diagnosis.kind_fixes import fix_of
 from parity.report import NETWORK, Diagnosis, Divergence, LayerRow, Report, both_names, number
 from parity.report.cards import answer
 from parity.report.findings import together
@@ -260,8 +260,8 @@ def test_html_begins_with_the_answer():
     assert text.count('<tr class="differs-first">') == 2  # among what differs, and among all
     every = text[text.index('id="all"') :]
     assert every.count("<tr class=") == len(report.layers)
-    # One code of a fix in both frameworks, unfolded.
-    assert all(line in found.text for side in FIXES["epsilon"] for line in side)
+    # One code of a fix in both frameworks, unfolded, for the kind of layer that it is in.
+    assert all(line in found.text for side in fix_of("epsilon", "batch_norm") for line in side)
     assert '<details class="fix" open>' in text
 
 
