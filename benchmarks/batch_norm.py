@@ -231,7 +231,7 @@ where a mean is further than 1.7 standard deviations from 0, and x is taken rela
 The native kernel reads its statistics one value at a time, which takes as long as all else; so the sums that stand for
 it more than pay for the sum of dy. Without the shift, a large mean would be lost; without centring dy, a common offset
 in it would be, from gamma's gradient. Whether it has one is seen from some of the examples: `torch_bn/kernels.py`.
-In a network whose means are as large as its standard deviations, it usually has, and the table's last line counts.
+The larger the means of x, the sooner an offset shows: then the table's last line counts.
 Planes above 32 x 32 are added up again for gamma's gradient, in 5 more. Where a batch is as small as 256 x 120, the
 time is that of some 50 small operations, of 1 to 8 us each, against two of the native one's."""
 

@@ -39,7 +39,7 @@ def statistics_of(x: Array, near: Array, mask: Array | None, epsilon: float, cha
     which would do both always. On a TPU the sums fuse into what has made x. On a CPU near is 0, so that d is x itself;
     over several of its devices the second form's sum over them would stand beside the first's.
 
-    JAX only: PyTorch takes mean and variance within the function that it differentiates.
+    JAX only: in PyTorch they are taken in `mean_and_var`.
     """
     furthest = {"tpu": 0.5, "cpu": 3**0.5 if channels.axis_name is None else None}.get(channels.platform)
     if furthest is None or jnp.iscomplexobj(x) or not is_shared(near, x, channels):

@@ -240,9 +240,8 @@ def normalize_batch(
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
     if mask is None and can_be_read(x):
         if x.ndim > 2 and not x.is_contiguous() and (last := x.movedim(1, -1)).is_contiguous():
-            y, batch = normalize_batch(
-                last.flatten(0, -2), gamma, beta, None, epsilon
-            )  # the matrix that it is in memory
+            # Channels last: as the matrix that it is in memory.
+            y, batch = normalize_batch(last.flatten(0, -2), gamma, beta, None, epsilon)
             return y.unflatten(0, last.shape[:-1]).movedim(-1, 1), batch
         mean, var = mean_and_var(x.detach(), None)
         if is_centred(x, mean, var):
