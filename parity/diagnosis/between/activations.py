@@ -201,20 +201,48 @@ def solved(u: Array, v: Array, limit: float, tolerance: float = 1e-9, after: Aft
         return [one for one in found if error_of(v, one.function(u)) <= limit]
 
 
-def possible(u: Array, v: Array, limit: float) -> bool:
-    """Whether `solved` may find something, judged quickly from a few elements."""
+def possible(u: Array, v: Array, limit: float) -> NDArray[np.bool_]:
+    """Of which of the arrays u[0], u[1], ... `solved` may make v, judged quickly from a few elements.
+
+    Args:
+      u: [K, *v.shape].
+      v: any shape.
+      limit: the largest absolute difference that counts as none.
+
+    Returns:
+      [K].
+    """
+    axes = tuple(range(1, u.ndim))
     with np.errstate(all="ignore"):
         low, high = v.min(initial=math.inf), v.max(initial=-math.inf)
         at_low, at_high = (v - low <= limit) & (u <= low + limit), (high - v <= limit) & (u >= high - limit)
-        clipped = (np.abs(u - v) <= limit) | at_low | at_high
-        same_above = np.all((u <= 0) | (np.abs(u - v) <= limit))
-        return bool(same_above or clipped.all() or any(_between(family, u, v, limit) for family in _FAMILIES))
+        same = np.abs(u - v) <= limit
+        fits: NDArray[np.bool_] = ((u <= 0) | same).all(axis=axes) | (same | at_low | at_high).all(axis=axes)
+        for family in _FAMILIES:
+            fits |= _between(*_ends(family, u), v, limit)
+        return fits
 
 
-def _between(family: _Family, u: Array, v: Array, limit: float, after: After | None = None) -> bool:
-    """Whether all of v lies between what the family's two ends give."""
-    ends = [(after or np.asarray)(family.function(u, end)) for end in (family.lowest, family.highest)]
-    return bool(np.all((v >= np.minimum(*ends) - limit) & (v <= np.maximum(*ends) + limit)))
+def ends(u: Array) -> Array:
+    """What each family with a parameter gives at its lowest and at its highest, [2, families, *u.shape]."""
+    with np.errstate(all="ignore"):
+        return np.stack([_ends(family, u) for family in _FAMILIES], axis=1)
+
+
+def solvable(ends: Array, v: Array, limit: float) -> bool:
+    """Whether one of the families whose `ends` these are may make v with some parameter."""
+    with np.errstate(all="ignore"):
+        return bool(_between(ends[0], ends[1], v, limit).any())
+
+
+def _ends(family: _Family, u: Array) -> tuple[Array, Array]:
+    return family.function(u, family.lowest), family.function(u, family.highest)
+
+
+def _between(lowest: Array, highest: Array, v: Array, limit: float) -> NDArray[np.bool_]:
+    """Whether all of v lies between what a family's two ends give: one answer for each index before v's axes."""
+    inside = (v >= np.minimum(lowest, highest) - limit) & (v <= np.maximum(lowest, highest) + limit)
+    return np.asarray(inside.all(axis=tuple(range(inside.ndim - v.ndim, inside.ndim))))
 
 
 def number(value: float, tolerance: float = 1e-9) -> str:
@@ -231,11 +259,11 @@ def _solve(family: _Family, u: Array, v: Array, limit: float, tolerance: float, 
         rows = np.unique(np.r_[rows, depends.argsort()[-8:]])
         u, v = few_u[rows], few_v[rows]
     then = after or np.asarray
-    at_lowest, at_highest = (then(family.function(u, end)) for end in (family.lowest, family.highest))
+    at_lowest, at_highest = map(then, _ends(family, u))
     # An element says something only between the two ends: softplus at a large x is x for every beta.
     room = np.minimum(np.abs(v - at_lowest), np.abs(v - at_highest))
     room = np.where((v - at_lowest) * (v - at_highest) < 0, room, 0.0)
-    if not _between(family, u, v, limit, after) or np.count_nonzero(room > 4 * limit) < FEWEST:
+    if not _between(at_lowest, at_highest, v, limit) or np.count_nonzero(room > 4 * limit) < FEWEST:
         return None
     place = np.unravel_index(room.argmax(), room.shape)
     rising, wanted = at_highest[place] > at_lowest[place], v[place]

@@ -233,8 +233,7 @@ def pooled(name: str, u: Array, target: Target, level: str) -> list[tuple[Chain,
             continue
         some = [pool for axes in geometries for pool in pools.variants(axes, sizes)]
         some += pools.positions(sizes) if math.prod(outputs) == 1 else []
-        for pool in some:
-            hits += _pool_hits(Chain(name, pool=pool), u, few, candidates, target, level)
+        hits += _pool_hits(Pools.of(some, few), Chain(name), u, few, candidates, target, level) if some else []
     return hits
 
 
@@ -262,33 +261,55 @@ class Few(NamedTuple):
         return view[self.example : self.example + 1][..., self.channels]
 
 
+class Pools(NamedTuple):
+    """Pools that lead to one shape: a function behind them is tried on all at once, which is ten times as fast."""
+
+    pools: list[Pool]
+    after: Array  # [len(pools), ...]: what each makes of the few
+
+    @classmethod
+    def of(cls, some: list[Pool], few: Few) -> Pools:
+        """Each of these pools of the few."""
+        return cls(some, np.stack([pools.apply(few.values, pool) for pool in some]))
+
+
 def _pool_hits(
-    chain: Chain, u: Array, few: Few, candidates: list[tuple[str, Array]], target: Target, level: str
+    some: Pools, chain: Chain, u: Array, few: Few, candidates: list[tuple[str, Array]], target: Target, level: str
 ) -> list[tuple[Chain, float]]:
-    """The activations before and after this pool that make the target."""
-    pool = chain.pool
-    assert pool is not None
-    after = pools.apply(few.values, pool)
+    """The activations before and after these pools that make the target."""
     if level == "solved":
-        return _pool_solved(chain, u, few, after, candidates, target)
-    tried = {"activation first": pools.apply(few.activated, pool), "pool first": activations.stack(after, ELEMENTWISE)}
+        return _pool_solved(some, chain, u, few, candidates, target)
+    loose = level == "loose"
+    behind = [_alive_behind(some, few.cut(view), target, loose=loose) for _, view in candidates]
     hits: list[tuple[Chain, float]] = []
-    for layout, view in candidates:
-        found: dict[str, tuple[Match, list[str]]] = {}
-        for order, made in tried.items():
-            for name in itertools.compress(ELEMENTWISE, alive(made, few.cut(view), target, loose=level == "loose")):
-                w = run(u, name, pool, order)
-                if level == "loose":
-                    one = match(w, view, target)
-                else:
-                    one = Match(1.0, 0.0, 0.0) if error_of(view, w) <= target.limit else None
-                if one:
-                    found.setdefault(name, (one, []))[1].append(order)
-        for name, (one, orders) in found.items():
-            order = "" if len(orders) == 2 else orders[0]
-            fit = chain._replace(activation=name, order=order, layout=layout, gain=one.gain, dropout=one.dropout)
-            hits.append((fit, one.doubt))
+    for place, pool in enumerate(some.pools):
+        before = pools.apply(few.activated, pool)
+        for (layout, view), after in zip(candidates, behind, strict=True):
+            found: dict[str, tuple[Match, list[str]]] = {}
+            tried = {
+                "activation first": alive(before, few.cut(view), target, loose=loose),
+                "pool first": after[:, place],
+            }
+            for order, names in tried.items():
+                for name in itertools.compress(ELEMENTWISE, names):
+                    w = run(u, name, pool, order)
+                    if loose:
+                        one = match(w, view, target)
+                    else:
+                        one = Match(1.0, 0.0, 0.0) if error_of(view, w) <= target.limit else None
+                    if one:
+                        found.setdefault(name, (one, []))[1].append(order)
+            for name, (one, orders) in found.items():
+                order = "" if len(orders) == 2 else orders[0]
+                fit = chain._replace(pool=pool, activation=name, order=order, layout=layout)
+                hits.append((fit._replace(gain=one.gain, dropout=one.dropout), one.doubt))
     return hits
+
+
+def _alive_behind(some: Pools, view: Array, target: Target, *, loose: bool) -> NDArray[np.bool_]:
+    """Which functions behind which pools may make this part of the target, [len(ELEMENTWISE), len(pools)]."""
+    with np.errstate(all="ignore"):
+        return np.stack([alive(FUNCTIONS[name](some.after), view, target, loose=loose) for name in ELEMENTWISE])
 
 
 def run(u: Array, activation: str, pool: Pool, order: str) -> Array:
@@ -298,21 +319,22 @@ def run(u: Array, activation: str, pool: Pool, order: str) -> Array:
 
 
 def _pool_solved(
-    chain: Chain, u: Array, few: Few, after: Array, candidates: list[tuple[str, Array]], target: Target
+    some: Pools, chain: Chain, u: Array, few: Few, candidates: list[tuple[str, Array]], target: Target
 ) -> list[tuple[Chain, float]]:
-    """Functions with a parameter behind the pool (or before a maximum, which is the same), or before an average."""
-    pool = chain.pool
-    assert pool is not None
-    order = "pool first" if pool.kind == "average" else ""
+    """Functions with a parameter behind a pool (or before a maximum, which is the same), or before an average."""
+    behind = [activations.possible(some.after, few.cut(view), target.limit) for _, view in candidates]
+    ends = activations.ends(few.values)
     hits: list[tuple[Chain, float]] = []
-    for layout, view in candidates:
-        one_by_one: list[activations.Solved] = []
-        if activations.possible(after, few.cut(view), target.limit):
-            one_by_one = activations.solved(pools.apply(u, pool), view, target.limit, target.tolerance)
-        hits += [(chain._replace(activation=f.name, order=order, layout=layout), 0.0) for f in one_by_one]
-        if not one_by_one:
-            then = functools.partial(pools.apply, pool=pool)
-            found = activations.solved(few.values, few.cut(view), target.limit, target.tolerance, then)
-            found = [f for f in found if error_of(view, then(f.function(u))) <= target.limit]
-            hits += [(chain._replace(activation=f.name, order="activation first", layout=layout), 0.0) for f in found]
+    for place, pool in enumerate(some.pools):
+        then = functools.partial(pools.apply, pool=pool)
+        ends_before = then(ends)
+        for (layout, view), after in zip(candidates, behind, strict=True):
+            fit = chain._replace(pool=pool, layout=layout)
+            order = "pool first" if pool.kind == "average" else ""
+            found = activations.solved(then(u), view, target.limit, target.tolerance) if after[place] else []
+            if not found and activations.solvable(ends_before, few.cut(view), target.limit):
+                order = "activation first"
+                found = activations.solved(few.values, few.cut(view), target.limit, target.tolerance, then)
+                found = [f for f in found if error_of(view, then(f.function(u))) <= target.limit]
+            hits += [(fit._replace(activation=f.name, order=order), 0.0) for f in found]
     return hits
