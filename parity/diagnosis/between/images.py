@@ -53,15 +53,13 @@ def _resizes(sources: Sequence[Source], target: Target) -> Iterator[Resize]:
         if u.ndim != v.ndim or u.shape[-1] != v.shape[-1] or len(u) != len(v) or sizes == outputs:
             continue
         rest = [("", v), *((s.name, v - s.value) for s in sources if s.value.shape == v.shape)]
+        activated = [FUNCTIONS[name](u) for name in FIRST]
         for method in METHODS:
-            resize = functools.partial(_resized, method=method, outputs=outputs)
-            plain = resize(u)
+            plain, *made = (_resized(x, method, outputs) for x in (u, *activated))
             for plus, wanted in rest:
                 names = known(plain, wanted, target.limit)
-                names += [
-                    n for n in FIRST if n not in names and error_of(wanted, resize(FUNCTIONS[n](u))) <= target.limit
-                ]
-                for name in names:
+                first = [n for n, w in zip(FIRST, made, strict=True) if error_of(wanted, w) <= target.limit]
+                for name in [*names, *(n for n in first if n not in names)]:
                     yield Resize(source.name, method, name, plus)
 
 
