@@ -34,6 +34,7 @@ from benchmarks.learning.pool import in_parallel
 from benchmarks.learning.runs import Run, begin_jax, index_batches
 from bn_common.command_line import load, parse
 from bn_common.config import Config
+from bn_common.shown import data_title
 from image_data import ImageDataset
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def measure(options: Options, console: Console) -> dict[str, Any]:
         seen[_title(run.batch_norm)] = found
     table = by_rate(rows)
     console.print(rows_table(COLUMNS, table))
-    return {"machine": machine, "data": dataset.name, "rows": rows, "quantiles": seen, "accuracy": options.accuracy}
+    data = data_title(dataset.name)
+    return {"machine": machine, "data": data, "rows": rows, "quantiles": seen, "accuracy": options.accuracy}
 
 
 def steps_to_accuracy(search: Search, dataset: ImageDataset) -> Row:
