@@ -38,11 +38,11 @@ ALONE = {
         " EvalBatch jit_eval_step compile_step",
     },
     "torch_bn": {
-        "arrays": "dtype_name",
+        "arrays": "dtype_name can_be_read",
         "batch_norm": "_NormalizeBatch _NormalizeBatchForward Options.group _normalize_over_group",
         "blenet": "AUTOCAST",
         "checkpoint": "STATE AGREE_EVERY",
-        "channels": "MANY_ROWS largest_of sum_of_squares",
+        "channels": "MANY_ROWS PIECE largest_of sum_of_products _sum _sum_of_pieces sum_of_squares",
         "devices": "_gather NormalizeOverGroup",
         "export": "folded _fold _without_source_paths",
         "layers": "NATIVE synchronize",

@@ -16,16 +16,15 @@ from torch import distributed as dist
 from torch.nn import functional
 
 from bn_common.checks import check_batch_norm
-from torch_bn.arrays import check_array, dtype_name, full_rank, kind_of, to_dtype, wide_dtype
+from torch_bn.arrays import can_be_read, check_array, dtype_name, full_rank, kind_of, to_dtype, wide_dtype
 from torch_bn.channels import num_values, spread, sum_by_channel, total_of
 from torch_bn.devices import NormalizeOverGroup, merge, num_shards
 from torch_bn.kernels import (
     SMALL_KNOWN_MEAN,
-    can_be_read,
     dgamma_of_kernel,
     is_centred,
     is_offset_small,
-    kernel_adds_well,
+    kernel_serves,
 )
 from torch_bn.statistics import Statistics, mean_and_var, near_the_mean
 
@@ -139,14 +138,13 @@ def batch_norm_with(
         mean, var = to_dtype(moving_mean, dtype), to_dtype(moving_var, dtype)
         y = normalize(x_second, mean, var, gamma, beta, options.epsilon)
         return y if axis == 1 else y.movedim(1, axis), moving_mean, moving_var
-    wide_x = to_dtype(x_second, dtype)
     if mask is not None:
         mask = full_rank(mask, x).movedim(axis, 1)
-        wide_x = torch.where(mask | wide_x.isfinite(), wide_x, 0)
+        x_second = torch.where(mask | x_second.isfinite(), x_second, 0)
     if options.group is None:
-        y, batch = normalize_batch(wide_x, gamma, beta, mask, options.epsilon)
+        y, batch = normalize_batch(x_second, gamma, beta, mask, options.epsilon)
     else:
-        y, batch = _normalize_over_group(wide_x, gamma, beta, options.epsilon, options.group)
+        y, batch = _normalize_over_group(to_dtype(x_second, dtype), gamma, beta, options.epsilon, options.group)
     moved = moving_average(moving_mean, moving_var, batch, options)
     return y if axis == 1 else y.movedim(1, axis), *moved
 
@@ -235,9 +233,11 @@ def normalize_batch(
 
     All is computed from the differences to a value near the mean: exact where x is nearly constant, 0 where it is
     constant. Their own mean is small, so that PyTorch's kernels, which fold it into d * a + b, lose nothing. On a CPU
-    it is looked whether 0 is near enough, which spares the differences.
+    it is looked whether 0 is near enough, which spares the differences; half types, which the kernels read and write
+    themselves, are not widened then.
     """
     function = _NormalizeBatch if torch.compiler.is_compiling() else _NormalizeBatchForward
+    x = x if wide_dtype(x.dtype) == gamma.dtype else x.to(gamma.dtype)
     if mask is None and can_be_read(x):
         if x.ndim > 2 and not x.is_contiguous() and (last := x.movedim(1, -1)).is_contiguous():
             # Channels last: as the matrix that it is in memory.
@@ -247,6 +247,7 @@ def normalize_batch(
         if is_centred(x, mean, var):
             y, mean, var = function.apply(x, gamma, beta, None, epsilon, mean, var)
             return y, Statistics(num_values(x, None), torch.zeros_like(mean), mean, var)
+    x = to_dtype(x, gamma.dtype)
     near = near_the_mean(x.detach(), mask)
     y, offset, var = function.apply(x - spread(near, x), gamma, beta, mask, epsilon, None, None)
     return y, Statistics(num_values(x, mask), near, offset, var)
@@ -329,19 +330,23 @@ class _NormalizeBatch(torch.autograd.Function):
         The returned statistics add dmean / m and dvar * 2 (d - mean) / m.
         """
         d, gamma, mask, mean, var = ctx.saved_tensors
+        dtype = d.dtype
         r = torch.rsqrt(var + ctx.epsilon)
         total = total_of(d, mask)
         only_y = dy is not None and dmean is None and dvar is None
         dy = torch.zeros_like(d) if dy is None else dy
         dbeta = sum_by_channel(dy)
         # With autograd following (for second derivatives) the kernel's own derivative would have to be exact as well.
-        if only_y and not torch.is_grad_enabled() and kernel_adds_well(d, mask):
-            left = dbeta if is_offset_small(dy, dbeta, d, mean) else None
-            centred = dy if left is not None else dy - spread(dbeta / total, d)
+        if only_y and not torch.is_grad_enabled() and kernel_serves(d, mask):
+            centred = dy
+            if not is_offset_small(dy, dbeta, d, mean):
+                d, centred = to_dtype(d, mean.dtype), dy - spread(dbeta / total, d)
             dd, dgamma, _ = torch.ops.aten.native_batch_norm_backward(
                 centred, d, gamma, None, None, mean, r, True, ctx.epsilon, [True, True, False]
             )
-            return dd, dgamma_of_kernel(dgamma, centred, left, d, mean, r), dbeta, None, None, None, None
+            dgamma = dgamma_of_kernel(dgamma, centred, d, mean, r)
+            return to_dtype(dd, dtype), dgamma, dbeta, None, None, None, None
+        d, dy = to_dtype(d, mean.dtype), to_dtype(dy, mean.dtype)
         centred = dy - spread(dbeta / total, d)
         c = d - spread(mean, d)
         along = sum_by_channel((centred if mask is None else torch.where(mask, centred, dy)) * c)
@@ -353,7 +358,8 @@ class _NormalizeBatch(torch.autograd.Function):
         b = b if dvar is None else b + 2 * dvar / total
         through = torch.addcmul(spread(a, d), c, spread(b, d))
         through = through if mask is None else torch.where(mask, through, 0)
-        return torch.addcmul(through, dy, spread(factor, d)), dgamma, dbeta, None, None, None, None
+        dd = torch.addcmul(through, dy, spread(factor, d))
+        return to_dtype(dd, dtype), dgamma, dbeta, None, None, None, None
 
 
 # `apply` asks for it at every call; found anew each time, it is a tenth of the time of a small batch.
@@ -371,4 +377,5 @@ class _NormalizeBatchForward(_NormalizeBatch):
             torch.zeros_like(like) if given is None else given
             for given, like in ((d_dot, d), (gamma_dot, gamma), (beta_dot, gamma))
         )
-        return tangent(d, gamma, mask, mean, var, d_dot, gamma_dot, beta_dot, ctx.epsilon)
+        y_dot, *moved = tangent(d, gamma, mask, mean, var, d_dot, gamma_dot, beta_dot, ctx.epsilon)
+        return to_dtype(y_dot, d.dtype), *moved

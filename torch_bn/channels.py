@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_bn.arrays import can_be_read, to_dtype, wide_dtype
+
 # Values of a channel from which its size is guessed.
 SAMPLE = 16
 # Rows that are added up first, where there are many.
 BLOCK = 32
 # Below these, PyTorch's sum is as good. PyTorch only.
 MANY_ROWS = 2**12
+# Values that stay in the cache of a core while they are worked on. PyTorch only.
+PIECE = 2**17
 
 
 def spread(v: Tensor, x: Tensor) -> Tensor:
@@ -25,15 +29,49 @@ def sum_by_channel(x: Tensor, mask: Tensor | None = None) -> Tensor:
     Of many rows, blocks first; and on a CPU the few sums that there are then in float64, which costs nothing.
     """
     x = x if mask is None else torch.where(mask, x, 0)
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype == torch.float64:
         return (x if x.ndim == 2 else x.sum(tuple(range(2, x.ndim)))).sum(0)
+    if x.dtype != torch.float32:
+        return _sum_of_pieces(x) if x.numel() > PIECE and can_be_read(x) else sum_by_channel(x.float())
+    return to_dtype(_sum(x, MANY_ROWS), torch.float32)
+
+
+def _sum(x: Tensor, many: int) -> Tensor:
+    """In float64, but of rows fewer than `many`: in float32. PyTorch only."""
     if x.ndim > 2:
-        return x.sum(tuple(range(2, x.ndim))).sum(0, dtype=torch.float64).float()
+        return x.sum(tuple(range(2, x.ndim))).sum(0, dtype=torch.float64)
     whole = len(x) // BLOCK * BLOCK
-    if whole < MANY_ROWS:
+    if whole < many:
         return x.sum(0)
     blocks = x[:whole].unflatten(0, (-1, BLOCK)).sum(1)
-    return (blocks.sum(0, dtype=torch.float64) + x[whole:].sum(0)).float()
+    return blocks.sum(0, dtype=torch.float64) + x[whole:].sum(0)
+
+
+def sum_of_products(a: Tensor, b: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Sum of a * b per channel, or of a * (b - mean), at least in float32.
+
+    Where it can, piece by piece, so that a * b is never in memory. PyTorch only: XLA multiplies while it adds.
+    """
+    if a.dtype == torch.float64 or a.numel() <= PIECE or not can_be_read(a):
+        return sum_by_channel(to_dtype(a, wide_dtype(a.dtype)) * (b if mean is None else b - spread(mean, b)))
+    return _sum_of_pieces(a, b, mean)
+
+
+def _sum_of_pieces(a: Tensor, b: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
+    """`sum_by_channel` of a, or `sum_of_products`, in float32: a piece of a batch is widened and multiplied at a time.
+
+    PyTorch only.
+    """
+    number = max(1, PIECE * torch.get_num_threads() // a[0].numel())
+    number = number if a.ndim > 2 else -(-number // BLOCK) * BLOCK
+    total: Tensor | float = 0.0
+    for piece, other in zip(a.split(number), (a if b is None else b).split(number), strict=True):
+        wide = to_dtype(piece, torch.float32)
+        if b is not None:
+            factor = wide if b is a else to_dtype(other, torch.float32)
+            wide = wide * (factor if mean is None else factor - spread(mean, factor))
+        total = _sum(wide, BLOCK) + total
+    return to_dtype(torch.as_tensor(total), torch.float32)
 
 
 def sum_of_squares(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -41,8 +79,10 @@ def sum_of_squares(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
     PyTorch only: XLA computes x^2 while it adds.
     """
-    if mask is not None or x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim == 2:
+    if mask is not None:
         return sum_by_channel(x * x, mask)
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim == 2:
+        return sum_of_products(x, x)
     norms = torch.linalg.vector_norm(x, dim=tuple(range(2, x.ndim)))
     return norms.double().square().sum(0).float()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_bn.channels import spread, sum_by_channel
+from torch_bn.arrays import can_be_read, to_dtype
+from torch_bn.channels import spread, sum_of_products
 
 # Values from which it pays to look at some of them first.
 LARGE = 2**17
@@ -19,17 +20,6 @@ SMALL_KNOWN_MEAN = 4
 LARGEST_PLANE = 2**10
 # Rows, which it adds one by one: 0.7 sqrt(n / 24) eps of the norm, three times as much 6.9, of the 8 that are allowed.
 MOST_ROWS = 2**8
-
-
-def can_be_read(x: Tensor) -> bool:
-    """Whether what is done may depend on values: on a CPU, outside of all that traces or transforms a function."""
-    return (
-        x.device.type == "cpu"
-        and type(x) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def is_centred(x: Tensor, mean: Tensor, var: Tensor, most: float = SMALL_MEAN) -> bool:
@@ -46,16 +36,18 @@ def is_centred(x: Tensor, mean: Tensor, var: Tensor, most: float = SMALL_MEAN) -
     return bool((((beyond <= 0) & (beyond > -torch.inf)) | mean.isnan()).all())
 
 
-def kernel_adds_well(d: Tensor, mask: Tensor | None) -> bool:
-    """Whether the kernel of the gradient sums well enough here.
+def kernel_serves(d: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel of the gradient gives dd well enough here; `dgamma_of_kernel` is for dgamma.
 
     On a CPU it adds images, a channel in a plane, plane by plane, and the planes in float64; rows, and what is laid out
-    otherwise, it adds one by one. On other devices it adds in a tree. Of float64 that is not enough.
+    otherwise, it adds one by one. That is sqrt(n / 50) eps of the norm of the n terms, which in dd is divided by n: a
+    seventh of an eps of the terms, however many. On other devices it adds in a tree. Of float64 that is not enough.
     """
-    if mask is not None or d.dtype != torch.float32:
+    if mask is not None or d.dtype == torch.float64:
         return False
-    planes = d.ndim > 2 and d.shape[1] > 1 and d[0, 0].numel() > 1
-    return d.device.type != "cpu" or (d.is_contiguous() and (planes or (d.ndim == 2 and len(d) <= MOST_ROWS)))
+    if d.device.type != "cpu":
+        return d.dtype == torch.float32
+    return d.is_contiguous() and (d.ndim == 2 or (d.shape[1] > 1 and d[0, 0].numel() > 1))
 
 
 def is_offset_small(dy: Tensor, dbeta: Tensor, d: Tensor, mean: Tensor) -> bool:
@@ -67,16 +59,17 @@ def is_offset_small(dy: Tensor, dbeta: Tensor, d: Tensor, mean: Tensor) -> bool:
     if d.numel() < LARGE or not can_be_read(d):  # to look takes as long
         return False
     some = max(1, len(d) // 32)
-    terms = dy[:some] * (d[:some] - spread(mean, d))
+    terms = to_dtype(dy[:some], mean.dtype) * (d[:some] - spread(mean, d))
     sizes = torch.linalg.vector_norm(terms, dim=[0, *range(2, d.ndim)])
     return bool((mean.abs() * dbeta.abs() <= 3 * sizes).all())
 
 
-def dgamma_of_kernel(dgamma: Tensor, dy: Tensor, dy_sum: Tensor | None, d: Tensor, mean: Tensor, r: Tensor) -> Tensor:
-    """dgamma as the kernel has it, but on a CPU of planes above LARGEST_PLANE, where it is added up anew.
+def dgamma_of_kernel(dgamma: Tensor, dy: Tensor, d: Tensor, mean: Tensor, r: Tensor) -> Tensor:
+    """dgamma as the kernel has it, but where a CPU's has not added it up well enough: anew.
 
-    dy_sum: of dy by channel, if it is known.
+    That is of planes above LARGEST_PLANE, of rows above MOST_ROWS, and of half types.
     """
-    if d.device.type != "cpu" or d[0, 0].numel() <= LARGEST_PLANE:
+    few = d[0, 0].numel() <= LARGEST_PLANE if d.ndim > 2 else len(d) <= MOST_ROWS
+    if d.device.type != "cpu" or (few and d.dtype == torch.float32):
         return dgamma
-    return r * (sum_by_channel(dy * d) - mean * (sum_by_channel(dy) if dy_sum is None else dy_sum))
+    return r * sum_of_products(dy, d, mean)

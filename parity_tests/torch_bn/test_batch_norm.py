@@ -81,6 +81,39 @@ def test_offset_of_the_gradient(mean, offset):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(2**13, 24), (300, 16), (24, 8, 40, 40)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_of_large_batches(dtype, shape, channels_last):
+    """The sums within their bounds, in float32 whatever x is; the gradient of x within a rounding to its dtype."""
+    rng = np.random.default_rng(11)
+    mean = rng.uniform(-1.5, 1.5, shape[1]).reshape(-1, *[1] * (len(shape) - 2))
+    x, dy = (torch.tensor(rng.standard_normal(shape) + offset, dtype=dtype) for offset in (mean, 0.02))
+    if channels_last and x.ndim == 4:
+        x, dy = (value.to(memory_format=torch.channels_last) for value in (x, dy))
+    gamma, beta = (torch.tensor(rng.uniform(0.5, 2, shape[1]), dtype=torch.float32).requires_grad_() for _ in "gb")
+    leaf = x.clone().requires_grad_()
+    y, *_ = torch_bn.batch_norm(leaf, gamma, beta, torch.zeros(shape[1]), torch.ones(shape[1]), train=True)
+    assert y.dtype == dtype
+    y.backward(dy)
+    axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+    wide_x, wide_dy = x.double(), dy.double()
+    centred = wide_x - wide_x.mean(axes, keepdim=True)
+    r = torch.rsqrt(centred.square().mean(axes, keepdim=True) + 1e-5)
+    x_hat = centred * r
+    dbeta, dgamma = wide_dy.sum(axes), (wide_dy * x_hat).sum(axes)
+    eps = torch.finfo(torch.float32).eps
+    sizes = [torch.linalg.vector_norm(terms, dim=axes) for terms in (wide_dy, wide_dy * x_hat)]
+    assert ((beta.grad.double() - dbeta).abs() <= 4 * eps * sizes[0]).all()
+    assert ((gamma.grad.double() - dgamma).abs() <= 8 * eps * sizes[1]).all()
+    m = x.numel() / shape[1]
+    by_channel = (dbeta / m, dgamma / m, gamma.detach().double())
+    shift, slope, factor = (spread(value, wide_x) for value in by_channel)
+    dx = factor * r * (wide_dy - shift - x_hat * slope)
+    largest = (factor * r).abs() * wide_dy.abs().amax(axes, keepdim=True)
+    assert ((leaf.grad.double() - dx).abs() <= (32 * eps + torch.finfo(dtype).eps) * largest).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_prediction_where_the_mean_is_small(dtype):
     """PyTorch's kernel on x as it is: within an eps of x's dtype, and 4 of float32, of the largest y."""
     x, gamma, beta, _, var, _ = map(torch.tensor, draw((8, 3, 6, 5), "float32"))
