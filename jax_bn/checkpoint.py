@@ -151,6 +151,7 @@ class Checkpoints:
             checkpoints.seal(self.folder / str(step), about)
             self.run.saved_step = step
             checkpoints.prune(self.folder, self.run.config.keep_checkpoints)
+            self.manager.reload()  # else it remembers, and looks through, every checkpoint that there ever was
 
     def wait(self) -> None:
         """Until what has been begun is on the disk.
