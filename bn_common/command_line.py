@@ -335,7 +335,7 @@ def _train(program: Program, config: Config, dataset: ImageDataset, run: RunFold
     if watch is None:
         program.train(config, dataset, run)
         return
-    run.say(f"a process that ends early, or does not answer for {watch.silence:g} seconds, is named, and all end")
+    run.say(watch.about)
     try:
         program.train(config, dataset, run)
         program.leave()

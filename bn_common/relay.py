@@ -37,9 +37,10 @@ def serve(server: socket.socket, address: tuple[str, int]) -> None:
 
 def main(host: str, port: str) -> None:
     """The program."""
-    # A signal to all processes of a job is for the one that has started this.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    # A signal to all processes of a job is for the one that has started this. SIGHUP is none of Windows's.
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     server = socket.create_server(("127.0.0.1", 0))
     print(server.getsockname()[1], flush=True)
     threading.Thread(target=serve, args=(server, (host, int(port))), daemon=True).start()

@@ -26,6 +26,8 @@ SILENCE = 20.0
 """Seconds without a word after which a process counts as lost. One that ends is seen to at once."""
 
 EVERY = 1.0
+# A guard is given its connections as open files, which Windows does not hand on: nobody watches there.
+CAN_WATCH = os.name == "posix"
 # Until all are connected, who have met already.
 TO_CONNECT = 120.0
 # What a guard says, a byte each: that its process is alive; that it is done, and its end no loss; that one is lost: its
@@ -59,6 +61,9 @@ class Watch:
     ) -> None:
         self.index, self.prog, self.silence = index, prog, silence
         self.all_done = threading.Event()
+        self.guard: subprocess.Popen[bytes] | None = None
+        if not CAN_WATCH:
+            return
         peers: dict[socket.socket, int] = {}
         if index == 0:
             both = socket.has_dualstack_ipv6()
@@ -90,13 +95,23 @@ class Watch:
 
     def leave(self) -> None:
         """This process is done; returns when all are, so that none misses another."""
+        if self.guard is None:
+            return
         self.link.sendall(DONE)
         self.all_done.wait()
         self.guard.wait()
 
     def failed(self) -> None:
         """A collective has failed here: if that was for a lost process, this does not return."""
-        time.sleep(self.silence + 3 * EVERY)
+        if self.guard is not None:
+            time.sleep(self.silence + 3 * EVERY)
+
+    @property
+    def about(self) -> str:
+        """What is said of it before the training."""
+        if self.guard is None:
+            return "Notice: processes can't watch each other on this system: a lost one is waited for, 10 minutes"
+        return f"a process that ends early, or does not answer for {self.silence:g} seconds, is named, and all end"
 
     def _listen(self) -> None:
         """The thread: ends the process when another is lost."""

@@ -7,11 +7,14 @@ import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from bn_common import relay
 from jax_bn import processes
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -75,3 +78,11 @@ def test_an_answer_comes_while_the_interpreter_is_locked(echo_elsewhere):
     finally:
         with processes.RELAYS.pop() as process:
             process.kill()
+
+
+def test_where_there_is_no_sighup():
+    """As on Windows."""
+    program = "import signal; del signal.SIGHUP; from bn_common import relay; relay.main('127.0.0.1', '1')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, input="", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 0

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bn_common import watch
+
 ROOT = Path(__file__).parents[2]
 SILENCE = 10.0  # seconds: a busy machine holds a process up for one or two
 PROGRAM = """
@@ -129,3 +131,17 @@ def test_a_guard_is_killed(three):
     expected = ["process 1 has ended", "the guard of process 1 has ended", "process 1 has ended"]
     for index, (process, what) in enumerate(zip(processes, expected, strict=True)):
         assert ends(process, 120) == (1, "", f"prog: stopped: {what}; process {index} ends\n")
+
+
+def test_where_no_files_can_be_handed_on(monkeypatch):
+    """As on Windows: nobody is asked for anything or waited for, and that is said."""
+
+    def called(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(watch, "CAN_WATCH", False)
+    for index in range(2):
+        alone = watch.Watch(index, 2, called, called, "prog", silence=1000.0)
+        assert alone.about.startswith("Notice: ")
+        alone.failed()
+        alone.leave()
