@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bn_common.progress import Progress, progress
 from parity.judge import Judge
 from parity.records.inputs import Calls, Inputs, calls
 from parity.records.kinds import HALF
@@ -19,6 +20,18 @@ from parity.sides.module import framework_of
 if TYPE_CHECKING:
     import torch
     from flax import linen, nnx
+
+STAGES = (
+    "PyTorch in float64",
+    "which layer is which",
+    "Flax in float64",
+    "in the modules' own dtypes",
+    "Flax layer by layer",
+    "how much is rounding",
+    "the optimisers",
+    "naming what differs",
+)
+"""Of a comparison, as the line of progress calls them."""
 
 
 def check(
@@ -81,7 +94,8 @@ def check(
     called = calls(inputs, keywords, flax_inputs, flax_call)
     question = Question(called, train, layer_map, loss, variables, steps, optimizers)
     _check_arguments(torch_module, flax_module, question)
-    return _answer(torch_module, flax_module, question, Manner())
+    with progress("checking") as line:
+        return _answer(torch_module, flax_module, question, Manner(line))
 
 
 class Question(NamedTuple):
@@ -100,14 +114,21 @@ class Manner(NamedTuple):
     """How the question is put.
 
     Attributes:
+      progress: where it is told how far this has come.
       layer_by_layer: single-layer mode in any case, and nothing but float64.
       is_aside: inputs and weights are aside already, where rounding decides nothing, see `evidence/aside.py`.
       tables: of PyTorch's module, as Flax's code has them, see `evidence/constants.py`; None: not looked for yet.
     """
 
+    progress: Progress
     layer_by_layer: bool = False
     is_aside: bool = False
     tables: Mapping[str, NDArray] | None = None
+
+    def begin(self, stage: str) -> None:
+        """One of STAGES begins; the question may be put more than once."""
+        again = "once more, " if self.is_aside or self.tables is not None else ""
+        self.progress.stage(again + stage, STAGES.index(stage) + 1, len(STAGES))
 
 
 def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Manner) -> Report:
@@ -122,6 +143,7 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Man
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's modules: an eager run in float64 meets more of them
         # PyTorch on its own, in float64.
+        manner.begin("PyTorch in float64")
         called = question.called
         torch_runs = TorchRuns(torch_module, called.torch or Inputs(), train=train, loss=torch_loss)
         torch_runs.use(manner.tables or {})
@@ -129,6 +151,7 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Man
             torch_runs.check_optimizer(optimizers[0])
         torch = torch_runs.evidence()
         # Which layer, tensor and axis is which; the weights go across; Flax on its own.
+        manner.begin("which layer is which")
         inputs = torch_runs.inputs_for_flax(torch.free, called.flax)
         lifts = torch.details["parameters"] in HALF
         options: dict[str, Any] = {
@@ -142,6 +165,7 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Man
         if optimizers is not None:
             flax_runs.check_optimizer(optimizers[1])
         translation = flax_runs.carry(torch.free, question.layer_map, question.variables, torch_runs.random)
+        manner.begin("Flax in float64")
         flax = flax_runs.evidence()
         # What the judge asks for besides: the modules' own dtype, Flax layer by layer, how much is rounding.
         judge = Judge(torch, flax, translation)
@@ -159,11 +183,14 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Man
                 report.notes += [constant.text for constant in constants]
                 return report
         if judge.asks_for_own_dtype() and not manner.layer_by_layer:
+            manner.begin("in the modules' own dtypes")
             torch_runs.add_own_dtype(torch)
             flax_runs.add_own_dtype(flax)
         if judge.asks_for_layers() or manner.layer_by_layer:
+            manner.begin("Flax layer by layer")
             flax.forced = flax_runs.forced(translation)
         if judge.asks_for_rounding():
+            manner.begin("how much is rounding")
             torch.noise, flax.noise = torch_runs.noise(torch.free), flax_runs.noise(flax.free)
         # What rounding decides: the same question, a little aside of it.
         if not manner.is_aside and (decided := judge.decided_by_rounding()):
@@ -179,11 +206,13 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Man
                 return report
         # The optimisers' rules by themselves; training, if all agrees so far: else a step only carries on what differs.
         if optimizers is not None and torch.free.has_ended:
+            manner.begin("the optimisers")
             torch_runs.add_optimizer(torch, optimizers[0])
             flax_runs.add_optimizer(flax, optimizers[1], translation)
             if judge.agrees:
                 torch_runs.add_steps(torch, optimizers[0], question.steps)
                 flax_runs.add_steps(flax, optimizers[1], question.steps)
+        manner.begin("naming what differs")
         return judge.report()
 
 
@@ -252,4 +281,5 @@ def trace(
     need("parity.trace", *BOTH)
     question = Question(calls(inputs, keywords, flax_inputs, flax_call), train, layer_map, loss)
     _check_arguments(torch_module, flax_module, question)
-    return _answer(torch_module, flax_module, question, Manner(layer_by_layer=True))
+    with progress("tracing") as line:
+        return _answer(torch_module, flax_module, question, Manner(line, layer_by_layer=True))

@@ -1,6 +1,8 @@
 """`parity.check` itself: its arguments, what it leaves alone, what it says where it cannot go on."""
 
+import contextlib
 import copy
+import importlib
 import itertools
 from collections.abc import Callable
 
@@ -18,6 +20,7 @@ import parity
 from parity.testing import assert_parity
 
 X = np.random.default_rng(0).normal(size=(4, 3, 6, 6)).astype(np.float32)
+check_module = importlib.import_module("parity.check")  # `parity.check` is the function
 SGD = lambda parameters: torch.optim.SGD(parameters, 0.1), optax.sgd(0.1)
 
 
@@ -67,6 +70,34 @@ def test_nothing_is_changed():
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(flax_model)), held)
     np.testing.assert_array_equal(x, X)
     assert not jax.config.jax_enable_x64
+
+
+class Stages(list):
+    """In place of the line of progress."""
+
+    def stage(self, name, number, most):
+        assert most == len(check_module.STAGES)
+        self.append((number, name))
+
+
+def stages(monkeypatch, function, *args, **options):
+    """What a comparison says of how far it has come."""
+    found = Stages()
+    monkeypatch.setattr(check_module, "progress", lambda what: contextlib.nullcontext(found))
+    function(*args, **options)
+    return found
+
+
+def test_it_tells_how_far_it_has_come(monkeypatch):
+    """Each stage that is run, in order; a pair that agrees has fewer of them."""
+    agrees = stages(monkeypatch, parity.check, torch_net(), NnxNet(), X, train=False, steps=1, optimizers=SGD)
+    assert [number for number, _ in agrees] == [1, 2, 3, 4, 7, 8]
+    differs = stages(monkeypatch, parity.check, torch_net(), Net("VALID"), X, train=False)
+    assert [number for number, _ in differs][:3] == [1, 2, 3]
+    assert (5, "Flax layer by layer") in differs
+    assert differs[-1] == (8, "naming what differs")
+    traced = stages(monkeypatch, parity.trace, torch_net(), NnxNet(), X, train=False)
+    assert [name for _, name in traced][3:5] == ["Flax layer by layer", "how much is rounding"]
 
 
 def test_flax_call():
