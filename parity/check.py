@@ -14,6 +14,7 @@ from parity.judge import Judge
 from parity.records.inputs import Calls, Inputs, calls
 from parity.records.kinds import HALF
 from parity.report import Report
+from parity.report.folded import check_depth
 from parity.sides.installed import BOTH, need
 from parity.sides.module import framework_of
 
@@ -47,6 +48,7 @@ def check(
     loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
     steps: int = 0,
     optimizers: tuple[Callable[[Any], torch.optim.Optimizer], Any] | None = None,
+    depth: int | None = None,
 ) -> Report:
     """Compare a PyTorch module with a Flax module: every layer forward and backward, the statistics, the optimiser.
 
@@ -78,6 +80,8 @@ def check(
       steps: how many steps of training to compare, on these inputs.
       optimizers: (parameters -> torch optimizer, optax.GradientTransformation), needed for steps. One that clips
         gradients does it in its `step`, or in a hook: `optimizer.register_step_pre_hook`.
+      depth: the report is shown with a row for every module of this depth (1: those of the network itself), with its
+        worst error and how many of its layers differ; None: with the rows that differ. What is found is the same.
 
     Returns:
       The report: `ok`, `first_divergence`, `diagnoses`, `layers`.
@@ -86,7 +90,8 @@ def check(
       ModuleNotFoundError: a framework is not installed.
       TypeError: an argument of another kind.
       ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, optimizers that want
-        more than gradients, a loss that is no number, another number of flax_inputs in a sequence.
+        more than gradients, a loss that is no number, another number of flax_inputs in a sequence, a depth that is no
+        integer >= 1.
       Exception: what either module raises on these inputs whatever their dtype. What it raises in one of the runs alone
         is in the report, with the layer and what could be compared up to there.
     """
@@ -94,8 +99,11 @@ def check(
     called = calls(inputs, keywords, flax_inputs, flax_call)
     question = Question(called, train, layer_map, loss, variables, steps, optimizers)
     _check_arguments(torch_module, flax_module, question)
+    check_depth("depth", depth)
     with progress("checking") as line:
-        return _answer(torch_module, flax_module, question, Manner(line))
+        report = _answer(torch_module, flax_module, question, Manner(line))
+    report.depth = depth
+    return report
 
 
 class Question(NamedTuple):
@@ -258,6 +266,7 @@ def trace(
     flax_call: Callable[..., Any] | None = None,
     layer_map: Mapping[str, str] | None = None,
     loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
+    depth: int | None = None,
 ) -> Report:
     """Every layer of both sides with PyTorch's weights, in float64: each side on its own, and layer by layer.
 
@@ -274,6 +283,7 @@ def trace(
       flax_call: `flax_call(module, variables, *inputs, train, **keywords)`.
       layer_map: {PyTorch's dotted name: Flax's path} of layers that are not paired rightly by order and kind.
       loss: (torch_loss, jax_loss), each a function of the output; None: as for `dump`.
+      depth: of the modules that the report is shown with; None: with its layers.
 
     Returns:
       The report.
@@ -281,5 +291,8 @@ def trace(
     need("parity.trace", *BOTH)
     question = Question(calls(inputs, keywords, flax_inputs, flax_call), train, layer_map, loss)
     _check_arguments(torch_module, flax_module, question)
+    check_depth("depth", depth)
     with progress("tracing") as line:
-        return _answer(torch_module, flax_module, question, Manner(line, layer_by_layer=True))
+        report = _answer(torch_module, flax_module, question, Manner(line, layer_by_layer=True))
+    report.depth = depth
+    return report

@@ -26,6 +26,7 @@ class CheckOptions(TypedDict, total=False):
     loss: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None
     steps: int
     optimizers: tuple[Callable[[Any], torch.optim.Optimizer], Any] | None
+    depth: int | None
 
 
 def assert_parity(
@@ -43,7 +44,7 @@ def assert_parity(
       inputs: a numpy array in PyTorch's layout, or a sequence of inputs, see `parity.check`.
       *more_inputs: further ones, where the module takes several.
       **options: of `parity.check`: keywords, train, variables, flax_inputs, flax_call, layer_map, loss, steps,
-        optimizers.
+        optimizers, depth.
 
     Returns:
       The report, whose notes may be of interest.

@@ -89,8 +89,11 @@ class _Output:
     """Write the report to this file as one HTML page."""
     rows: Literal["differing", "all"] | None = None
     """Which rows the table has. None: those that differ, and three around the first; of trace, all."""
+    depth: int | None = None
+    """A row for every module of this depth instead, >= 1: its worst error, and how many of its layers differ."""
 
     def __post_init__(self) -> None:
+        require(self.depth is None or self.depth >= 1, "--depth", self.depth, "an integer >= 1")
         for name, path in (("--json", self.json), ("--html", self.html)):
             fine = path is None or (path.absolute().parent.is_dir() and not path.is_dir())
             require(fine, name, path, "a file in a folder that is there")
@@ -99,7 +102,7 @@ class _Output:
 
     def finish(self, report: Report, rows: str = "differing") -> int:
         """Print the report, with these rows if --rows says nothing, and write its files; gives the exit status."""
-        rows = self.rows or rows
+        rows, report.depth = self.rows or rows, self.depth
         if sys.stdout.isatty():
             from rich import box
             from rich.console import Console

@@ -26,6 +26,7 @@ from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED
 from parity.records.dump_file import plain
 from parity.report.cards import answer
 from parity.report.findings import Diagnosis, Divergence, LayerRow, number, shown
+from parity.report.folded import check_depth
 from parity.report.html import page
 from parity.report.table import ROWS, parts, takes
 
@@ -41,6 +42,10 @@ class Report:
       notes: for the reader; they mean no difference.
       details: mode, versions, dtypes, seeds, loss values; plain values and arrays. Of these, the HTML page draws
         "losses": {name: a value a step} and "distances": {name: a value a step}.
+      depth: of modules within each other, to which the table is folded where it is shown; None: it is not.
+
+    Raises:
+      ValueError: depth is no integer >= 1.
     """
 
     first_divergence: Divergence | None = None
@@ -48,6 +53,10 @@ class Report:
     layers: list[LayerRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        check_depth("depth", self.depth)
 
     @property
     def ok(self) -> bool:
@@ -118,7 +127,9 @@ class Report:
             named |= {"layers": d.layers} if d.more else {}
             places = [place._asdict() | {"text": place.text} for place in d.at]
             found.append(named | {"places": places, "values": None if d.values is None else d.values._asdict()})
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"diagnoses": found}
+        # Not the depth: it says how this is shown, and not what was found.
+        names = [f.name for f in dataclasses.fields(self) if f.name != "depth"]
+        fields = {name: getattr(self, name) for name in names} | {"diagnoses": found}
         return plain({"ok": self.ok, "summary": self.summary, "answer": answer(self), **fields, "layers": rows})
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
@@ -143,17 +154,20 @@ class Report:
     def __str__(self) -> str:
         return self.table()
 
-    def table(self, *, rows: str = "differing", width: int | None = None) -> str:
+    def table(self, *, rows: str = "differing", width: int | None = None, depth: int | None = None) -> str:
         """What `print` shows: the answer, a card for each cause, the table of what differs, the notes, the result.
 
         Args:
           rows: "differing", and three rows around the first of them; or "all".
           width: in letters; None: of the terminal, or 120 where there is none.
+          depth: a row for every module of this depth (1: those of the network itself) in place of these, with its worst
+            error and how many of its layers differ; None: the report's own.
 
         Raises:
-          ValueError: rows is neither.
+          ValueError: rows is neither; depth is no integer >= 1.
         """
         require(rows in ROWS, "rows", repr(rows), " or ".join(map(repr, ROWS)))
+        report = self if depth is None else dataclasses.replace(self, depth=depth)
         # As wide as the terminal, if there is one: a table that is wrapped by the terminal can't be read. Elsewhere
         # sentences stay in one line, for grep.
         terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -162,7 +176,7 @@ class Report:
         lines = box.SIMPLE_HEAD if takes("─") else box.ASCII_DOUBLE_HEAD
         text = io.StringIO()
         console = Console(file=text, width=width, color_system=None, legacy_windows=False, force_terminal=False)
-        for part in parts(self, width, lines, rows):
+        for part in parts(report, width, lines, rows):
             console.print(part, soft_wrap=isinstance(part, Text) and not terminal)
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from parity.report.cards import Card, answer, cards
 from parity.report.findings import NETWORK, both_names, number, shown
+from parity.report.folded import Fold, folded
 from parity.report.rows import chosen, left_out
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ def parts(report: Report, width: int, lines: box.Box, rows: str = "differing") -
         yield Text()
     for card in cards(report):
         yield from _card(card, rows)
-    shown_rows = chosen(report, rows)
+    shown_rows = [] if report.depth is not None else chosen(report, rows)
+    if report.depth is not None and report.layers:
+        modules = folded(report, report.depth)
+        yield from _folded_lines(modules) if width < NARROWEST else [_folded(modules, width, lines)]
+        yield Text()
     if shown_rows:
         if width < NARROWEST:
             yield from _lines(report, shown_rows)
@@ -116,6 +121,33 @@ def _table(report: Report, chosen: Sequence[int], width: int, lines: box.Box) ->
         cells += [number(values[i]) for _, values in columns]
         last = i + 1 == len(rows) or rows[i + 1].phase != row.phase
         table.add_row(*map(Text, (*cells, verdicts[i])), style=STYLES[verdicts[i]], end_section=last)
+    return table
+
+
+def _folded_lines(modules: Sequence[Fold]) -> Iterator[Text]:
+    """A line for each module, where there is no room for a table."""
+    for module in modules:
+        layers = f" {module.differ} of {module.layers} layers differ;" if module.layers else ""
+        errors = f"worst error {number(module.worst.error)}, bound {number(module.worst.bound)}: {module.verdict}"
+        yield Text(f"{shown(module.name)}:{layers} {errors}", style=STYLES[module.verdict])
+
+
+def _folded(modules: Sequence[Fold], width: int, lines: box.Box) -> Table:
+    """A row for each module; where its worst error is, as far as there is room."""
+    table = Table(box=lines, pad_edge=False, show_edge=False, padding=(0, int(width >= ROOMY), 0, 0))
+    where = [shown(m.where) for m in modules]
+    room = width - 2 * 6 - 2 * 7 - max(len(m.verdict) for m in modules) - 6 * (1 + int(width >= ROOMY))
+    need = _shared(max(len(shown(m.name)) for m in modules), max(map(len, where)), room)
+    for title, least in zip(("module", "worst in"), need, strict=True):
+        table.add_column(title, overflow="fold", min_width=least)
+    for title in ("layers", "differ", "worst", "bound"):
+        table.add_column(title, justify="right", no_wrap=True, min_width=6 if title in ("layers", "differ") else 7)
+    table.add_column("", no_wrap=True)
+    for m, place in zip(modules, where, strict=True):
+        names = _short(shown(m.name), need[0]), _short(place, need[1])
+        counts = (f"{m.layers}", f"{m.differ}") if m.layers else ("", "")
+        cells = (*names, *counts, number(m.worst.error), number(m.worst.bound), m.verdict)
+        table.add_row(*map(Text, cells), style=STYLES[m.verdict])
     return table
 
 

@@ -425,6 +425,8 @@ def test_float32_inside_is_rounding():
         (ValueError, {"steps": -1}),
         (TypeError, {"steps": 1.5}),
         (TypeError, {"optimizers": torch.optim.SGD}),
+        (ValueError, {"depth": 0}),
+        (ValueError, {"depth": "1"}),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )

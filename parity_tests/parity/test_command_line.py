@@ -111,7 +111,9 @@ def test_check(nets, checked, capsys):
     assert capsys.readouterr().out == f"{checked.report}\n"
     assert json.loads(Path("r.json").read_text()) == checked.report.to_dict()
     assert Path("r.html").read_text().startswith("<!doctype html>")
-    (first, options), (second, more) = checked.calls
+    assert run(*given, "--depth", "1") == 1
+    assert capsys.readouterr().out == f"{checked.report.table(depth=1)}\n" != f"{different()}\n"
+    (first, options), (second, more) = checked.calls[:2]
     assert [type(part).__name__ for part in first[:2]] == ["Torch", "Flax"]
     assert first[2].shape == (2, 4)
     assert first[2].dtype == np.float32
@@ -177,6 +179,7 @@ def test_inputs_and_variables(nets, checked):
         ("check {t} {f} --shape 3 --evla", "Unrecognized options"),
         ("check {t} {f} --shape 3 --loss x", "--loss is 'x'; allowed: package.module:name"),
         ("check {t} {f} --shape 3 --loss {t}", "--loss is 'nets_of_a_test:Torch', which gives type; allowed: a pair"),
+        ("check {t} {f} --shape 3 --depth 0", "--depth is 0; allowed: an integer >= 1"),
         ("check {t} {f} --shape 3 --steps -1", "--steps is -1; allowed: an integer >= 0"),
         ("check {t} {f} --shape 3 --steps 1", "--steps and --optimizers is 1 and None; allowed: both or neither"),
         ("check {t} nets_of_a_test:Wants --shape 3", "Wants by a function without arguments: lambda: Wants(...)"),

@@ -284,6 +284,39 @@ def test_modules_are_a_tree():
     Page(page(Report(layers=[deep])))
 
 
+def unfolded(text):
+    """Which modules of the tree are open, by the names that the filter looks at."""
+    tree = text[text.index('id="modules"') : text.index('id="all"')]
+    return [name.split()[0] for name in re.findall(r'data-name="([^"]*)"><details open>', tree)]
+
+
+def test_html_of_a_depth():
+    """A table of the modules in place of what differs; the tree is unfolded so far, and counts what differs."""
+    rows = [
+        LayerRow("forward", f"net.{i}.{name}", f"{name}_{i}", "linear", "output", float(i == 1), 1e-2)
+        for i in range(3)
+        for name in ("a", "b")
+    ]
+    rows += [LayerRow("forward", "head", "head", "linear", "output", 0.0, 1e-2)]
+    report = Report(Divergence("forward", "net.1.a", "a_1", 1.0, 1e-2, "output"), [], rows)
+    text = page(report)
+    assert "2 of 6 layers differ" in text
+    assert "2 of 2 layers differ" in text
+    assert unfolded(text) == ["net", "net.1"]
+    report.depth = 2
+    text = page(report)
+    assert unfolded(text) == ["net"]
+    section = text[text.index('id="differs"') : text.index('id="errors"')]
+    cells = [
+        re.findall("<td[^>]*>(?:<svg.*?</svg>)?(.*?)</td>", line) for line in re.findall("<tr class.*?</tr>", section)
+    ]
+    assert [line[1] for line in cells] == ["net.0", "net.1", "net.2", "head"]
+    assert cells[1] == [" differs first", "net.1", "forward output of a", "2", "2", "1.0e+00", "1.0e-02"]
+    assert text[text.index('id="all"') :].count("<tr class=") == len(rows)
+    report.depth = 1
+    assert unfolded(page(report)) == []
+
+
 @pytest.mark.parametrize("report", [Report(), Report(layers=[LayerRow("forward", "", "", "", "output", 0.0, 0.0)])])
 def test_html_of_little(report, tmp_path):
     report.to_html(tmp_path / "report.html")

@@ -15,6 +15,7 @@ from parity.comparison.values import Values
 from parity.report import NETWORK, Diagnosis, Divergence, LayerRow, Report
 from parity.report.cards import answer, link
 from parity.report.findings import Place, shown
+from parity.report.folded import folded
 
 
 def rows(count, wrong=(), name="block.{}"):
@@ -74,6 +75,73 @@ def test_a_mistake_everywhere_is_short():
     assert len(table(report.table(rows="all"))) == 300
     assert "block.299 (Dense_299): not" in report.table(rows="all")
     assert len(report.to_dict()["diagnoses"][0]["places"]) == 300
+
+
+def by_modules(depth=None):
+    """The layers of a network with an encoder and a head of its own; and a layer that Flax alone has."""
+    names = ["encoder.0.fc", "encoder.0.norm", "encoder.1.fc", "encoder.1.norm", "head"]
+    errors, alone = [0.0, 2e-10, 3e-10, 5e-10, 4e-10], [0.0, 2e-10, 0.0, 5e-10, 0.0]
+    layers = [
+        LayerRow("forward", name, f"Dense_{i}", "linear", "output", errors[i], 1e-10, local_error=alone[i])
+        for i, name in enumerate(names)
+    ]
+    layers += [dataclasses.replace(row, phase="backward", quantity="weight gradient") for row in layers[1:2]]
+    layers += [LayerRow("forward", "", "extra/Dense_5", "linear", "output", 1e-11, 1e-10)]
+    layers += [LayerRow("forward", "", "", "", "output", 4e-10, 1e-10, local_error=0.0)]
+    first = Divergence("forward", "encoder.0.norm", "Dense_1", 2e-10, 1e-10, "output")
+    return Report(first, [Diagnosis("epsilon", "encoder.0.norm", "...", "Dense_1")], layers, depth=depth)
+
+
+def folds(report):
+    return [(m.name, m.layers, m.differ, m.worst.error, m.verdict) for m in folded(report, report.depth)]
+
+
+def test_modules_of_a_depth():
+    """Each with its worst error, by the verdict first, and how many layers differ: two rows of a layer are one."""
+    others = [("extra", 1, 0, 1e-11, "ok"), (NETWORK, 0, 0, 4e-10, "inherits")]
+    head = ("head", 1, 0, 4e-10, "inherits")
+    assert folds(by_modules(1)) == [("encoder", 4, 2, 2e-10, "differs first"), head, *others]
+    encoder = [("encoder.0", 2, 1, 2e-10, "differs first"), ("encoder.1", 2, 1, 5e-10, "differs")]
+    assert folds(by_modules(2)) == [*encoder, head, ("extra/Dense_5", *others[0][1:]), others[1]]
+    assert len(folds(by_modules(99))) == 7
+    verdicts = {row.torch_layer: by_modules().verdict(row) for row in by_modules().layers[:5]}
+    assert all(m[-1] == verdicts[m[0]] for m in folds(by_modules(3)) if m[0] in verdicts)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_table_of_modules(width):
+    """In place of the rows that differ; the rest of what is told is the same."""
+    report = by_modules()
+    text, whole = report.table(depth=1, width=width), report.table(width=width)
+    told = [line.split() for line in text.splitlines() if re.match(r"(encoder|head|extra|\(network\))\b|\(net", line)]
+    if width < 80:
+        assert "encoder: 2 of 4 layers differ; worst" in text
+        assert "(network): worst error 4.0e-10, bound" in text
+    else:
+        told_first = "encoder forward output of 0.norm 4 2 2.0e-10 1.0e-10 differs first"
+        assert told[0] == told_first.split()
+        assert told[-1] == ["(network)", "forward", "output", "4.0e-10", "1.0e-10", "inherits"]
+        assert len(told) == 4
+    assert max(map(len, text.splitlines())) <= max(width, len(report.summary))
+    assert text.splitlines()[:5] == whole.splitlines()[:5]
+    assert text.splitlines()[-1] == whole.splitlines()[-1] == report.summary
+    assert str(by_modules(1)) == report.table(depth=1)
+    assert by_modules(1).to_dict() == report.to_dict()
+
+
+def test_the_modules_of_a_pair_that_agrees_are_shown_on_request():
+    report = Report(layers=rows(4))
+    assert report.table(depth=1).splitlines()[2].split()[:6] == ["block", "forward", "output", "of", "0", "4"]
+    assert report.table(depth=1).splitlines()[-1] == str(report) == report.summary
+
+
+@pytest.mark.parametrize("depth", [0, -1, 1.5, "2", True])
+def test_depths(depth):
+    said = re.escape(f"depth is {depth!r}; allowed: an integer >= 1, or None")
+    with pytest.raises(ValueError, match=said):
+        Report(depth=depth)
+    with pytest.raises(ValueError, match=said):
+        Report().table(depth=depth)
 
 
 def test_rows_are_one_of_two():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from parity.report.findings import NETWORK, number
+from parity.report.folded import folded
 from parity.report.html.elements import Markup, legend, mark, tag
 from parity.report.rows import chosen, left_out
 
@@ -22,7 +23,9 @@ NUMBERS = "error", "bound", "alone", "float32", "rounding"
 
 
 def differing(report: Report) -> Markup | None:
-    """What differs, the first difference marked, with three rows before and behind it."""
+    """What differs, the first difference marked, with three rows before and behind it; or the modules of a depth."""
+    if report.depth is not None and report.layers:
+        return _folded(report, report.depth)
     places = chosen(report, "differing")
     if not places:
         return None
@@ -41,6 +44,31 @@ def differing(report: Report) -> Markup | None:
         id="differs",
         aria_label=title,
     )
+
+
+def _folded(report: Report, depth: int) -> Markup:
+    """A row for every module of that depth."""
+    modules, title = folded(report, depth), f"Modules to depth {depth}"
+    head = [tag("th", name, scope="col") for name in ("result", "module", "worst in")]
+    head += [tag("th", name, scope="col", class_="number") for name in ("layers", "differ", "worst", "bound")]
+    body = []
+    for m in modules:
+        counts = (f"{m.layers}", f"{m.differ}") if m.layers else ("", "")
+        cells = [tag("td", mark(m.verdict), f" {m.verdict}", class_="mark"), tag("td", m.name, class_="name")]
+        cells += [tag("td", m.where, class_="what")]
+        cells += [
+            tag("td", text, class_=f"number {name}")
+            for name, text in zip(
+                ("layers", "differ", "error", "bound"),
+                (*counts, number(m.worst.error), number(m.worst.bound)),
+                strict=True,
+            )
+        ]
+        body.append(tag("tr", *cells, class_=m.verdict.replace(" ", "-")))
+    caption = "Of each module: how many layers, how many of them differ, and the worst error with its bound."
+    table = _scrolled(title, tag("caption", caption), tag("thead", tag("tr", *head)), tag("tbody", *body))
+    parts = [tag("h2", title), legend({m.verdict for m in modules}), table]
+    return tag("section", *parts, id="differs", aria_label=title)
 
 
 def every(report: Report) -> Markup | None:
@@ -62,14 +90,13 @@ def _table(report: Report, places: Sequence[int], title: str) -> Markup:
     head += [tag("th", name, scope="col", class_="number") for name in numbers]
     parts = [tag("caption", CAPTION), tag("thead", tag("tr", *head))]
     parts += [tag("tbody", *body) for body in _bodies(report, places)]
-    return tag(
-        "div",
-        tag("table", *parts, class_="rows"),
-        class_="scroll",
-        tabindex=0,
-        role="region",
-        aria_label=f"{title}, table",
-    )
+    return _scrolled(title, *parts)
+
+
+def _scrolled(title: str, *parts: Markup) -> Markup:
+    """A table that is wider than a phone is moved in its own place."""
+    table = tag("table", *parts, class_="rows")
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=f"{title}, table")
 
 
 def _columns(report: Report) -> list[int]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from parity.report.cards import cards
 from parity.report.findings import NETWORK, number
+from parity.report.folded import differing, parts_of, worst_of
 from parity.report.html.elements import Markup, joined, mark, tag
-from parity.report.rows import VERDICTS, weight
+from parity.report.rows import VERDICTS
 
 if TYPE_CHECKING:
     from parity.report.findings import LayerRow
@@ -47,8 +48,7 @@ def tree(report: Report) -> Module:
     """The root, of which modules with nothing but one other are joined with it."""
     root = Module("", "")
     for row in report.layers:
-        name, dot = (row.torch_layer, ".") if row.torch_layer else (row.flax_layer, "/")
-        parts = name.split(dot) if name else [NETWORK]
+        parts, dot = parts_of(row)
         parts = [*parts[: DEEPEST - 1], dot.join(parts[DEEPEST - 1 :])] if len(parts) > DEEPEST else parts
         module = root
         for i, part in enumerate(parts):
@@ -69,14 +69,14 @@ def _short(module: Module) -> Module:
 
 
 def modules(report: Report) -> Markup | None:
-    """The tree; what holds the first difference is unfolded."""
+    """The tree; what holds the first difference is unfolded, or all down to the report's depth."""
     if not report.layers:
         return None
     charged: dict[str, list[tuple[int, str]]] = {}
     for i, card in enumerate(cards(report)):
         for place in card.places:
             charged.setdefault(place.before or place.torch_layer or NETWORK, []).append((i + 1, card.code))
-    items = [_item(report, module, charged) for module in tree(report).modules.values()]
+    items = [_item(report, module, charged, 1) for module in tree(report).modules.values()]
     title = "Modules"
     text = "Each with its worst error, beside the bound that it exceeds or comes closest to."
     search = tag(
@@ -92,14 +92,16 @@ def modules(report: Report) -> Markup | None:
     return tag("section", *parts, id="modules", aria_label=title)
 
 
-def _item(report: Report, module: Module, charged: dict[str, list[tuple[int, str]]]) -> Markup:
+def _item(report: Report, module: Module, charged: dict[str, list[tuple[int, str]]], depth: int) -> Markup:
+    """A module as an item; it is the so-manieth of those within each other."""
     rows = module.all_rows()
     verdicts = {report.verdict(row) for row in rows}
     verdict = max(verdicts, key=VERDICTS.index)
-    worst = max(rows, key=lambda row: weight(report.verdict(row), row.error, row.bound))
+    worst, differ = worst_of(report, rows), differing(report, rows)
     count = module.count()
     first = module.rows[0] if module.rows else None
-    about = f"{count} layers" if first is None or module.modules else first.kind
+    layers = f"{differ} of {count} layers differ" if differ else f"{count} layers"
+    about = layers if first is None or module.modules else first.kind
     other = first is not None and first.flax_layer not in ("", first.torch_layer)
     charges = charged.get(module.path, [])
     codes = [joined(" ", tag("a", code, href=f"#cause-{i}", class_="code")) for i, code in charges]
@@ -112,10 +114,11 @@ def _item(report: Report, module: Module, charged: dict[str, list[tuple[int, str
         tag("span", tag("b", f"{verdict}, {number(worst.error)}"), f" of {number(worst.bound)}", class_="worst"),
     )
     own = tag("ul", *(_quantity(report, row) for row in module.rows), class_="quantities") if module.rows else None
-    inner = [_item(report, child, charged) for child in module.modules.values()]
+    inner = [_item(report, child, charged, depth + 1) for child in module.modules.values()]
     named = tag("p", "Named here:", *codes, class_="named") if codes else None
     within = tag("ul", *inner) if inner else None
-    is_open = "differs first" in verdicts and (bool(inner) or bool(codes))
+    is_open = "differs first" in verdicts if report.depth is None else depth < report.depth
+    is_open = is_open and (bool(inner) or bool(codes))
     # What the filter looks at: names, kind and results.
     both = [] if first is None else [first.torch_layer, first.flax_layer]
     said = " ".join([module.path, *both, about, *sorted(verdicts), *(code for _, code in charges)])
