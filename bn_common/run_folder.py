@@ -326,9 +326,11 @@ class RunFolder:
         """Draw the pictures, let go of the folder, and say what has come of the run and where everything is."""
         if not self.writes:
             return
-        mistakes = self._draw_mistakes() if self.metrics else None
-        # The last file: with it the run is finished.
-        write_whole(self.path / CURVES, draw_curves(self.metrics, self.about["data"]))
+        mistakes = self._drawn(f"{CONFUSION} and {MISTAKES} are", self._draw_mistakes) if self.metrics else None
+        curves = self._drawn(f"{CURVES} is", lambda: draw_curves(self.metrics, self.about["data"]))
+        if curves is not None:
+            # The last file: with it the run is finished. Without, the same command again only draws it.
+            write_whole(self.path / CURVES, curves)
         if self.metrics:
             self.say(summary(self.metrics))
         if mistakes is not None:
@@ -339,16 +341,20 @@ class RunFolder:
         self.close()
         self.say(f"run folder: {self.path}")
 
+    def _drawn(self, what: str, draw: Callable[[], Any]) -> Any:
+        """What `draw` gives, or None. What fails is told, and the run ends as it would: no picture matters so much."""
+        try:
+            return draw()
+        except Exception as error:
+            self.say(f"Notice: {what} not drawn: {error}", "yellow")
+            return None
+
     def _draw_mistakes(self) -> str | None:
-        """Draw what `self.pictures` gives, and give its words. What fails is told, and the run ends as it would."""
+        """Draw what `self.pictures` gives, and give its words."""
         if self.pictures is None:
             return None
-        try:
-            confusion, sheet, mistakes = self.pictures()
-            write_together({self.path / CONFUSION: confusion, self.path / MISTAKES: sheet})
-        except Exception as error:  # of a picture nothing depends
-            self.say(f"Notice: {CONFUSION} and {MISTAKES} are not drawn: {error}", "yellow")
-            return None
+        confusion, sheet, mistakes = self.pictures()
+        write_together({self.path / CONFUSION: confusion, self.path / MISTAKES: sheet})
         return mistakes
 
     def say(self, text: str, style: str | None = None) -> None:

@@ -31,6 +31,28 @@ def end_epoch(run, epoch, *, train_loss=50.0, test_loss=6.0, weights=None):
     run.end_epoch(epoch=epoch, step=step, train=train, test=test, **times, learning_rate=0.1, weights=weights)
 
 
+def test_curves_that_cannot_be_drawn_end_no_run(tmp_path, monkeypatch):
+    """That is told, and all else is there; the same run again draws them."""
+    run = open_run(tmp_path / "run", epochs=1)
+    end_epoch(run, 0)
+
+    def fails(metrics, data):
+        raise RuntimeError("no such font")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "draw_curves", fails)
+        run.finish()
+    said = run.console.file.getvalue().splitlines()
+    assert "Notice: curves.png is not drawn: no such font" in said
+    assert any(line.startswith("test accuracy 0.9000 after 1 epoch") for line in said)
+    assert said[-1] == f"run folder: {run.path}"
+    assert not (run.path / "curves.png").exists()
+    assert (run.path / "weights.safetensors").exists()
+    again = open_run(tmp_path / "run", epochs=1)
+    again.finish()
+    assert (run.path / "curves.png").exists()
+
+
 def test_a_run(tmp_path):
     run = open_run(tmp_path / "a" / "b", epochs=12)
     end_epoch(run, 0)
