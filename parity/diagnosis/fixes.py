@@ -117,6 +117,10 @@ FIXES = {
         ("head.weight = nn.Parameter(embed.weight.clone())", "head.weight = embed.weight"),
         ("logits = self.head(x)", "logits = self.embed.attend(x)"),
     ),
+    "padding-index": Fix(
+        ("self.embed = nn.Embedding(n, c)", "self.embed = nn.Embedding(n, c, padding_idx=0)"),
+        ("y = self.embed(ids)", "y = jnp.where((ids == 0)[..., None], 0, self.embed(ids))  # row 0 is 0"),
+    ),
     "kernel-transposed": Fix(
         ("linear.weight.copy_(kernel)", "linear.weight.copy_(kernel.T)"),
         ('kernel = state["weight"]', 'kernel = state["weight"].T'),

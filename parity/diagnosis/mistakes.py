@@ -68,6 +68,9 @@ TABLE = (
     ),
     Mistake("stopped-statistics-gradient", "backward", "", "mean and var taken as constants in the derivative"),
     Mistake("tied-weights", "backward", "", "one tensor of two layers on one side, a copy for each on the other"),
+    Mistake(
+        "padding-index", "backward", "", "a row of an embedding that one side does not train: padding_idx=, or a mask"
+    ),
     # products
     Mistake("kernel-transposed", "forward", "", "the matrix of a linear layer not transposed"),
     Mistake("kernel-layout", "forward", "", "OIHW read as HWIO, axes exchanged"),

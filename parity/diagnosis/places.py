@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.differences import Difference
-from parity.diagnosis import attention_layer, tied
+from parity.diagnosis import attention_layer, padding_index, tied
 from parity.diagnosis.between import family as between
 from parity.diagnosis.between import input as inputs
 from parity.diagnosis.between import integers
@@ -66,12 +66,14 @@ class Diagnosis:
         self.shared = {name for group in groups for name in group}
         self.tied = tied.findings(translation, forced, groups)
         told = {name for group in self.tied for name in group}
-        self.failing = [d for d in local if d.error > bounds[d] and self._tensor(d) not in told]
         self.tolerance = {d: max(1e-9, min(bounds[d], 1e-5)) for d in local}
+        self.untrained, rows = padding_index.findings(translation, forced, free, self._tolerance)
+        wrong = [d for d in local if d.error > bounds[d]]
+        self.failing = [d for d in wrong if self._tensor(d) not in told and (d.key, d.quantity) not in rows]
 
     def run(self) -> list[Located]:
         """All findings; forward in order of execution, then backward, then statistics."""
-        found = list(self.tied.values())
+        found = [*self.tied.values(), *self.untrained]
         for position, call in enumerate(self.torch.calls):
             pair = self.translation.pair_of.get(call.path)
             mine = self.flax_calls.get((pair.flax.path, call.index)) if pair else None

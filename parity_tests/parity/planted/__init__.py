@@ -11,6 +11,7 @@ from parity_tests.parity.planted import (
     orders,
     outputs,
     positions,
+    tables,
     training,
     unets,
 )
@@ -27,6 +28,7 @@ CASES: list[Case] = [
     *unets.cases(),
     *positions.cases(),
     *counted.cases(),
+    *tables.cases(),
     *orders.cases(),
     *networks.cases(),
 ]
