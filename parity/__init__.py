@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from parity import offline, report, testing
 from parity.check import check, trace
 from parity.cli import convert
+from parity.initialisation import check_initialisation
 from parity.offline import compare, dump
 from parity.pairing import rules
 from parity.pairing.rules import register
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "assert_parity",
     "check",
+    "check_initialisation",
     "compare",
     "convert",
     "dump",

@@ -8,6 +8,7 @@
     python -m parity compare a b                               anywhere
     python -m parity convert --help                            weights from one framework to the other
     python -m parity train --help                              both sides trained in lockstep
+    python -m parity initialisation nets.torch:Net nets.flax:Net --shape 8,3,32,32    what new networks begin with
 
 Exit status: 0 if they agree, 1 if anything differs, 2 if it could not be compared: a mistake on the command line, or an
 error in a module; one line says what was given and what is allowed. 130 if it was interrupted.
@@ -25,8 +26,8 @@ from typing import Any
 from bn_common.command_line import parse, program_name, refuse
 from parity.sides.installed import BOTH, missing, need, needed_by
 
-COMMANDS = "check", "convert", "trace", "train", "dump", "compare"
-OF_BOTH = "check", "convert", "trace", "train"
+COMMANDS = "check", "convert", "trace", "train", "dump", "compare", "initialisation"
+OF_BOTH = "check", "convert", "trace", "train", "initialisation"
 INTERRUPTED = 130
 """As shells have it: 128 and the number of SIGINT."""
 

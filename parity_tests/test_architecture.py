@@ -18,7 +18,7 @@ ROWS = [
     {"report"},
     {"judge", "evidence"},
     {"conventions"},
-    {"check", "offline", "trajectory", "weights"},
+    {"check", "initialisation", "offline", "trajectory", "weights"},
     {"wings", "testing"},
     {"cli"},
     {"__init__"},

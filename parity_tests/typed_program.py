@@ -64,6 +64,8 @@ def compare(
     assert_type(assert_parity(torch_model, flax_model, x, train=False, steps=0), parity.Report)
     parity.check(torch_model, flax_model, x, None, 3, {"x": [x]}, keywords={"mask": x}, flax_inputs={"x": x})
     assert_type(parity.assert_parity(torch_model, flax_model, [x, x], loss=losses()), parity.Report)
+    fresh = parity.check_initialisation(lambda: torch_model, flax_model, x, seeds=8)
+    assert_type(fresh, parity.Report)
     return trained.summary
 
 

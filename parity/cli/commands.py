@@ -213,6 +213,39 @@ class Trace(_Pair):
 
 
 @dataclasses.dataclass(frozen=True)
+class Initialisation:
+    """Do new networks of both sides begin with weights of the same distributions?"""
+
+    torch: tyro.conf.Positional[str]
+    """PyTorch's: package.module:name or file.py:name of a class or a function that makes the module."""
+    flax: tyro.conf.Positional[str]
+    """Flax's: of a linen module, its class, or of a class or function of rngs that makes an NNX module."""
+    given: tyro.conf.OmitArgPrefixes[_Inputs] = dataclasses.field(default_factory=_Inputs)
+    output: tyro.conf.OmitArgPrefixes[_Output] = dataclasses.field(default_factory=_Output)
+    map: tuple[str, ...] = ()
+    """Layers that are not paired rightly by order and kind, such as conv.0=Conv_0 fc=Dense_2."""
+    seeds: int = 32
+    """How many networks are made on each side, >= 8."""
+
+    def __post_init__(self) -> None:
+        check_name("torch", self.torch)
+        check_name("flax", self.flax)
+        require(self.given.are_given, "--inputs", "not given", "--inputs FILE or --shape SIZES")
+        require(self.seeds >= 8, "--seeds", self.seeds, "an integer >= 8")
+        layer_map(self.map)
+
+    def run(self) -> int:
+        """Compare and report; gives the exit status."""
+        given, torch, flax = self.given.arrays(), object_of("torch", self.torch), object_of("flax", self.flax)
+        from parity.initialisation import check_initialisation
+
+        with taken("both modules", given):
+            options: dict[str, Any] = {"layer_map": layer_map(self.map) or None, "seeds": self.seeds}
+            report = check_initialisation(torch, flax, *given, **self.given.options(), **options)
+        return self.output.finish(report)
+
+
+@dataclasses.dataclass(frozen=True)
 class Dump:
     """Write down one side, where only its framework is installed."""
 

@@ -298,4 +298,11 @@ FIXES = {
         ("torch.optim.SGD(parameters, 0.01)", "torch.optim.SGD(parameters, 0.1)"),
         ("optax.sgd(0.01)", "optax.sgd(0.1)"),
     ),
+    "initialisation": Fix(
+        ("nn.Linear(n, m)  # uniform, variance 1/(3n)", "nn.init.xavier_uniform_(linear.weight)"),
+        (
+            "nnx.Linear(n, m, rngs=rngs)  # truncated normal, 1/n",
+            "nnx.Linear(n, m, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)",
+        ),
+    ),
 }

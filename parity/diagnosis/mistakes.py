@@ -125,6 +125,13 @@ TABLE = (
     Mistake("momentum-dampening", "optimizer", "", "dampening on one side"),
     Mistake("nesterov", "optimizer", "", "Nesterov's momentum on one side"),
     Mistake("learning-rate", "optimizer", "", "a factor between the learning rates"),
+    # new networks
+    Mistake(
+        "initialisation",
+        "initialisation",
+        "",
+        "new weights drawn otherwise: fan, gain, uniform or normal, cut off or not, a bias of zeros",
+    ),
 )
 MISTAKES = {mistake.code: mistake for mistake in TABLE}
 

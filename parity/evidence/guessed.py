@@ -54,9 +54,22 @@ def settle(
     called: Calls,
     layer_map: Mapping[str, str] | None,
 ) -> tuple[Pairing, Structure]:
+    """The pairing, and Flax's structure, see `settled`."""
+    return settled(module, torch_, flax_module, called, layer_map)[:2]
+
+
+@_in_silence
+def settled(
+    module: torch.nn.Module | None,
+    torch_: Structure,
+    flax_module: linen.Module | nnx.Module,
+    called: Calls,
+    layer_map: Mapping[str, str] | None,
+) -> tuple[Pairing, Structure, Guess | None]:
     """The pairing on the first inputs that both modules take and on which all shapes fit; else the closest.
 
-    Where layers are cut otherwise on the other side, both modules are run with random weights to see how.
+    The inputs too; None where the module's definition alone tells its layers. Where layers are cut otherwise on the
+    other side, both modules are run with random weights to see how.
     """
     side = flax_side.side_of(flax_module, called.flax_call)
     runner = None if module is None else torch_layers.Runner(module, torch_)
@@ -82,7 +95,7 @@ def settle(
         defined = flax_layers.of_definition(side, flax_module)
         if defined is not None:
             _suppose_flattened(torch_)
-            return _paired(torch_, defined, layer_map), defined
+            return _paired(torch_, defined, layer_map), defined, None
         suggested = "PyTorch's first layer suggests" if called.torch is None else "are given"
         raise ValueError(
             f"flax_module takes none of the inputs that {suggested}; allowed: inputs=[...], numpy arrays in PyTorch's "
@@ -97,11 +110,11 @@ def settle(
         torch_.flattened = runner.flattened(guess, run)
         if not torch_layers.may_be_flattened(run.calls, {x.path: x.kind for x in torch_.layers}, guess):
             found = _paired(torch_, flax, layer_map, distance) if distance else found
-            return _exchanged(found, torch_, flax, trial, layer_map), flax
+            return _exchanged(found, torch_, flax, trial, layer_map), flax, guess
     flax.flattened = flax_layers.flattened(side, flax, guess)
     if run is None and not flax.flattened:
         _suppose_flattened(torch_)
-    return _exchanged(_paired(torch_, flax, layer_map, distance), torch_, flax, trial, layer_map), flax
+    return _exchanged(_paired(torch_, flax, layer_map, distance), torch_, flax, trial, layer_map), flax, guess
 
 
 def _exchanged(

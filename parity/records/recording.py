@@ -165,5 +165,6 @@ NETWORK = ("", -1)
 """In the place of a call: the network as a whole."""
 
 
-PHASES = "forward", "loss", "backward", "statistics", "optimizer"
-"""In the order in which they are gone through; an error in one is carried into those behind it."""
+PHASES = "initialisation", "forward", "loss", "backward", "statistics", "optimizer"
+"""In the order in which they are gone through; an error in one is carried into those behind it. The first is of new
+networks, and is asked for by itself; in the others both sides have the same weights."""

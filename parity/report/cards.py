@@ -76,6 +76,8 @@ def cards(report: Report) -> list[Card]:
 
 def answer(report: Report) -> str:
     """What differs, where, and in how many layers, in one sentence; that all agrees, where it does."""
+    if report.ok and report.details.get("mode") == "initialisation":
+        return "The two begin alike: nothing differs by more than chance explains."
     if report.ok:
         return "The two agree: nothing differs by more than rounding explains."
     first = report.first_divergence

@@ -5,8 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
+
+
+@contextlib.contextmanager
+def sown(seed: int) -> Iterator[None]:
+    """The same for a while: then Python's, numpy's and PyTorch's generators go on where they were."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch = importlib.import_module("torch")
+    with torch.random.fork_rng(devices=[]):
+        try:
+            sow(seed)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def sow(seed: int) -> None:

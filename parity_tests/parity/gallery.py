@@ -64,6 +64,12 @@ GROUPS = (
         "Both optimisers are given the same parameters and the same gradients, made for the purpose, and "
         "their steps are fitted; needs `steps=` and `optimizers=`.",
     ),
+    Group(
+        "initialisation",
+        "New networks",
+        "`parity.check_initialisation` makes some dozen networks on each side, and compares of every tensor how its "
+        "numbers are distributed.",
+    ),
 )
 
 REPORTS = {

@@ -87,7 +87,7 @@ class Outcome(NamedTuple):
 
 
 def check(made: Any) -> Any:
-    return parity.check(made.torch_module, made.flax_module, *made.inputs, **made.options)
+    return made.check(made.torch_module, made.flax_module, *made.inputs, **made.options)
 
 
 def outcome(case: Case) -> Outcome:

@@ -156,8 +156,10 @@ def test_inputs_and_variables(nets, checked):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", "command is ''; allowed: check, convert, trace, train, dump, compare, or --help"),
-        ("chekc", "command is 'chekc'; allowed: check, convert, trace, train, dump, compare, or --help"),
+        ("", "command is ''; allowed: check, convert, trace, train, dump, compare, initialisation, or --help"),
+        ("chekc", "command is 'chekc'; allowed: check, convert, trace, train, dump, compare, initialisation, or"),
+        ("initialisation {t} {f}", "--inputs is not given; allowed: --inputs FILE or --shape SIZES"),
+        ("initialisation {t} {f} --shape 3,4 --seeds 7", "--seeds is 7; allowed: an integer >= 8"),
         ("check {t} {f}", "--inputs is not given; allowed: --inputs FILE or --shape SIZES"),
         ("check {t} {f} --shape 3,x", "--shape is 3,x; allowed: positive integers with commas between"),
         ("check {t} {f} --shape 3,0", "--shape is 3,0; allowed: positive"),
@@ -435,3 +437,33 @@ def test_trace_dump_and_compare(nets, capsys):
     assert run("dump", pair[1], "--out", "b", "--shape", "2,4", "--weights", "a") == 0
     assert run("compare", "b", "a", "--html", "r.html") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("ok: ")
+
+
+TWO = """\
+import torch
+from flax import linen, nnx
+
+def Torch():
+    layer = torch.nn.Linear(4, 3)
+    torch.nn.init.zeros_(layer.bias)
+    torch.nn.init.xavier_uniform_(layer.weight)
+    return layer
+
+class Nnx(nnx.Linear):
+    def __init__(self, rngs):
+        super().__init__(4, 3, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+
+default = linen.Dense(3)
+"""
+
+
+@pytest.mark.parametrize(("flax", "seeds", "status"), [("Nnx", 8, 0), ("default", 64, 1), ("nothing", 8, 2)])
+def test_initialisation(flax, seeds, status, tmp_path, monkeypatch, capsys):
+    """Classes and functions are handed on as they are; the status is that of check."""
+    monkeypatch.chdir(tmp_path)
+    Path("nets_that_begin.py").write_text(TWO)
+    pair = "nets_that_begin.py:Torch", f"nets_that_begin.py:{flax}"
+    assert run("initialisation", *pair, "--shape", "2,4", "--seeds", seeds, "--json", "r.json") == status
+    if status == 1:
+        assert "in Flax normal, cut off or not" in capsys.readouterr().out
+        assert json.loads(Path("r.json").read_text())["diagnoses"][0]["code"] == "initialisation"

@@ -34,7 +34,18 @@ def test_needs_no_framework():
 )
 def test_functions_are_functions(before):
     """Where a module has the same name, too."""
-    names = ["check", "assert_parity", "to_flax", "to_torch", "trace", "dump", "compare", "lockstep", "register"]
+    names = [
+        "check",
+        "check_initialisation",
+        "assert_parity",
+        "to_flax",
+        "to_torch",
+        "trace",
+        "dump",
+        "compare",
+        "lockstep",
+        "register",
+    ]
     done = python(
         f"{before}\nimport inspect, types, parity\n"
         f"assert all(inspect.isfunction(getattr(parity, name)) for name in {names})\n"

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import parity
 from parity.diagnosis.finding import Finding
 from parity.diagnosis.mistakes import COULD_NOT_RUN, MISTAKES, NOT_COMPARED, TABLE, UNEXPLAINED
 from parity.records.recording import PHASES
@@ -41,7 +40,7 @@ def selected(cases: Iterable[Case]) -> list[Case]:
 
 
 def check(planted: Planted):
-    return parity.check(planted.torch_module, planted.flax_module, *planted.inputs, **planted.options)
+    return planted.check(planted.torch_module, planted.flax_module, *planted.inputs, **planted.options)
 
 
 def test_every_code_is_planted_in_either_wing_alone_and_deep():

@@ -68,26 +68,27 @@ class LinenSide:
         kept = {name: v for name, v in variables.items() if not name.startswith("params/")}
         return out, kept | {name: v for name, v in flat(updated).items() if not name.startswith("params/")}
 
-    def initial(self, inputs, *, train):
+    def initial(self, inputs, *, train, seed=0):
         """See `Side`."""
         with opened(self.is_opened, self.turns):
             if self.flax_call is not None:
-                proxy: Any = _Initialising(self.module)
+                proxy: Any = _Initialising(self.module, seed)
                 call_flax_call(self.flax_call, proxy, {}, inputs, train)
                 return flat(proxy.variables)
             module, flags = self._bound(train)
-            return flat(module.init(_rngs(0), *inputs.args, **{**inputs.keywords, **flags}))
+            return flat(module.init(_rngs(seed), *inputs.args, **{**inputs.keywords, **flags}))
 
 
 class _Initialising:
     """Stands in for a module in the user's `flax_call`: `apply` initialises, so that the variables become known."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, seed: int) -> None:
         self._module = module
+        self._seed = seed
         self.variables: Any = {}
 
     def apply(self, variables: Any, *args: Any, rngs: Any = None, mutable: Any = False, **kwargs: Any) -> Any:
-        output, self.variables = self._module.init_with_output(_rngs(0), *args, **kwargs)
+        output, self.variables = self._module.init_with_output(_rngs(self._seed), *args, **kwargs)
         state = {name: v for name, v in self.variables.items() if name != "params"}
         return (output, state) if mutable is not False else output
 

@@ -76,8 +76,8 @@ class Side(Protocol):
     ) -> tuple[Any, Variables]:
         """(output, statistics after it); `intercept(path, call, args, kwargs)` makes every layer's call."""
 
-    def initial(self, inputs: Inputs, *, train: bool) -> Variables:
-        """Variables as the module makes them, or as an NNX module holds them."""
+    def initial(self, inputs: Inputs, *, train: bool, seed: int = 0) -> Variables:
+        """Variables as the module makes them with this seed, or as an NNX module holds them."""
 
 
 def flag_of(function: Callable, train: bool) -> dict[str, bool]:

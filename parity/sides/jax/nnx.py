@@ -62,7 +62,7 @@ class NnxSide:
         }
         return out, statistics
 
-    def initial(self, inputs, *, train):
+    def initial(self, inputs, *, train, seed=0):
         """See `Side`."""
         return {self.names[path]: _value(v) for path, v in self.state.items() if not _is_random(v)}
 

@@ -4,6 +4,7 @@ from parity_tests.parity.planted import (
     attentions,
     counted,
     glue,
+    initial,
     kernels,
     lone,
     networks,
@@ -31,6 +32,7 @@ CASES: list[Case] = [
     *tables.cases(),
     *orders.cases(),
     *networks.cases(),
+    *initial.cases(),
 ]
 
 __all__ = ["CASES", "Case", "Planted"]

@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 from torch import nn
 
+import parity
 from parity_tests.parity.planted import flax_norms, torch_norms
 from parity_tests.parity.zoo.others import own_norm
 from parity_tests.parity.zoo.pair import behind_flatten, conv, linear, linen_variables, norm, randomise, rngs
@@ -182,12 +183,13 @@ NNX_DEEP_TABLE = [(name, name, kind) for name, _, kind in DEEP_TABLE]
 
 
 class Planted(NamedTuple):
-    """Arguments of `parity.check`."""
+    """Arguments of `parity.check`, or of what is asked in its place."""
 
     torch_module: nn.Module
     flax_module: Any
     inputs: tuple[Any, ...]
     options: dict[str, Any]
+    check: Callable[..., Any] = parity.check
 
 
 class Case(NamedTuple):
