@@ -122,8 +122,8 @@ def _report(pairing: Pairing, torch: Draws, flax: Draws, seeds: int) -> Report:
             if pair.is_out_in:
                 shape, kernel = shape[::-1], kernel[::-1] if kernel else None
         is_variance = kind == "batch_norm" and kinds.VAR.fullmatch(local) is not None
-        fans = family.fans(kind, shape, kernel)
-        tensors.append(Tensor(torch_name, fans, torch.drawn(flax_name), flax.drawn(flax_name), is_variance))
+        fans, drawn = family.fans(kind, shape, kernel), (torch.drawn(flax_name), flax.drawn(flax_name))
+        tensors.append(Tensor(torch_name, fans, *drawn, is_variance, flax_name in pairing.rounded()))
         path = flax_name.partition("/")[2].rpartition("/")[0]
         layers[torch_name] = (torch_name.rpartition(".")[0], pair.flax.path if pair else path, kind)
     found = family.outcomes(tensors)

@@ -189,6 +189,62 @@ def test_zeros_that_are_drawn_are_no_zeros_that_stay(share):
     assert parity.check_initialisation(Sparse, flax, vectors(100), seeds=8).ok
 
 
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(12, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+class FlaxCell(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.RNN(linen.OptimizedLSTMCell(16), name="rnn")(x)
+
+
+def test_a_cell():
+    """Flax draws what goes around as an orthogonal matrix; PyTorch has two biases, whose sum is no known shape."""
+    x = np.zeros((2, 3, 12), np.float32)
+    report = parity.check_initialisation(Cell, FlaxCell(), x, flax_inputs=[x])
+    told = [d.evidence.partition(" is in PyTorch ")[2] for d in report.diagnoses]
+    assert told == [
+        "uniform, std 0.144; in Flax truncated normal, std 0.288",
+        "uniform, std 0.144; in Flax orthogonal, std 0.25",
+        "a sum of two tensors, std 0.202; in Flax 0 throughout",
+    ]
+
+
+def test_an_orthogonal_matrix():
+    """Of the same variance and nearly the same shape as a normal one, in either wing; and the same on both sides."""
+
+    def made(way):
+        layer = torch_layer(nn.Linear(64, 64), ("normal", "zeros"))
+        way(layer.weight)
+        return layer
+
+    orthogonal, normal = linen.initializers.orthogonal(), linen.initializers.normal(1 / 8)
+    for way, kernel, expected in (
+        (nn.init.orthogonal_, orthogonal, []),
+        (nn.init.orthogonal_, normal, ["initialisation"]),
+        (lambda w: nn.init.normal_(w, std=1 / 8), orthogonal, ["initialisation"]),
+    ):
+        report = parity.check_initialisation(
+            lambda way=way: made(way), linen.Dense(64, kernel_init=kernel), vectors(64), seeds=8
+        )
+        assert [d.code for d in report.diagnoses] == expected
+        assert all("orthogonal, variance 1/fan_in" in d.evidence for d in report.diagnoses)
+
+
+def test_the_fans_of_a_transposed_convolution():
+    """PyTorch counts what comes of one input; the words count as Flax's layout does, the bias's too."""
+    x = np.zeros((1, 6, 5, 5), np.float32)
+    flax = linen.ConvTranspose(10, (3, 3), padding="VALID")
+    report = parity.check_initialisation(lambda: nn.ConvTranspose2d(6, 10, 3), flax, x)
+    assert ["PyTorch uniform, variance 1/(3 fan_out); in" in d.evidence for d in report.diagnoses] == [True, True]
+
+
 class Padded(nn.Module):
     def __init__(self, padding):
         super().__init__()

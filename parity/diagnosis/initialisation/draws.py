@@ -20,6 +20,12 @@ MOST_OFTEN = 0.01
 """The share of one number among those drawn, in bfloat16 too. Eight networks have one of such by chance 1e-16 times."""
 
 
+LEAST_SIDE, MOST_SIDE = 4, 512
+"""Rows of a matrix that is looked at as an orthogonal one: of fewer any may be, of more it costs seconds."""
+ORTHOGONAL = 1e-4
+"""How far from it float32 leaves one."""
+
+
 class Drawn(NamedTuple):
     """One tensor over several networks.
 
@@ -43,6 +49,22 @@ class Drawn(NamedTuple):
         """Whether no number is drawn again and again (0, or 1 and -1): else all networks may have it by chance."""
         _, counts = np.unique(self.numbers[:4096], return_counts=True)
         return bool(counts.max(initial=0) <= max(1, MOST_OFTEN * counts.sum()))
+
+    @property
+    def is_orthogonal(self) -> bool:
+        """Whether the rows of the matrix [*, out], or its columns, are at right angles, and of one length.
+
+        Numbers that are drawn independently never are; of a cell all gates together are, if each is.
+        """
+        if self.first.ndim < 2 or self.fixed.any():
+            return False
+        a = self.first.reshape(-1, self.first.shape[-1]).astype(np.float64)
+        a = a if len(a) <= a.shape[1] else a.T
+        if not LEAST_SIDE <= len(a) <= MOST_SIDE:
+            return False
+        gram = a @ a.T
+        length = gram.trace() / len(a)
+        return bool(np.abs(gram - length * np.eye(len(a))).max() <= ORTHOGONAL * length)
 
     @property
     def mean(self) -> float:

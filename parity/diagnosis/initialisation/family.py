@@ -28,6 +28,7 @@ class Tensor(NamedTuple):
       fans: of its layer, by Flax's layout.
       torch, flax: what either side drew, in Flax's layout.
       is_variance: it is the moving variance of a norm.
+      is_sum: it is the sum of two tensors in PyTorch, as the biases of a cell.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Tensor(NamedTuple):
     torch: Drawn
     flax: Drawn
     is_variance: bool = False
+    is_sum: bool = False
 
     @property
     def is_random(self) -> bool:
@@ -74,11 +76,10 @@ def fans(kind: str, shape: Shape, kernel: Shape | None) -> Fans:
       shape: the tensor's, in Flax's layout; a kernel's is [*k, in / groups, out].
       kernel: of the layer's kernel, where it has one and this is not it: of a bias.
     """
-    if kind in kinds.PRODUCTS and len(shape) >= 2:
+    if kind in kinds.PRODUCTS:
+        shape = shape if len(shape) >= 2 else kernel or ()
         positions = math.prod(shape[:-2])
-        return Fans(positions * shape[-2], positions * shape[-1])
-    if kind in kinds.PRODUCTS and kernel is not None:
-        return Fans(math.prod(kernel[:-1]))
+        return Fans(positions * shape[-2], positions * shape[-1]) if len(shape) >= 2 else Fans()
     return Fans(width=shape[-1]) if kind == "embedding" and len(shape) == 2 else Fans()
 
 
@@ -117,13 +118,13 @@ def told(outcome: Outcome) -> str:
 
 
 def _fixed_otherwise(tensor: Tensor) -> bool:
-    """Whether what never changes is not the same on both sides."""
+    """Whether what never changes is not the same on both sides: numbers, or right angles."""
     torch, flax = tensor.torch, tensor.flax
     if torch.is_random != flax.is_random:
         return True
     if torch.is_random and not (torch.is_continuous and flax.is_continuous):
         return False
-    if not np.array_equal(torch.fixed, flax.fixed):
+    if torch.is_orthogonal != flax.is_orthogonal or not np.array_equal(torch.fixed, flax.fixed):
         return True
     a, b = torch.first[torch.fixed], flax.first[flax.fixed]
     return bool(np.abs(a - b).max(initial=0) > SAME * np.abs(a).max(initial=1e-30))
@@ -135,6 +136,8 @@ def _improbability(tensor: Tensor) -> float:
 
 def _finding(tensor: Tensor) -> Finding:
     ways = [words(drawn, tensor.fans) for drawn in (tensor.torch, tensor.flax)]
+    if tensor.is_sum and tensor.torch.is_random:
+        ways[0] = f"a sum of two tensors, std {tensor.torch.std:.3g}"
     if tensor.is_variance and not tensor.torch.is_random and not tensor.flax.is_random:
         return Finding("initial-variance", f"the moving variance is {ways[0]} in PyTorch, {ways[1]} in Flax")
     if ways[0] == ways[1]:

@@ -15,7 +15,7 @@ Array = NDArray[Any]
 
 UNIFORM_REACH, CUT_REACH = math.sqrt(3), 2 / 0.87962566
 """The farthest number in standard deviations: of a uniform distribution, of a normal cut at two of its own."""
-ENOUGH = 2000
+ENOUGH = 4000
 """Numbers of which a normal has one beyond `CUT_REACH`, even with five deviations of slack, but for once in 1e9."""
 SIGMAS = 5
 
@@ -38,8 +38,6 @@ def variances(fans: Fans) -> Iterator[tuple[float, str]]:
         yield 1 / fans.out, "variance 1/fan_out"
         yield 2 / fans.out, "variance 2/fan_out"
         yield 1 / (3 * fans.out), "variance 1/(3 fan_out)"
-    elif fans.into:
-        yield 1 / (3 * fans.into), "variance 1/(3 fan_in) (PyTorch's own: within 1/sqrt(fan_in))"
     if fans.width:
         yield 1 / fans.width, "variance 1/features"
     yield 1.0, "variance 1"
@@ -56,8 +54,10 @@ def words(drawn: Drawn, fans: Fans) -> str:
 
 
 def shape(drawn: Drawn) -> str:
-    """Uniform, normal, normal cut at two deviations, or what the numbers leave open."""
+    """Orthogonal, uniform, normal, normal cut at two deviations, or what the numbers leave open."""
     count = len(drawn.numbers)
+    if drawn.is_orthogonal:
+        return "orthogonal"
     if count < 30:
         return "of an unknown shape"
     slack = 1 + SIGMAS / math.sqrt(count)
