@@ -13,7 +13,7 @@ import numpy as np
 
 from parity.evidence.jax import FlaxRuns
 from parity.evidence.torch import TorchRuns
-from parity.pairing.exchange import Choices, partners_of, told, with_partners
+from parity.pairing.exchange import Choices, partners_of, told, told_by_order, with_partners
 from parity.pairing.flattening import reorder_behind_flattens
 from parity.pairing.guesses import given_guesses, guesses
 from parity.pairing.layers import pair, unpaired
@@ -95,7 +95,9 @@ def settled(
         defined = flax_layers.of_definition(side, flax_module)
         if defined is not None:
             _suppose_flattened(torch_)
-            return _paired(torch_, defined, layer_map), defined, None
+            found = _paired(torch_, defined, layer_map)
+            found.told = told_by_order(found)
+            return found, defined, None
         suggested = "PyTorch's first layer suggests" if called.torch is None else "are given"
         raise ValueError(
             f"flax_module takes none of the inputs that {suggested}; allowed: inputs=[...], numpy arrays in PyTorch's "
@@ -125,6 +127,8 @@ def _exchanged(
         [x.path for x in cut.structure(side, cut.of_side(found.recuts, name)).layers]
         for name, side in (("torch", torch_), ("flax", flax))
     ]
+    if trial is None:
+        found.told = told_by_order(found)
     if trial is None or unpaired(found) or torch_.unseen or flax.unseen:
         return found
     fixed = frozenset(layer_map or ())
@@ -210,7 +214,9 @@ def settle_torch(
         guess, run = ran
         torch_.layers, torch_.feeders = _in_order(torch_.layers, run), run.feeders
         torch_.flattened = runner.flattened(guess, run)
-    return _paired(torch_, flax, layer_map)
+    found = _paired(torch_, flax, layer_map)
+    found.told = told_by_order(found)
+    return found
 
 
 def _candidates(

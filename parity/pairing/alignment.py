@@ -9,7 +9,7 @@ branches otherwise, and the order decides where names say nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Alignment:
         flax: Structure,
         known: Mapping[str, str],
     ) -> None:
-        self.torch, self.flax, self.found = torch, flax, dict(known)
+        self.torch, self.flax, self.known, self.found = torch, flax, known, dict(known)
         self.feeders = feeders_of(torch), feeders_of(flax)
         self.looks = (
             {x.path: _look_of(x, torch) for x in torch.layers},
@@ -122,16 +122,46 @@ class Alignment:
     def _assigned(self, ts: Sequence[Layer], fs: Sequence[Layer], positions: tuple[dict, dict]) -> Partners:
         from scipy.optimize import linear_sum_assignment
 
-        worth = np.array(names.alike([t.path for t in ts], [f.path for f in fs]))
-        worth = worth + np.array([[self._worth(t, f) for f in fs] for t in ts])
-        worth -= BY_ORDER * _apart(ts, fs, positions)
-        worth += BY_NAME * names.equal([t.path for t in ts], [f.path for f in fs])
+        worth = self._said(ts, fs) - BY_ORDER * _apart(ts, fs, positions)
         rows, columns = linear_sum_assignment(np.maximum(worth, FORBIDDEN), maximize=True)
         return {
             ts[i].path: fs[j].path
             for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
             if worth[i, j] > FORBIDDEN
         }
+
+    def by_order(self) -> list[list[str]]:
+        """PyTorch's layers of which only the order says whose partner is whose, each group of them."""
+        groups: list[list[str]] = []
+        for is_called in True, False:
+            ts = [x for x in self.torch.layers if x.path not in self.known and x.is_called == is_called]
+            fs = [x for x in self.flax.layers if x.path not in self.known.values() and x.is_called == is_called]
+            for mine, theirs in self._classes(ts, fs):
+                groups += _joined(self._open(mine, theirs))
+        return groups
+
+    def _open(self, ts: Sequence[Layer], fs: Sequence[Layer]) -> Iterator[tuple[str, str]]:
+        """Pairs of PyTorch's layers that could as well have each other's partners."""
+        at = {f.path: j for j, f in enumerate(fs)}
+        partner = {i: at[self.found[t.path]] for i, t in enumerate(ts) if self.found.get(t.path) in at}
+        if len(partner) < 2:
+            return
+        said = self._said(ts, fs)
+        for (i, k), (j, m) in itertools.combinations(partner.items(), 2):
+            change = said[i, m] + said[j, k] - said[i, k] - said[j, m]
+            if change >= 0 and not self._is_counted((ts[i], ts[j]), (fs[k], fs[m])):
+                yield ts[i].path, ts[j].path
+
+    def _is_counted(self, ts: tuple[Layer, Layer], fs: tuple[Layer, Layer]) -> bool:
+        """Whether names that differ in their numbers alone count both sides' layers in one order."""
+        torch, flax = (names.comes_first(a.path, b.path) for a, b in (ts, fs))
+        return torch is not None and torch == flax
+
+    def _said(self, ts: Sequence[Layer], fs: Sequence[Layer]) -> NDArray:
+        """[torch][flax]: what all but the order says for each pair."""
+        paths = [t.path for t in ts], [f.path for f in fs]
+        said = np.array(names.alike(*paths)) + np.array([[self._worth(t, f) for f in fs] for t in ts])
+        return said + BY_NAME * names.equal(*paths)
 
     def _worth(self, t: Layer, f: Layer) -> float:
         left = self.fit(t, f)
@@ -142,6 +172,16 @@ class Alignment:
         if None not in feeders:
             worth += BY_FEEDER if feeders[0] == feeders[1] else -BY_FEEDER
         return worth
+
+
+def _joined(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """The groups that pairs make, each as its members come."""
+    groups: list[dict[str, None]] = []
+    for pair in pairs:
+        touched = [group for group in groups if group.keys() & {*pair}]
+        groups = [group for group in groups if group not in touched]
+        groups.append(dict.fromkeys([*itertools.chain(*touched), *pair]))
+    return [[*group] for group in groups]
 
 
 def _apart(ts: Sequence[Layer], fs: Sequence[Layer], positions: tuple[dict, dict]) -> NDArray:

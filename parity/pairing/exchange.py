@@ -314,10 +314,9 @@ def told(search: Search, found: State | None) -> list[str]:
         open_ = list(search.branches(first))
         if not open_:
             return []
-        groups = "; ".join(f"{', '.join(g)} to {', '.join(first.partners[t] for t in g)}" for g in open_[:MOST_TOLD])
         return [
             f"with random weights the outputs differ by {first.far:.1g}, and only the order of calls says which is "
-            f"which of {groups}{_more(open_)}; layer_map tells"
+            f"which of {_groups(open_, first.partners)}; layer_map tells"
         ]
     moved = [f"{t} is {f}" for t, f in found.partners.items() if first.partners[t] != f]
     if not moved:
@@ -327,6 +326,20 @@ def told(search: Search, found: State | None) -> list[str]:
         f"paired by what they compute, and not by names and the order of calls: {', '.join(moved[:MOST_TOLD])}"
         f"{_more(moved)}: else the outputs differ by {first.far:.1g} with random weights, and so they {so}"
     ]
+
+
+def told_by_order(pairing: Pairing) -> list[str]:
+    """In words: which layers nothing but their order pairs, where no numbers of both modules were looked at."""
+    if not pairing.by_order:
+        return []
+    groups = _groups(pairing.by_order, partners_of(pairing))
+    return [f"only their order says which is which of {groups}; both modules, which are then run, or layer_map tell"]
+
+
+def _groups(groups: Sequence[Sequence[str]], partners: Partners) -> str:
+    """PyTorch's layers of each group, and their partners."""
+    told = (f"{', '.join(g)} to {', '.join(partners[t] for t in g)}" for g in groups[:MOST_TOLD])
+    return "; ".join(told) + _more(groups)
 
 
 def _more(every: Sequence[object]) -> str:

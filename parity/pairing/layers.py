@@ -16,7 +16,7 @@ from parity.pairing.pairs import LayerPair, Pairing
 from parity.pairing.recut import cut
 from parity.pairing.recut.cut import Recut
 from parity.pairing.recut.propose import candidates
-from parity.pairing.unordered import by_names
+from parity.pairing.unordered import ByNames
 from parity.records import kinds
 from parity.records.distance import error_of
 from parity.records.recording import Layer, Recording
@@ -131,7 +131,8 @@ def pair_as_they_are(
     ts = [x for x in torch.layers if x.is_constant and x.path not in known]
     fs = [x for x in flax.layers if x.is_constant and x.path not in known.values()]
     torch, flax = _without(torch, ts), _without(flax, fs)
-    found = Alignment(torch, flax, known).run() if flax.ordered else by_names(torch, flax, known)
+    alignment = (Alignment if flax.ordered else ByNames)(torch, flax, known)
+    found = alignment.run()
     by_path = {layer.path: layer for layer in flax.layers}
     pairs = [_pair(t, by_path[found[t.path]], torch, flax) for t in torch.layers if t.path in found]
     for called in True, False:
@@ -147,6 +148,7 @@ def pair_as_they_are(
         [x for x in torch.layers if x.path not in paired[0]],
         [x for x in flax.layers if x.path not in paired[1]],
         shapes=(torch.shapes, flax.shapes),
+        by_order=alignment.by_order(),
     )
     _pair_loose(pairing, (torch.shapes, flax.shapes))
     _complete(pairing, torch, flax)

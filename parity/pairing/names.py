@@ -131,6 +131,16 @@ def uncounted(path: str) -> str:
     return ".".join("#" if segment.isdigit() else segment for segment in re.split(r"[./]", path))
 
 
+def comes_first(a: str, b: str) -> bool | None:
+    """Whether a's numbers come before b's, of two names that differ in numbers alone; None: they differ in more."""
+    first, second = words_of(a), words_of(b)
+    in_numbers = [(int(x), int(y)) for x, y in zip(first, second, strict=False) if x.isdigit() and y.isdigit()]
+    in_words = [(x, y) for x, y in zip(first, second, strict=False) if not (x.isdigit() and y.isdigit())]
+    if len(first) != len(second) or any(x != y for x, y in in_words):
+        return None
+    return next((x < y for x, y in in_numbers if x != y), None)
+
+
 def _counts(side: Sequence[Name]) -> dict[str, list[int]]:
     """What is counted -> the place of each layer's number among them, in the order of calls."""
     found = {}

@@ -50,6 +50,7 @@ class Pairing:
       recuts: how the layers of either side were cut to be those of the other; all else is of the layers as cut.
       is_guessed: that these are the cuts, no numbers have shown.
       told: of layers that are not paired by their names and order, or that these do not tell apart, in sentences.
+      by_order: groups of PyTorch's layers of which neither names nor what feeds them say whose partner is whose.
       hint: how the layers may be cut, where there are no numbers to show it, and they are not.
       shapes: of PyTorch's tensors and of Flax's, as cut.
     """
@@ -61,6 +62,7 @@ class Pairing:
     recuts: list[Recut] = field(default_factory=list)
     is_guessed: bool = False
     told: list[str] = field(default_factory=list)
+    by_order: list[list[str]] = field(default_factory=list)
     hint: str = ""
     shapes: tuple[Mapping[str, Shape], Mapping[str, Shape]] = ({}, {})
 

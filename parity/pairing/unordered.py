@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from parity.pairing.alignment import Alignment, Partners, is_norm
 from parity.pairing.names import similarity
 from parity.records.recording import Layer
-from parity.records.structure import Structure, natural
+from parity.records.structure import natural
 
 CLEARLY = 0.05
 """How much more alike the names of partners are than those of another choice: less is chance, and a lost order."""
 
 
-def by_names(torch: Structure, flax: Structure, known: Mapping[str, str]) -> Partners:
-    """The layers that fit each other in all their tensors, by their names.
+class ByNames(Alignment):
+    """The layers that fit each other in all their tensors, by their names."""
 
-    Raises:
-      ValueError: layers that only an order could tell apart.
-    """
-    return _ByNames(torch, flax, known).run()
-
-
-class _ByNames(Alignment):
     def run(self) -> Partners:
-        """First what has a matrix or a kernel, then norms, which go with the layers around them."""
+        """First what has a matrix or a kernel, then norms, which go with the layers around them.
+
+        Raises:
+          ValueError: layers that only an order could tell apart.
+        """
         for is_called in True, False:
             for norms in False, True:
                 taken = set(self.found.values())
@@ -37,6 +34,12 @@ class _ByNames(Alignment):
                     [x for x in t if is_norm(x, self.torch) == norms], [x for x in f if is_norm(x, self.flax) == norms]
                 )
         return self.found
+
+    def _is_counted(self, ts: tuple[Layer, Layer], fs: tuple[Layer, Layer]) -> bool:
+        """Of other families the names have been clear; norms go with the layers that feed them."""
+        feeders = [self.found.get(self.feeders[0].get(t.path, "")) for t in ts]
+        goes_with = None not in feeders and feeders[0] != feeders[1]
+        return _family(fs[0].path) != _family(fs[1].path) or goes_with or super()._is_counted(ts, fs)
 
     def complete(self, t: Layer, f: Layer) -> bool:
         """Whether every tensor has its place on the other side."""

@@ -119,6 +119,56 @@ def partners(torch_paths, flax_paths, layer_map=None):
     return {p.torch.path: p.flax.path for p in found.layers}
 
 
+@pytest.mark.parametrize("names", [PARTS, ("q_proj", "k_proj", "v_proj"), ("wq", "wk", "wv")], ids="-".join)
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_names_win_without_the_module(order, names):
+    """Of a state_dict alone, and of variables alone, sorted by JAX or not."""
+    module, flax_module = attention(), LinenAttention(order, names)
+    carried = parity.to_flax(module.state_dict(), flax_module, inputs=[X], flax_inputs=[X])
+    for part, name in zip(PARTS, names, strict=True):
+        np.testing.assert_array_equal(carried["params"][name]["kernel"].T, getattr(module, part).weight.detach())
+    for variables in (carried, jax.tree.map(lambda a: a, carried)):
+        state = parity.to_torch(variables, attention(), inputs=[X], flax_inputs=[X])
+        assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
+
+
+AUTOMATIC = "Dense_0", "Dense_1", "Dense_2"
+
+
+def told_by_order(function, *args):
+    """What is warned of: the order alone."""
+    with pytest.warns(parity.weights.ParityWarning) as warned:
+        made = function(*args)
+    assert [str(w.message).split(" says ")[0] for w in warned] == ["only their order"]
+    return made, str(warned[0].message)
+
+
+@pytest.mark.parametrize("names", [AUTOMATIC, ("theta", "phi", "g")], ids="-".join)
+def test_the_order_alone_is_told(names):
+    """Without the module no numbers show which is which of three layers; with it they do, and nothing is told."""
+    module, flax_module = attention(), LinenAttention(PARTS, names)
+    carried, text = told_by_order(parity.to_flax, module.state_dict(), flax_module)
+    assert f"query, key, value to {', '.join(names)};" in text
+    told_by_order(parity.to_torch, carried, attention())
+    if names is AUTOMATIC:  # by their numbers, which PyTorch's names do not have
+        told_by_order(parity.to_torch, jax.tree.map(lambda a: a, carried), attention())
+    parity.to_flax(module, LinenAttention(("key", "value", "query"), names), inputs=[X], flax_inputs=[X])
+
+
+def test_the_order_alone_is_told_of_the_layers_that_it_decides():
+    """Counted in one order on both sides, named alike, fed by partners: nothing is left to the order."""
+
+    def open_(t, f, **options):
+        return pair(structure(t, **options), structure(f, is_torch=False, **options)).by_order
+
+    assert open_(["fc1", "fc2", "fc3"], ["Dense_0", "Dense_1", "Dense_2"]) == []
+    assert open_(["net.0.fc", "net.1.fc"], ["Block_0/Dense_0", "Block_1/Dense_0"]) == []
+    assert open_(["net.0.fc", "net.1.fc"], ["Block_1/Dense_0", "Block_0/Dense_0"]) == [["net.0.fc", "net.1.fc"]]
+    assert open_(["up", "gate", "down"], ["Dense_0", "Dense_1", "down"]) == [["up", "gate"]]
+    assert open_(["up", "gate"], ["gate_proj", "up_proj"]) == []
+    assert pair(structure(["a", "b"]), structure(["x", "y"], is_torch=False), {"a": "y"}).by_order == []
+
+
 def test_a_stack_of_layers_each_called_in_another_order():
     """Twelve layers of equal shapes: the numbers say which layer, the words which part, whatever is called first."""
     t = [f"encoder.layer.{i}.attention.self.{part}" for i in range(12) for part in PARTS]
