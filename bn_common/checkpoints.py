@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from bn_common.files import write_whole
 
 FOLDER, SEAL = "checkpoints", "checkpoint.json"
 DAMAGED = ".damaged"
+# A step, and what Orbax calls it while it is written. Whatever has another name somebody else has put there.
+UNDER_WAY = re.compile(r"[0-9]+(\.orbax-checkpoint-tmp.*)?")
 
 Fetched = tuple[tuple[float, float, float], ...]
 """Of every step its metrics, on the host: the sums of the losses, of the right predictions, of the examples."""
@@ -85,12 +88,12 @@ def unseal(path: Path) -> dict[str, Any]:
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint in `folder`, or None; what is damaged is set aside, and said.
 
-    What a killed process has left half written or half deleted is removed.
+    What a killed process has left half written or half deleted is removed; nothing that has another name.
     """
     if not folder.is_dir():
         return None
     for path in folder.iterdir():
-        if not path.name.removesuffix(DAMAGED).isdigit() or (path.name.isdigit() and not (path / SEAL).exists()):
+        if UNDER_WAY.fullmatch(path.name) and not (path / SEAL).exists():
             _remove(path)
     for step in sorted(_steps(folder), reverse=True):
         path = folder / str(step)

@@ -91,9 +91,11 @@ def test_killed_and_given_again(loop, tmp_path):
         folder = tmp_path / "-".join(map(str, after))
         for steps in after:
             trained(loop, folder, after=steps, checkpoint_every=3)
+        (folder / "checkpoints" / "notes").mkdir(parents=True)  # which nobody stumbles over, and nobody deletes
         said = trained(loop, folder, checkpoint_every=5)
         assert ("continued from step" in said) == (after != (1,))
         assert left(folder) == whole
+        assert (folder / "checkpoints" / "notes").is_dir()
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["images_per_second"] == pytest.approx(64 / last["seconds"])
 

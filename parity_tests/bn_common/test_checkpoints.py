@@ -55,6 +55,16 @@ def test_the_newest_whole_one(tmp_path):
     assert newest(tmp_path, pytest.fail).step == 100
 
 
+def test_what_is_not_ours_stays(tmp_path):
+    """Nobody's notes are deleted, whatever lies beside the checkpoints or in one."""
+    (make(tmp_path, 7) / "notes").write_text("mine")
+    (tmp_path / "7 (copy)").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert newest(tmp_path, pytest.fail).step == 7
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_the_last_and_the_best_are_kept(tmp_path):
     for step, accuracy in enumerate([None, 0.5, 0.9, 0.7, None, 0.8, 0.6]):
         make(tmp_path, step, accuracy=accuracy)
