@@ -88,7 +88,7 @@ def everywhere(values: Any, mesh: Mesh | None) -> Any:
 def spread(values: Any, mesh: Mesh) -> Any:
     """A tree of numpy arrays, the whole of which each process has, with their first axes over the devices."""
     if jax.process_count() == 1:
-        return values
+        return values  # `on_mesh` has told jax.jit how to spread them
     sharding = NamedSharding(mesh, SHARE)
 
     def own(v: NDArray) -> Array:

@@ -353,8 +353,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> TrainState:
         run.stop_if_told(place.steps_done(batches.steps), checkpoints.wait)
 
     state, place = checkpoints.restore(init())
-    left = config.epochs * batches.steps - place.steps_done(batches.steps)
-    profile = Profile(run.path if config.profile and run.writes else None, left)
+    steps_left = config.epochs * batches.steps - place.steps_done(batches.steps)
+    profile = Profile(run.path if config.profile and run.writes else None, steps_left)
     while place.epoch < config.epochs and not run.reached(place.epoch):
         state, place = train_epoch(step, state, place, batches, run, profile, save)
         assert place.start_time is not None, "it has begun"

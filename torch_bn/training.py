@@ -306,8 +306,8 @@ def train(config: Config, dataset: ImageDataset, run: RunFolder) -> BLeNet:
 
     state = init()
     place = restore(state)
-    left = config.epochs * batches.steps - place.steps_done(batches.steps)
-    profile = Profile(run.path if config.profile and run.writes else None, left)
+    steps_left = config.epochs * batches.steps - place.steps_done(batches.steps)
+    profile = Profile(run.path if config.profile and run.writes else None, steps_left)
     while place.epoch < config.epochs and not run.reached(place.epoch):
         place = train_epoch(step, state, place, batches, run, profile, save)
         assert place.start_time is not None, "it has begun"
