@@ -10,6 +10,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from bn_common.installed import BOTH, need
 from parity import offline, report, testing
 from parity.check import check, trace
 from parity.cli import convert
@@ -20,7 +21,6 @@ from parity.pairing.rules import register
 from parity.records import kinds
 from parity.report import Report
 from parity.sides import weight_files as files
-from parity.sides.installed import BOTH, need
 from parity.testing import assert_parity
 
 if TYPE_CHECKING:

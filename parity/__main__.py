@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bn_common.command_line import parse, program_name, refuse
-from parity.sides.installed import BOTH, missing, need, needed_by
+from bn_common.installed import BOTH, missing, need, needed_by
 
 COMMANDS = "check", "convert", "trace", "train", "dump", "compare", "initialisation"
 OF_BOTH = "check", "convert", "trace", "train", "initialisation"

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bn_common.installed import BOTH, need
 from bn_common.progress import Progress, progress
 from parity.judge import Judge
 from parity.records.inputs import Calls, Inputs, calls
 from parity.records.kinds import HALF
 from parity.report import Report
 from parity.report.folded import check_depth
-from parity.sides.installed import BOTH, need
 from parity.sides.module import framework_of
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bn_common.checks import check_int
+from bn_common.installed import BOTH, need
 from parity.diagnosis.initialisation import chance, family
 from parity.diagnosis.initialisation.draws import Draws
 from parity.diagnosis.initialisation.family import Outcome, Tensor
@@ -18,7 +19,6 @@ from parity.records.inputs import Inputs, calls
 from parity.records.recording import PHASES
 from parity.report import Diagnosis, Divergence, LayerRow, Report
 from parity.report.findings import together
-from parity.sides.installed import BOTH, need
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bn_common.checks import require
+from bn_common.installed import missing, need
 from parity.records import array_files
-from parity.sides.installed import missing, need
 
 HERE = Path(__file__).parents[1]
 LONGEST = 400

@@ -22,9 +22,9 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from bn_common.files import write_whole
+from bn_common.installed import need
 from parity.records import array_files, strict_json
 from parity.records.array_files import BFLOAT16, SAFE, an_object, one_line
-from parity.sides.installed import need
 from parity.sides.module import is_tensor
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".npz", ".orbax")

@@ -1,6 +1,6 @@
 """Flax's side of the bridge. Never imports torch."""
 
-from parity.sides.installed import needed_by
+from bn_common.installed import needed_by
 
 with needed_by("Flax's side of the bridge"):
     from parity.sides.jax.ask import answers, check_transform, is_float32_inside

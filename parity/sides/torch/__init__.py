@@ -1,6 +1,6 @@
 """PyTorch's side of the bridge. Never imports jax."""
 
-from parity.sides.installed import needed_by
+from bn_common.installed import needed_by
 
 with needed_by("PyTorch's side of the bridge"):
     from parity.sides.torch.ask import answers
