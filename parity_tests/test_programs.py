@@ -190,3 +190,13 @@ def test_imports(package):
     code = f"import sys, {package}, {', '.join(modules)}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not FORBIDDEN[package] & set(done.stdout.split())
+
+
+def test_the_wing_without_its_framework():
+    """PyTorch is an extra: what to install, in the message."""
+    code = "import sys; sys.modules['torch'] = None\nimport torch_bn"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    said = "ModuleNotFoundError: torch_bn needs PyTorch, which is not installed; allowed: pip install torch"
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == said
+    assert "During handling" not in done.stderr
