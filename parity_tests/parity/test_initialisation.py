@@ -83,6 +83,24 @@ def test_the_frameworks_own_ways_are_told_each_once():
 PYTORCH = "variance 1/(3 fan_in) (PyTorch's own: within 1/sqrt(fan_in))"
 
 
+def test_a_bias_of_few_numbers_is_told_as_the_others_are():
+    """Of eight numbers several variances are near; the three layers have one sentence."""
+
+    class Three(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 24, 3, padding=1), nn.Conv2d(24, 8, 1))
+
+    class FlaxThree(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.Conv(24, (3, 3))(linen.Conv(8, (3, 3))(x))
+            return linen.Conv(8, (1, 1))(x)
+
+    report = parity.check_initialisation(Three, FlaxThree(), X)
+    assert named(report) == [("initialisation", ["0", "1", "2"])] * 2
+    assert all("PyTorch uniform, variance 1/(3 fan_in)" in d.evidence for d in report.diagnoses)
+
+
 def of_plain_numbers(numbers):
     return Drawn(np.zeros(numbers.shape), np.zeros(numbers.shape, bool), numbers)
 

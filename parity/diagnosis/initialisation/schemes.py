@@ -18,6 +18,7 @@ UNIFORM_REACH, CUT_REACH = math.sqrt(3), 2 / 0.87962566
 ENOUGH = 4000
 """Numbers of which a normal has one beyond `CUT_REACH`, even with five deviations of slack, but for once in 1e9."""
 SIGMAS = 5
+PYTORCHS_OWN = "variance 1/(3 fan_in) (PyTorch's own: within 1/sqrt(fan_in))"
 
 
 class Fans(NamedTuple):
@@ -29,12 +30,12 @@ class Fans(NamedTuple):
 
 
 def variances(fans: Fans) -> Iterator[tuple[float, str]]:
-    """The known ones with their words, the likelier first."""
+    """The known ones with their words; of those that are the same number, the first is meant."""
     if fans.into and fans.out:
         yield 1 / fans.into, "variance 1/fan_in (LeCun)"
         yield 2 / fans.into, "variance 2/fan_in (He, Kaiming)"
         yield 2 / (fans.into + fans.out), "variance 2/(fan_in + fan_out) (Glorot, Xavier)"
-        yield 1 / (3 * fans.into), "variance 1/(3 fan_in) (PyTorch's own: within 1/sqrt(fan_in))"
+        yield 1 / (3 * fans.into), PYTORCHS_OWN
         yield 1 / fans.out, "variance 1/fan_out"
         yield 2 / fans.out, "variance 2/fan_out"
         yield 1 / (3 * fans.out), "variance 1/(3 fan_out)"
@@ -83,11 +84,14 @@ def _centre(drawn: Drawn) -> str:
 
 
 def _variance(drawn: Drawn, fans: Fans) -> str:
-    # Of a normal; a uniform's is known better.
-    relative = SIGMAS * math.sqrt(2 / len(drawn.numbers))
+    # What a variance is known to: that of a uniform better than that of a normal.
+    fourth = float((((drawn.numbers - drawn.mean) / drawn.std) ** 4).mean()) - 1
+    relative = SIGMAS * math.sqrt(max(fourth, 0.8) / len(drawn.numbers))
     near = [(round(abs(math.log(drawn.std**2 / value)), 9), text) for value, text in variances(fans)]
-    far, text = min(near, key=lambda pair: pair[0])
-    return text if far <= relative else f"std {drawn.std:.3g}"
+    near = [(far, text) for far, text in near if far <= relative]
+    # Few numbers allow several, of which the nearest is chance: PyTorch's own is what a layer has if nothing is said.
+    own = [text for _, text in near if text == PYTORCHS_OWN and shape(drawn) == "uniform"]
+    return own[0] if own else min(near, key=lambda pair: pair[0])[1] if near else f"std {drawn.std:.3g}"
 
 
 def _uniform(x: Array) -> Array:
