@@ -12,6 +12,7 @@ from typing import Any
 
 from parity.evidence.about import about
 from parity.judge import Judge
+from parity.pairing.exchange import told_by_order
 from parity.pairing.layers import pairing_of
 from parity.pairing.translation import flat_layout_inputs, translated
 from parity.records import dump_file
@@ -186,6 +187,8 @@ def _judge(torch: Evidence, flax: Evidence, layer_map: Mapping[str, str] | None)
     pairing = pairing_of(torch.free, flax.free, layer_map, same_weights=True)
     translation = translated(torch.free, flax.forced or flax.free, pairing)
     judge = Judge(torch, flax, translation)
+    if not judge.agrees:
+        judge.notes += told_by_order(pairing)
     given = [made.details["inputs"] for made in (torch, flax)]
     if None not in given and given[0] != given[1]:
         judge.notes.append("the two dumps were given different inputs")

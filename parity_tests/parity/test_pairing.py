@@ -155,6 +155,21 @@ def test_the_order_alone_is_told(names):
     parity.to_flax(module, LinenAttention(("key", "value", "query"), names), inputs=[X], flax_inputs=[X])
 
 
+def test_two_dumps_tell_the_order_alone_where_they_differ(tmp_path):
+    """Called in another order, a pair that agrees is not accused without that word; where all agrees there is none."""
+    torch_, flax = tmp_path / "torch", tmp_path / "flax"
+    parity.dump(attention(), [X], torch_, train=False)
+    told = {}
+    for order in (("key", "value", "query"), PARTS):
+        module = LinenAttention(order, ("theta", "phi", "g"))
+        parity.dump(module, [X], flax, train=False, weights=torch_, flax_layout=True)
+        report = parity.compare(torch_, flax)
+        told[report.ok] = [note for note in report.notes if note.startswith("only their order says which is which of")]
+    assert not told[True]
+    assert len(told[False]) == 1
+    assert "key, value, query to theta, phi, g" in told[False][0]
+
+
 def test_the_order_alone_is_told_of_the_layers_that_it_decides():
     """Counted in one order on both sides, named alike, fed by partners: nothing is left to the order."""
 
