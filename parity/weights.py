@@ -235,6 +235,7 @@ def _warn(found: Pairing, arrays: Mapping[str, NDArray], *structures: Structure,
     broken = [name for name, a in arrays.items() if a.dtype.kind != "i" and not _is_finite(a)]
     told = [f"{', '.join(broken)} hold NaN or infinity"] if broken else []
     told += [f"{UNSEEN} ({structure.unseen})" for structure in structures if structure.unseen]
+    told += [sentence for structure in structures for sentence in structure.told]
     told += [f"{'; '.join(found.notes())}: look whether it is so"] if found.is_guessed else []
     told += [*found.told, *found.assumed()]
     told += loses

@@ -38,6 +38,7 @@ class Structure:
       ordered: whether the order of the layers means anything.
       tables: full name -> array of what is the module's own: no floating point, or in no collection that is carried.
       unseen: why a run did not show what stands behind a flatten; "" where it did, or nothing can.
+      told: what the module makes of its weights before it uses them, which no tensor shows, in sentences.
     """
 
     layers: list[Layer]
@@ -48,6 +49,7 @@ class Structure:
     ordered: bool = True
     tables: dict[str, Any] = field(default_factory=dict)
     unseen: str = ""
+    told: list[str] = field(default_factory=list)
 
 
 UNSEEN = "no run shows what stands behind a flatten; its weights are carried as if nothing did"

@@ -122,3 +122,20 @@ def test_what_another_parametrisation_makes_its_weight_of_is_no_weight(name):
         with pytest.raises(ValueError, match=r"0.parametrizations.weight.original is left over"):
             weights.to_flax(source, Dense(normed=False), inputs=[X])
     assert not parity.check(mine, Dense(normed=False), X, train=False).ok
+
+
+class WithoutScale(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.WeightNorm(linen.Dense(4), use_scale=False)(x)
+
+
+def test_a_weight_norm_without_scales_is_told():
+    """It has the tensors of a plain layer, and makes something else of them: never filled without a word."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4))
+    with pytest.warns(parity.weights.ParityWarning, match="use_scale=False"):
+        carried = parity.to_flax(module, WithoutScale())
+    with pytest.warns(parity.weights.ParityWarning, match="use_scale=False"):
+        parity.to_torch(carried, module, flax_module=WithoutScale())
+    assert not parity.check(module, WithoutScale(), np.ones((2, 3), np.float32), train=False).ok

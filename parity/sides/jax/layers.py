@@ -215,6 +215,12 @@ def of_module(side: Side, guess: Guess) -> Structure:
             variables = side.initial(guess.flax, train=False)
             jax.eval_shape(lambda xs: side.apply(variables, xs, train=False, intercept=intercept, seed=0)[0], shapes)
     structure = _structure(side, variables, called)
+    bare = dict.fromkeys(path for path, m in called if isinstance(m, nn.WeightNorm) and not m.use_scale)
+    if bare:
+        where = ", ".join(bare)
+        structure.told = [
+            f"{where} (use_scale=False) divides kernels by their norms: look whether PyTorch does so, too"
+        ]
     if structure.tables:
         with environment(float64=False):
             initial = side.initial(guess.flax, train=False)
