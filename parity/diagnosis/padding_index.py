@@ -110,7 +110,8 @@ def _tables(translation: Translation, forced: Recording, free: Recording) -> Ite
         if given is None or truth.ndim != 2 or truth.shape != given.shape:
             continue
         looked_up = [_look_up(translation, call, theirs.get((pair.flax.path, call.index))) for call in calls]
-        if all(up.torch.shape[-1] == truth.shape[1] and 0 <= up.rows.min() <= up.rows.max() < len(truth)
+        # Positions that one side looks up for all examples at once, the other for each, are not looked at.
+        if all(up.torch.shape == (*up.rows.shape, truth.shape[1]) and 0 <= up.rows.min() <= up.rows.max() < len(truth)
                for up in looked_up):  # fmt: skip
             yield Table(pair, names, truth, given, free.gradients.get(names[1], given), looked_up)
 
