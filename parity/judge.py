@@ -39,6 +39,8 @@ from parity.records.recording import NETWORK, PHASES, Failure
 from parity.report import Report, notes, verdict
 from parity.report.verdict import Numbers, Stop, layer_rows, which
 
+FUNCTION = {"forward", "loss", "backward"}
+"""The phases that say whether two networks are one function, with its gradients."""
 LEAST_FELT = 1e-9
 """Of the largest gradient: a place with a smaller one leaves no trace in the output."""
 
@@ -204,25 +206,34 @@ class Judge(cut.Sides):
         return not self.stops and (not failing or self._is_cut_otherwise(failing))
 
     def _is_cut_otherwise(self, failing: Sequence[Difference]) -> bool:
-        """Whether the two are the same function, and only what lies inside differs.
+        """Whether only what lies inside differs, as the two are cut otherwise there."""
+        return bool(failing) and len(self._cut(failing)) == len(failing)
 
-        Outputs, gradients by the inputs and by every parameter, statistics and steps agree, and nothing is without a
-        partner: as where one side pads by hand and the other by an argument, or a norm applies its activation itself.
+    def _cut(self, failing: Sequence[Difference]) -> list[Difference]:
+        """Of what differs that which lies inside, if the two are the same function with the same gradients.
+
+        Outputs, gradients by the inputs and by every parameter agree, and nothing is without a partner: as where one
+        side pads by hand and the other by an argument, or a norm applies its activation itself. Statistics and steps
+        may differ beside it.
         """
+        inner = [d for d in failing if d.key != NETWORK and d.quantity in INNER]
+        others = [d for d in failing if d.key == NETWORK or d.quantity not in INNER]
         compared = [d for d in self.free if d.key == NETWORK and d.quantity == "output"]
         gradients = self.torch.free.gradients and self.flax.free.gradients
         left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
-        return bool(
-            failing
+        same = bool(
+            inner
             and compared
             and gradients
             and not left
             and not any(alone(self.pairing, self.torch.free, self.flax.free))
             and not self._weights
             and all(t.fits for pair in self.pairing.layers for t in pair.tensors)
-            and all(d.key != NETWORK and d.quantity in INNER and not np.isnan(d.error) for d in failing)
-            and all(self._is_felt(d.key) for d in failing)
+            and not any(d.phase in FUNCTION or np.isnan(d.error) for d in others)
+            and not any(np.isnan(d.error) for d in inner)
+            and all(self._is_felt(d.key) for d in inner)
         )
+        return inner if same else []
 
     def _is_felt(self, key: tuple[str, int]) -> bool:
         """Whether the loss depends on this call: where its gradient vanishes, outputs that agree say nothing of it."""
@@ -288,12 +299,13 @@ class Judge(cut.Sides):
             return in_order([*found, *self.rules])
         forced = self.flax.forced
         reference = self.flax.free if forced is None else forced
-        bounds = {d: self.bound(d, local=True) for d in self.local}
+        local = [d for d in self.local if d.phase not in FUNCTION] if self._cut(self._failing()) else self.local
+        bounds = {d: self.bound(d, local=True) for d in local}
         run = places.Diagnosis(
             self.translation,
             reference,
             self.flax.free,
-            self.local,
+            local,
             bounds,
             train=self.train,
             flax_inputs=reference.inputs,
@@ -338,16 +350,17 @@ class Judge(cut.Sides):
     def report(self) -> Report:
         """What was found."""
         failing = self._failing()
-        cut = self._is_cut_otherwise(failing) and not self.stops and not self.rules
+        inner = [] if self.stops else self._cut(failing)
+        cut = len(inner) == len(failing) > 0 and not self.rules
         located = [*self._precision, *self.dropouts] if cut else self._located()
         local = self.local if self.flax.forced is not None or failing else []
         alike = self.flax.forced is not None and bool(local) and not located and self.flax.forced.failure is None
         alike = alike and not any(d.error > self.bound(d, local=True) for d in local)
         if alike and all(np.isfinite(d.error) and d.error < 1e-3 for d in failing):
             failing = []  # every layer agrees to rounding: what is left is rounding carried along
-        if cut:
-            places = dict.fromkeys(d.key[0] or "the network" for d in failing)
-            failing = []
+        if inner:
+            places = dict.fromkeys(d.key[0] or "the network" for d in inner)
+            failing = [d for d in failing if d not in inner]
         elif not failing and not located and not self.stops:
             # As positions that are the same for all examples.
             places = {s.key[0]: None for s, way in self.translation.chosen.items() if way.rows}
