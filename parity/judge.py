@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
+from parity.comparison.cut_otherwise import FUNCTION, inside, lies_inside, same_behind, shaped_otherwise
 from parity.comparison.differences import (
-    INNER,
     STEP_BOUND,
     Difference,
     alone,
@@ -35,14 +35,9 @@ from parity.pairing.recut import cut
 from parity.pairing.translation import Translation
 from parity.records.answers import matched
 from parity.records.evidence import Evidence
-from parity.records.recording import NETWORK, PHASES, Failure
+from parity.records.recording import NETWORK, PHASES, Failure, Recording
 from parity.report import Report, notes, verdict
 from parity.report.verdict import Numbers, Stop, layer_rows, which
-
-FUNCTION = {"forward", "loss", "backward"}
-"""The phases that say whether two networks are one function, with its gradients."""
-LEAST_FELT = 1e-9
-"""Of the largest gradient: a place with a smaller one leaves no trace in the output."""
 
 
 class Judge(cut.Sides):
@@ -112,7 +107,8 @@ class Judge(cut.Sides):
         """Every layer's own differences: in single-layer mode, or else where both sides were given the same."""
         if self.flax.forced is not None:
             found = differences(self.translation, self.flax.forced, train=self.train)
-            return [*found, *input_gradients(self.torch.free, self.flax.forced)]
+            found += input_gradients(self.torch.free, self.flax.forced)
+            return [d for d in found if not self._passes(d)]
         return [d for d in self.free if self._is_local(d)]
 
     def _is_local(self, d: Difference) -> bool:
@@ -188,7 +184,7 @@ class Judge(cut.Sides):
 
     def _failing(self) -> list[Difference]:
         """What no rounding explains, in the order of the phases."""
-        found = [d for d in [*self.free, *self.steps] if not d.error <= self.bound(d)]
+        found = [d for d in [*self.free, *self.steps] if not d.error <= self.bound(d) and not self._passes(d)]
         return sorted(found, key=lambda d: PHASES.index(d.phase))
 
     # What more is to be run.
@@ -210,39 +206,21 @@ class Judge(cut.Sides):
         return bool(failing) and len(self._cut(failing)) == len(failing)
 
     def _cut(self, failing: Sequence[Difference]) -> list[Difference]:
-        """Of what differs that which lies inside, if the two are the same function with the same gradients.
+        """Of what differs that which lies inside, where nothing else differs but statistics and steps."""
+        return [] if self._weights else inside(failing, self.free, self.pairing, self.torch.free, self.flax.free)
 
-        Outputs, gradients by the inputs and by every parameter agree, and nothing is without a partner: as where one
-        side pads by hand and the other by an argument, or a norm applies its activation itself. Statistics and steps
-        may differ beside it.
-        """
-        inner = [d for d in failing if d.key != NETWORK and d.quantity in INNER]
-        others = [d for d in failing if d.key == NETWORK or d.quantity not in INNER]
-        compared = [d for d in self.free if d.key == NETWORK and d.quantity == "output"]
-        gradients = self.torch.free.gradients and self.flax.free.gradients
-        left = any(p.torch_left or p.flax_left for p in self.pairing.layers)
-        same = bool(
-            inner
-            and compared
-            and gradients
-            and not left
-            and not any(alone(self.pairing, self.torch.free, self.flax.free))
-            and not self._weights
-            and all(t.fits for pair in self.pairing.layers for t in pair.tensors)
-            and not any(d.phase in FUNCTION or np.isnan(d.error) for d in others)
-            and not any(np.isnan(d.error) for d in inner)
-            and all(self._is_felt(d.key) for d in inner)
-        )
-        return inner if same else []
+    def _passes(self, d: Difference) -> bool:
+        """Whether it lies where the two are cut otherwise, and what follows agrees."""
+        return d.key in self.flax.passing and lies_inside(d)
 
-    def _is_felt(self, key: tuple[str, int]) -> bool:
-        """Whether the loss depends on this call: where its gradient vanishes, outputs that agree say nothing of it."""
-        sizes = {
-            call.key: float(np.abs(call.output_gradient).max(initial=0.0))
-            for call in self.torch.free.calls
-            if call.output_gradient is not None
-        }
-        return sizes.get(key, 0.0) > LEAST_FELT * max(sizes.values(), default=0.0)
+    def shaped_otherwise(self) -> frozenset[tuple[str, int]]:
+        """The calls with arrays of another shape in single-layer mode: the two may be cut otherwise there."""
+        return frozenset() if self._cut(self._failing()) else shaped_otherwise(self.local)
+
+    def same_behind(self, again: Recording) -> frozenset[tuple[str, int]]:
+        """Of these calls those behind which all agrees, in the same run with Flax's own arrays at all of them."""
+        made = differences(self.translation, cut.recording(again, self.pairing.of_flax()), train=self.train)
+        return same_behind(self.local, made, lambda d: d.error <= self.bound(d, local=True))
 
     def asks_for_layers(self) -> bool:
         """Whether there is something that the run in single-layer mode can explain."""
@@ -358,6 +336,9 @@ class Judge(cut.Sides):
         alike = alike and not any(d.error > self.bound(d, local=True) for d in local)
         if alike and all(np.isfinite(d.error) and d.error < 1e-3 for d in failing):
             failing = []  # every layer agrees to rounding: what is left is rounding carried along
+        if self.flax.passing:
+            where = ", ".join(dict.fromkeys(path for path, _ in sorted(self.flax.passing)))
+            self.notes.append(f"cut otherwise at {where}: on PyTorch's input, what follows agrees")
         if inner:
             places = dict.fromkeys(d.key[0] or "the network" for d in inner)
             failing = [d for d in failing if d not in inner]

@@ -19,8 +19,6 @@ from parity.records.recording import NETWORK, Call, Layer, Recording
 
 # What float32's rounding of an input leaves.
 SAME_INPUT = 1e-6
-# What lies inside of the network, where the two sides may be cut otherwise.
-INNER = {"input", "output", "input gradient", "output gradient"}
 
 
 class Difference(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from parity.pairing.arrangements import Slot, result
 from parity.pairing.pairs import Pairing
 from parity.pairing.translation import Translation
@@ -9,10 +11,15 @@ from parity.records.recording import Recording
 
 
 class Forcing:
-    """Single-layer mode: every layer of Flax gets PyTorch's input, and what follows PyTorch's output."""
+    """Single-layer mode: every layer of Flax gets PyTorch's input, and what follows PyTorch's output.
 
-    def __init__(self, translation: Translation) -> None:
-        self.translation = translation
+    Args:
+      translation: which layer, tensor and axis is which.
+      passing: PyTorch's calls whose inputs and outputs stay Flax's own where they have another shape.
+    """
+
+    def __init__(self, translation: Translation, passing: Collection[tuple[str, int]] = ()) -> None:
+        self.translation, self.passing = translation, passing
 
     def input(self, key, i, arrived):
         """See `records.side.Force`."""
@@ -20,6 +27,8 @@ class Forcing:
         if call is None or i >= len(call.inputs) or call.inputs[i].dtype.kind != "f":
             return None
         value = self.translation.input(call, i, arrived)
+        if call.key in self.passing and value.shape != arrived.shape:
+            return None
         gradients = call.input_gradients
         return value, self.translation.gradient(
             Slot(call.key, "input", i), gradients[i] if i < len(gradients) else None
@@ -31,6 +40,8 @@ class Forcing:
         if call is None:
             return None
         value = self.translation.output(call, output)
+        if call.key in self.passing and value.shape != output.shape:
+            return None
         return value, self.translation.gradient(Slot(call.key, "output"), call.output_gradient)
 
     def result(self, i, outputs):

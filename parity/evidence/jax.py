@@ -280,14 +280,17 @@ class FlaxRuns:
         seen = self.run({**self.variables, **noise})
         free.gradients |= {name: seen.gradients[name] for name in hidden if name in seen.gradients}
 
-    def forced(self, translation: Translation, *, gradients: bool = True) -> Recording:
+    def forced(
+        self, translation: Translation, *, gradients: bool = True, passing: Collection[tuple[str, int]] = ()
+    ) -> Recording:
         """The run in single-layer mode: every layer on PyTorch's input.
 
         On that, a layer behind another shape may take PyTorch's weights, though it would not on its own.
         """
-        runs = [self.run(force=Forcing(translation), gradients=gradients)]
+        force = Forcing(translation, passing)
+        runs = [self.run(force=force, gradients=gradients)]
         if not runs[0].has_ended:
-            runs.append(self.run(self.carried, force=Forcing(translation), gradients=gradients))
+            runs.append(self.run(self.carried, force=force, gradients=gradients))
         return max(runs, key=lambda run: (run.has_ended, len(run.calls)))
 
     @property

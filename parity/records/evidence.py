@@ -32,6 +32,8 @@ class Evidence:
       details: mode, class, loss, versions, hashes of the inputs.
       name: of the dump's files, for messages.
       sha256: of the dump's file with the arrays.
+      passing: PyTorch's calls where the two are cut otherwise, though what follows agrees: there `forced` has Flax's
+        own arrays, which have another shape.
     """
 
     free: Recording
@@ -46,3 +48,4 @@ class Evidence:
     details: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     sha256: str = ""
+    passing: frozenset[tuple[str, int]] = frozenset()
