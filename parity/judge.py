@@ -22,7 +22,7 @@ from parity.comparison.differences import (
 )
 from parity.comparison.rounding import explained, rounding
 from parity.diagnosis import places
-from parity.diagnosis.dropout import common_dropout, dropout_findings
+from parity.diagnosis.dropout import common_dropout, dropout_findings, dropout_in_training
 from parity.diagnosis.finding import Located, in_order
 from parity.diagnosis.loss import loss_findings
 from parity.diagnosis.mistakes import UNEXPLAINED
@@ -60,8 +60,7 @@ class Judge(cut.Sides):
         self.notes: list[str] = [*self.pairing.notes(), *self.pairing.told, *self.pairing.assumed()]
         self.free = [*self._unseen(), *differences(translation, self.flax.free, train=self.train)]
         self.free += [*self._unfit(), *self._loss(), *input_gradients(self.torch.free, self.flax.free)]
-        if torch.free.dropout_off or flax.free.dropout_off:
-            self.notes.append("dropout was switched off on both sides, as it is random in training")
+        self.notes += dropout_in_training(torch.free, flax.free)
         if still := stopped(translation, self.flax.free):
             self.notes.append(f"not trained in PyTorch (requires_grad=False), no gradient in Flax: {', '.join(still)}")
         self.notes += translation.moved_outputs(flax.free.named_outputs)

@@ -38,6 +38,16 @@ def common_dropout(translation: Translation, flax: Recording) -> Iterator[str]:
         yield f"dropout of rate {told} is active in prediction on both sides; it was switched off, as it is random"
 
 
+def dropout_in_training(torch: Recording, flax: Recording) -> Iterator[str]:
+    """Notes of the dropout that was switched off in training: that it was, and where its rates are not the same."""
+    if torch.dropout_off or flax.dropout_off:
+        yield "dropout was switched off on both sides, as it is random in training"
+    rates = [side.dropout_rates for side in (torch, flax)]
+    told = [", ".join(sorted({f"{rate:.3g}" for rate in each or ()})) or "none" for each in rates]
+    if None not in rates and told[0] != told[1]:
+        yield f"the rates of dropout differ, which was not compared: {told[0]} in PyTorch, {told[1]} in Flax"
+
+
 def _places(translation: Translation, flax: Recording) -> tuple[Places, Places]:
     torch = Counter((round(rate, 9), place) for rate, place in translation.torch.dropouts)
     return torch, Counter((round(rate, 9), _in_torch(translation, flax, place)) for rate, place in flax.dropouts)

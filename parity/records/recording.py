@@ -124,6 +124,7 @@ class Recording:
       rounds_outputs: an output is float32 or less, though the run is in float64: the network computes in it inside.
       failure: what stopped the run before its end; in the backward pass, what the forward pass gave is there.
       dropout_off: a dropout was in it in training, and was switched off.
+      dropout_rates: of those that were switched off in training; None where they are not known.
       dropouts: (rate, after how many calls of layers) of each dropout that was active in prediction, and switched off.
     """
 
@@ -145,6 +146,7 @@ class Recording:
     failure: Failure | None = None
     dropout_off: bool = False
     dropouts: list[tuple[float, int]] = field(default_factory=list)
+    dropout_rates: frozenset[float] | None = None
 
     @property
     def has_ended(self) -> bool:

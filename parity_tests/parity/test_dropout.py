@@ -150,3 +150,36 @@ def test_functions_that_were_imported_by_name():
     assert "dropout was switched off on both sides, as it is random in training" in report.notes
     assert (dropout.__code__, dot_product_attention_weights.__code__, scaled_dot_product_attention) == held
     assert F.scaled_dot_product_attention is scaled_dot_product_attention
+
+
+class Rated(nn.Module):
+    def __init__(self, rate, by_function=False):
+        super().__init__()
+        self.a, self.drop, self.b = nn.Linear(8, 8), nn.Dropout(rate), nn.Linear(8, 3)
+        self.rate, self.by_function = rate, by_function
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(F.dropout(x, self.rate, self.training) if self.by_function else self.drop(x))
+
+
+class LinenRated(linen.Module):
+    rate: float
+
+    @linen.compact
+    def __call__(self, x, train):
+        return linen.Dense(3)(linen.Dropout(self.rate, deterministic=not train)(linen.Dense(8)(x)))
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_rates_in_training(train, by_function):
+    """A share that is kept, for one that is dropped, is told; in prediction there is none."""
+    torch.manual_seed(0)
+    told = "the rates of dropout differ, which was not compared: 0.2 in PyTorch, 0.8 in Flax"
+    for rate in 0.2, 0.8:
+        report = parity.check(Rated(0.2, by_function), LinenRated(rate), X, train=train)
+        assert report.ok
+        assert (told in report.notes) == (train and rate == 0.8)
+    none = parity.check(Rated(0.2, by_function), LinenRated(0.0), X, train=train)
+    assert any("0.2 in PyTorch, none in Flax" in note for note in none.notes) == train

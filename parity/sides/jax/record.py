@@ -361,6 +361,7 @@ def _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floatin
     recording.loss = float(total)
     recording.rounds_loss, recording.rounds_outputs = run.rounds_loss, run.rounds_outputs
     recording.dropout_off = run.train and bool(run.dropouts)
+    recording.dropout_rates = frozenset(rate for rate, _ in run.dropouts) if run.train else None
     recording.dropouts = [] if run.train else run.dropouts
     recording.new_statistics = {name: _numpy(v) for name, v in seen["statistics"].items()}
     recording.gradients = {name: _numpy(v) for name, v in by_parameter.items()}

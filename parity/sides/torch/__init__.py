@@ -7,7 +7,7 @@ with needed_by("PyTorch's side of the bridge"):
     from parity.sides.torch.module import (
         COUNTER,
         changed,
-        has_dropout,
+        dropout_rates,
         lifted,
         load_state,
         loss_of,
@@ -29,7 +29,7 @@ __all__ = [
     "changed",
     "check_optimizer",
     "default_dtype",
-    "has_dropout",
+    "dropout_rates",
     "layers_of",
     "lifted",
     "load_state",

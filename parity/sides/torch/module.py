@@ -203,9 +203,10 @@ def to_dtype(module: nn.Module, dtype: str) -> None:
     {"float32": module.float, "float64": module.double}[dtype]()
 
 
-def has_dropout(module: nn.Module) -> bool:
-    """Whether a dropout module is in it, with a rate above 0."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+def dropout_rates(module: nn.Module) -> set[float]:
+    """The rates above 0 of the dropouts that are modules in it, and of its attention."""
+    found = {m.p for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
+    return (found | {m.dropout for m in module.modules() if isinstance(m, nn.MultiheadAttention)}) - {0.0}
 
 
 def load_state(module: nn.Module, arrays: Mapping[str, NDArray], name: str) -> None:

@@ -21,7 +21,7 @@ from parity.sides.torch.module import (
     COUNTER,
     SetsRequiresGrad,
     as_numpy,
-    has_dropout,
+    dropout_rates,
     is_tensor,
     lifted,
     loss_of,
@@ -181,7 +181,8 @@ def _record(
     called = called.filled(given)
     recording = Recording("torch", layers, inputs=[numpy(v) for v in given])
     recording.tensors = _named(module, recording.layers)
-    recording.dropout_off = train and has_dropout(module)
+    rates = dropout_rates(module)
+    recording.dropout_off = train and bool(rates)
     watch = _Watch(module, recording)
     dropouts: list[tuple[float, int]] = []
     with (
@@ -199,6 +200,7 @@ def _record(
             recording.failure = Failure.of(error, watch.active[-1] if watch.active else "")
             return recording
         recording.dropout_off = recording.dropout_off or (train and bool(dropouts))
+        recording.dropout_rates = frozenset(rates | {rate for rate, _ in dropouts}) if train else None
         recording.dropouts = [] if train else [*dropouts]  # a checkpoint's second call of a layer tells it again
         # Copies: of an output that another output is made of, only the loss's own gradient counts.
         output = trees.mapped(lambda _, v: v.clone() if isinstance(v, Tensor) else v, output)
