@@ -105,10 +105,12 @@ class Diagnosis:
         before = self.torch.calls[:position]
         known = [c for c in before if c.path in self.translation.pair_of][-MOST_SOURCES:]
         outputs = [Source(f"the output of {c.path}", self.translation.output(c)) for c in reversed(known)]
+        # What arrives there in Flax is something else: nothing is made of PyTorch's.
+        others = {d.key for d in self.failing if d.quantity == "input"}
         arrived = [
             Source(f"the input of {c.path}", self.translation.input(c, 0))
             for c in reversed(known)
-            if c.inputs and c.inputs[0].dtype.kind == "f"
+            if c.inputs and c.inputs[0].dtype.kind == "f" and c.key not in others
         ]
         network = [Source("the network's input", a) for a in self.flax_inputs if a.dtype.kind == "f"]
         return outputs + arrived + network
