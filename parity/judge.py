@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -363,7 +362,7 @@ class Judge(cut.Sides):
             torch=self.torch.free,
             bound=self.bound,
             numbers=self._numbers(),
-            details=self._details(),
+            details=verdict.details_of(self.torch, self.flax),
         )
 
     def _numbers(self) -> Numbers:
@@ -372,18 +371,6 @@ class Judge(cut.Sides):
         if forced is not None:
             runs.insert(0, ([d for d in self.local if self.bound(d, local=True) < d.error], forced))
         return Numbers(self.translation, runs, self.train)
-
-    def _details(self) -> dict[str, Any]:
-        a, b = self.torch.details, self.flax.details
-        return {
-            "mode": a["mode"],
-            "dtype": "float64" if self.torch.own is None else "float64, and float32 beside it",
-            "torch_module": a["class"],
-            "flax_module": b["class"],
-            "loss values": {"PyTorch": self.torch.free.loss, "Flax": self.flax.free.loss},
-            "inputs": {s.framework: [[*x.shape] for x in s.inputs] for s in (self.torch.free, self.flax.free)},
-            **{name: v for name, v in (*a.items(), *b.items()) if name in ("torch", "jax", "flax", "numpy")},
-        }
 
 
 def _same(a: NDArray, b: NDArray) -> bool:

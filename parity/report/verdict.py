@@ -14,6 +14,7 @@ from parity.diagnosis.finding import Located
 from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED, UNEXPLAINED, is_one_sided
 from parity.pairing.pairs import Pairing
 from parity.pairing.translation import Translation
+from parity.records.evidence import Evidence
 from parity.records.recording import NETWORK, PHASES, Recording
 from parity.report.findings import NETWORK as NETWORK_NAME
 from parity.report.findings import Diagnosis, Divergence, LayerRow, Place, together
@@ -211,3 +212,17 @@ def layer_rows(
 def which(d: Difference) -> tuple:
     """What is compared there, whatever the run."""
     return d.phase, d.key, d.quantity
+
+
+def details_of(torch: Evidence, flax: Evidence) -> dict[str, Any]:
+    """What a report says of how both sides were run."""
+    a, b = torch.details, flax.details
+    return {
+        "mode": a["mode"],
+        "dtype": "float64" if torch.own is None else "float64, and float32 beside it",
+        "torch_module": a["class"],
+        "flax_module": b["class"],
+        "loss values": {"PyTorch": torch.free.loss, "Flax": flax.free.loss},
+        "inputs": {s.framework: [[*x.shape] for x in s.inputs] for s in (torch.free, flax.free)},
+        **{name: v for name, v in (*a.items(), *b.items()) if name in ("torch", "jax", "flax", "numpy")},
+    }
