@@ -179,12 +179,12 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Man
         manner.begin("Flax in float64")
         flax = flax_runs.evidence()
         # What the judge asks for besides: the modules' own dtype, Flax layer by layer, how much is rounding.
-        judge = Judge(torch, flax, translation)
+        judge = Judge(torch, flax, translation, is_aside=manner.is_aside)
         if not judge.agrees and torch.free.has_ended and flax.free.failure is None:
             other = flax_runs.exchanged(torch.free, flax.free, translation, torch_runs.random)
             if other is not None:
                 flax = flax if other is translation else flax_runs.evidence()
-                judge, translation = Judge(torch, flax, other), other
+                judge, translation = Judge(torch, flax, other, is_aside=manner.is_aside), other
         # What is float32 on one side alone: the same question, with float64 there too.
         small = judge.first_small() if manner.tables is None else None
         if small is not None and (constants := rounded_constants(torch_runs, flax_runs, translation)):
@@ -239,7 +239,7 @@ def _let_pass(
         return judge
     flax.forced = again if same >= passing else flax_runs.forced(judge.translation, passing=same)
     flax.passing = same
-    return Judge(torch, flax, judge.translation)
+    return Judge(torch, flax, judge.translation, is_aside=judge.is_aside)
 
 
 def _check_arguments(torch_module: Any, flax_module: Any, question: Question) -> None:

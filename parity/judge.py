@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CARRIED, MOST_NOISE
+from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CANCELLED, MOST_CARRIED, MOST_NOISE
 from parity.comparison.cut_otherwise import FUNCTION, inside, lies_inside, same_behind, shaped_otherwise
 from parity.comparison.differences import (
     STEP_BOUND,
@@ -49,9 +49,11 @@ class Judge(cut.Sides):
       torch: PyTorch's evidence.
       flax: Flax's.
       translation: which layer, tensor and axis is which.
+      is_aside: the modules are aside already, where no maximum is decided by rounding, see `evidence/aside.py`.
     """
 
-    def __init__(self, torch: Evidence, flax: Evidence, translation: Translation) -> None:
+    def __init__(self, torch: Evidence, flax: Evidence, translation: Translation, *, is_aside: bool = False) -> None:
+        self.is_aside = is_aside
         self.pairing: Pairing = translation.pairing
         super().__init__(torch, flax, self.pairing.recuts)
         self.translation = translation
@@ -156,7 +158,17 @@ class Judge(cut.Sides):
         measured = self._measured(d)
         if d.phase in ("loss", "backward") and not local:
             measured = max(measured, 30 * self.loss_rounds_by)
-        return max(bound, min(measured, MOST_NOISE if local else MOST_CARRIED))
+        most = MOST_CANCELLED if self._may_cancel(d) else MOST_NOISE if local else MOST_CARRIED
+        return max(bound, min(measured, most))
+
+    def _may_cancel(self, d: Difference) -> bool:
+        """Whether it is a gradient, aside of the kinks, in a network that is the same forward."""
+        is_measured = bool(self.torch.noise or self.flax.noise)
+        return self.is_aside and is_measured and d.phase == "backward" and self._is_same_forward
+
+    @cached_property
+    def _is_same_forward(self) -> bool:
+        return all(d.error <= self.bound(d) or self._passes(d) for d in self.free if d.phase == "forward")
 
     def first_small(self) -> Difference | None:
         """What differs first, if it does so forward and by no more than what rounding may have become on its way."""

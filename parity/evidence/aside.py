@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.comparison.bounds import MOST_CARRIED
 from parity.comparison.differences import Difference
 from parity.evidence.jax import FlaxRuns
 from parity.evidence.torch import TorchRuns
@@ -88,10 +89,26 @@ def told(decided: Sequence[Difference], report: Report) -> str:
     """
     if not report.agrees_at(decided[0].phase, decided[0].key[0], decided[0].quantity):
         return ""
+    if told := _told_of_what_cancels(report):
+        return told
     first = decided[0]
     return (
         f"decided by rounding at {both_names(first.key[0], first.flax_layer)}: two values of which one counts (a "
         f"maximum, or a number beside 0) are equal but for rounding, and the {first.quantity} differs by "
         f"{first.error:.1e}, as either side's own does when it is nudged; all was compared with inputs and weights "
         f"changed by {ASIDE:g} of themselves, where rounding decides nothing"
+    )
+
+
+def _told_of_what_cancels(report: Report) -> str:
+    """Where float32's rounding is made larger than it is anywhere else, and what it hides there."""
+    rows = [row for row in report.layers if row.phase == "backward" and row.ok and row.error > MOST_CARRIED]
+    if not rows:
+        return ""
+    layers = dict.fromkeys(both_names(row.torch_layer, row.flax_layer) for row in rows)
+    return (
+        f"float32's rounding is all that differs at {', '.join(layers)}: what is added up there nearly cancels, and "
+        f"gradients differ by {max(row.error for row in rows):.1e}, as either side's own do when it is nudged. A "
+        f"mistake of gradients alone is not seen there below {max(row.bound for row in rows):.1e}. All was compared "
+        f"with inputs and weights changed by {ASIDE:g} of themselves"
     )

@@ -169,3 +169,50 @@ def test_maxima_behind_a_norm(passed):
     torch.manual_seed(0)
     report = parity.check(Pools(), LinenPools(passed), x, flax_inputs=[x])
     assert report.ok == (passed == 1), report
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        scores = self.query(x) @ self.key(x).mT
+        return self.out(torch.softmax(scores, -1) @ self.value(x))
+
+
+class LinenAttention(linen.Module):
+    """In float32 inside."""
+
+    passed: float = 1.0  # of the key's gradient
+
+    @linen.compact
+    def __call__(self, x):
+        query, key, value = (linen.Dense(8, use_bias=False, name=name)(x) for name in ("query", "key", "value"))
+        scores = query.astype(jnp.float32) @ part(key, self.passed).astype(jnp.float32).mT
+        weights = jax.nn.softmax(scores)
+        mixed = (weights @ value.astype(jnp.float32)).astype(x.dtype)
+        return linen.Dense(8, use_bias=False, name="out")(mixed)
+
+
+# All rows are nearly the same, and so are the values: of the gradient of the scores a hundredth is left.
+ROWS = 1 + 1.4e-2 * np.random.default_rng(0).normal(size=(2, 5, 8))
+
+
+def attentions(**mistakes):
+    torch.manual_seed(0)
+    return Attention(), LinenAttention(**mistakes)
+
+
+def test_rounding_that_cancels_makes_larger_is_told_and_is_no_difference():
+    report = parity.check(*attentions(), ROWS)
+    assert report.ok, report
+    assert any(note.startswith("float32's rounding is all that differs at key") for note in report.notes), report
+    assert max(row.error for row in report.layers) > 1e-4
+
+
+@pytest.mark.parametrize("passed", [0.5, 0.97])
+def test_a_gradient_that_is_stopped_in_part_is_found_behind_it(passed):
+    report = parity.check(*attentions(passed=passed), ROWS)
+    assert not report.ok
+    assert report.first_divergence.torch_layer == "key", report

@@ -150,7 +150,7 @@ PAIRS: dict[str, Pair] = {
         _BERT | {"use_cache": False},
         _tokens,
         {"hidden_act": "gelu"},
-        "activation",
+        "gate",
         flax_inputs=_with_positions,
     ),
     "T5": Pair(
