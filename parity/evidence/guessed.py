@@ -23,6 +23,7 @@ from parity.records.inputs import Calls
 from parity.records.recording import Layer, Recording
 from parity.records.structure import Flattened, Guess, Structure
 from parity.sides import jax as flax_side
+from parity.sides.jax import flattens
 from parity.sides.jax import layers as flax_layers
 from parity.sides.torch import layers as torch_layers
 
@@ -113,7 +114,7 @@ def settled(
         if not torch_layers.may_be_flattened(run.calls, {x.path: x.kind for x in torch_.layers}, guess):
             found = _paired(torch_, flax, layer_map, distance) if distance else found
             return _exchanged(found, torch_, flax, trial, layer_map), flax, guess
-    flax.flattened = flax_layers.flattened(side, flax, guess)
+    flax.flattened = flattens.flattened(side, flax, guess)
     if run is None and not flax.flattened:
         _suppose_flattened(torch_)
     return _exchanged(_paired(torch_, flax, layer_map, distance), torch_, flax, trial, layer_map), flax, guess

@@ -1,6 +1,6 @@
 """What a module looks like to the bridge: its layers in order, its tensors' shapes, what stands behind a flatten.
 
-Needs neither framework; `sides/torch/layers.py` and `sides/jax/layers.py` fill it in.
+Needs neither framework; `sides/torch/layers.py`, `sides/jax/layers.py` and `sides/jax/flattens.py` fill it in.
 """
 
 from __future__ import annotations

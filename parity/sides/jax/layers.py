@@ -1,4 +1,4 @@
-"""The layers of a Flax module or of variables, in order, and what stands behind a flatten. Never imports torch."""
+"""The layers of a Flax module or of variables, in order. Never imports torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.extend.core import get_opaque_trace_state
-from numpy.typing import NDArray
 
 from parity.records import kinds
 from parity.records.inputs import Inputs
 from parity.records.kinds import Shape, class_names, kind_of
-from parity.records.marks import channel_counts, code, read_code
-from parity.records.recording import Failure, Layer
-from parity.records.structure import Flattened, Guess, Structure, natural
+from parity.records.recording import Layer
+from parity.records.structure import Guess, Structure, natural
 from parity.sides.jax.linen import LinenSide, linen_interceptor
 from parity.sides.jax.matrices import is_out_in
-from parity.sides.jax.module import INSIDE, Side, environment
+from parity.sides.jax.module import INSIDE, Side, environment, shape_of
 from parity.sides.jax.module import flat as flat_dict
 from parity.sides.jax.nnx import nnx_state
 
@@ -163,7 +161,7 @@ def _look(side: Side, inputs: Inputs, *, train: bool) -> _Seen:
         return side.apply(variables, xs, train=train, intercept=intercept, seed=0)[0]
 
     with environment(float64=False):
-        shapes = inputs.mapped(_shape)
+        shapes = inputs.mapped(shape_of)
         if isinstance(side, LinenSide):
             variables = jax.eval_shape(initial, shapes)
         else:
@@ -172,10 +170,6 @@ def _look(side: Side, inputs: Inputs, *, train: bool) -> _Seen:
     side.tables = [name for name, v in variables.items() if not _is_floating(v)]
     variables = {name: v for name, v in variables.items() if _is_floating(v)}
     return _Seen(called, feeders, variables, any(trace != traces[0] for trace in traces))
-
-
-def _shape(a: NDArray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype))
 
 
 def _is_floating(variable: Any) -> bool:
@@ -207,7 +201,7 @@ def of_module(side: Side, guess: Guess) -> Structure:
         return y
 
     with environment(float64=False):
-        shapes = guess.flax.mapped(_shape)
+        shapes = guess.flax.mapped(shape_of)
         if isinstance(side, LinenSide):
             with nn.intercept_methods(linen_interceptor(intercept)):
                 variables = jax.eval_shape(lambda xs: side.initial(xs, train=False), shapes)
@@ -341,43 +335,3 @@ def _kind_of_variables(shapes: Mapping[str, Shape], statistics: frozenset[str]) 
     if statistics:
         return kinds.kind_of([], shapes, statistics)
     return "linear" if len(shapes.get("kernel", ())) == 2 else "other"
-
-
-def flattened(side: Side, structure: Structure, guess: Guess) -> dict[str, Flattened]:
-    """Which layers stand behind a flatten, from a run in which every layer's channels are marked."""
-    layers = {layer.path: layer for layer in structure.layers if layer.is_called}
-    seen: dict[str, Any] = {}
-
-    def intercept(path, call, args, kwargs):
-        y = call(*args, **kwargs)
-        if path not in layers or not args or not hasattr(y, "ndim"):
-            return y
-        x = args[0]
-        if path not in seen and getattr(x, "ndim", 0) == 2:
-            seen[path] = x[0].astype(jnp.float32)
-        if y.ndim == 2 and layers[path].kind in kinds.NORMS and x.shape == y.shape:
-            return x
-        return jnp.broadcast_to(jnp.asarray(code(path, y.shape[-1]), y.dtype), y.shape)
-
-    def run(variables, inputs):
-        seen.clear()
-        side.apply(variables, inputs, train=False, intercept=intercept, seed=0)
-        return dict(seen)
-
-    marked = [
-        np.broadcast_to(code(f"input {i}", a.shape[-1]), a.shape) if a.ndim >= 3 and a.dtype.kind == "f" else a
-        for i, a in enumerate(guess.flax.arrays())
-    ]
-    inputs = guess.flax.filled(marked)
-    try:
-        with environment(float64=False):
-            shapes = jax.eval_shape(lambda xs: side.initial(xs, train=False), inputs.mapped(_shape))
-            ones = {name: jnp.ones(v.shape, v.dtype) for name, v in shapes.items()}
-            # Compiled: what the marks replace is never computed.
-            inputs_by_path = jax.jit(run)(ones, inputs.mapped(jnp.asarray))
-    except Exception as error:  # whatever a stranger's module raises
-        structure.unseen = f"Flax: {Failure.of(error).error}"
-        return {}
-    counts = channel_counts(structure.layers, structure.shapes, -1)
-    found = {path: read_code(np.asarray(x), counts) for path, x in inputs_by_path.items()}
-    return {path: shape for path, shape in found.items() if shape is not None}

@@ -17,6 +17,7 @@ from flax import nnx
 from flax.linen import attention as linen_attention
 from flax.nnx.nn import attention as nnx_attention
 from flax.traverse_util import flatten_dict, unflatten_dict
+from numpy.typing import NDArray
 
 from parity.records import trees
 from parity.records.inputs import Inputs
@@ -253,6 +254,11 @@ def _widened(scan: Callable) -> Callable:
 
 def _is_wider(value: Any, like: Any) -> bool:
     return value.dtype == jnp.float32 and like.dtype == jnp.float64
+
+
+def shape_of(a: NDArray) -> jax.ShapeDtypeStruct:
+    """Its shape, and its dtype in this environment."""
+    return jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype))
 
 
 def is_array(value: Any) -> bool:
