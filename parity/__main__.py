@@ -10,8 +10,9 @@
     python -m parity train --help                              both sides trained in lockstep
     python -m parity initialisation nets.torch:Net nets.flax:Net --shape 8,3,32,32    what new networks begin with
 
-Exit status: 0 if they agree, 1 if anything differs, 2 if it could not be compared: a mistake on the command line, or an
-error in a module; one line says what was given and what is allowed. 130 if it was interrupted.
+Exit status: 0 if they agree, 1 if anything differs, 2 if it could not be compared: a mistake on the command line (one
+line says what was given and what is allowed), or an error in a module (the report says where). 130 if it was
+interrupted.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def check(
       ValueError: no input or empty ones, an unknown layer in layer_map, steps without optimizers, optimizers that want
         more than gradients, a loss that is no number, another number of flax_inputs in a sequence, a depth that is no
         integer >= 1.
-      Exception: what either module raises on these inputs whatever their dtype. What it raises in one of the runs alone
-        is in the report, with the layer and what could be compared up to there.
+
+    What either module raises is in the report, with the layer and what could be compared up to there.
     """
     need("parity.check", *BOTH)
     called = calls(inputs, keywords, flax_inputs, flax_call)
@@ -171,8 +171,13 @@ def _answer(torch_module: Any, flax_module: Any, question: Question, manner: Man
             "flax_call": called.flax_call,
             "lifts": lifts,
             "op_by_op": manner.is_aside,
+            "may_stop": True,
         }
         flax_runs = FlaxRuns(flax_module, inputs, **options)
+        if flax_runs.stop is not None and called.flax is None and not torch.free.has_ended:
+            # PyTorch did not come to show in which layout its layers read them: it may be its own.
+            as_they_are = FlaxRuns(flax_module, torch_runs.inputs, **options)
+            flax_runs = flax_runs if as_they_are.stop is not None else as_they_are
         if optimizers is not None:
             flax_runs.check_optimizer(optimizers[1])
         translation = flax_runs.carry(torch.free, question.layer_map, question.variables, torch_runs.random)

@@ -75,9 +75,13 @@ class Judge(cut.Sides):
     # What is compared.
 
     def _unfit(self) -> Iterable[Difference]:
-        """Layers whose tensors have other shapes: they were run with others."""
+        """Layers whose tensors have other shapes: they were run with others. What did not come to run says nothing."""
+        ended = self.torch.free.has_ended and self.flax.free.has_ended
+        ours, theirs = ({call.path for call in side.calls} for side in (self.torch.free, self.flax.free))
         seen = {d.key for d in self.free if d.quantity == "output" and not d.error <= FORWARD_BOUND}
         for pair in self.pairing.layers:
+            if not (ended or (pair.torch.path in ours and pair.flax.path in theirs)):
+                continue
             if not all(t.fits for t in pair.tensors) and (pair.torch.path, 0) not in seen:
                 yield Difference("forward", (pair.torch.path, 0), pair.flax.path, "output", float("inf"))
 
@@ -314,7 +318,7 @@ class Judge(cut.Sides):
 
     @property
     def stops(self) -> list[Stop]:
-        """The runs that could not be made, or not to their end; each exception once."""
+        """The runs that could not be made, or not to their end; each exception of a side once."""
         runs = (
             ("PyTorch, on its own,", self.torch.free),
             ("Flax, on its own,", self.flax.free),
@@ -322,10 +326,10 @@ class Judge(cut.Sides):
             ("PyTorch, in its own dtype,", self.torch.own),
             ("Flax, in its own dtype,", self.flax.own),
         )
-        found: dict[Failure, Stop] = {}
+        found: dict[tuple[str, Failure], Stop] = {}
         for name, run in runs:
             if run is not None and run.failure is not None:
-                found.setdefault(run.failure, self._stop(name, run.framework, run.failure))
+                found.setdefault((run.framework, run.failure), self._stop(name, run.framework, run.failure))
         return list(found.values())
 
     def _stop(self, name: str, framework: str, failure: Failure) -> Stop:

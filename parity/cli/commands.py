@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bn_common.checks import require
 from bn_common.files import check_can_write
 from parity.cli.named_objects import check_name, module_of, object_of, pair_of, read_arrays, taken
+from parity.diagnosis.mistakes import COULD_NOT_RUN
 
 if TYPE_CHECKING:
     from parity.report import Report
@@ -117,7 +118,11 @@ class _Output:
             report.to_json(self.json)
         if self.html is not None:
             report.to_html(self.html)
-        return 0 if report.ok else 1
+        if report.ok:
+            return 0
+        return (
+            2 if {d.code for d in report.diagnoses} == {COULD_NOT_RUN} else 1
+        )  # an error in a module is no difference
 
 
 @dataclasses.dataclass(frozen=True)

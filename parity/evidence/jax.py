@@ -16,7 +16,7 @@ from parity.comparison.rounding import STEP, noise_of, nudged, nudged_variables
 from parity.evidence.about import details
 from parity.pairing.agreement import AGREES, distance
 from parity.pairing.exchange import Search, told, with_partners
-from parity.pairing.layers import pair
+from parity.pairing.layers import pair, pair_begun
 from parity.pairing.pairs import Pairing
 from parity.pairing.recut import cut
 from parity.pairing.translation import Translation
@@ -42,6 +42,7 @@ class FlaxRuns:
       flax_call: see `parity.check`.
       lifts: in float64 what the module says to compute in 16 bits is computed in float64, too.
       op_by_op: nothing is compiled, see `sides/jax/record.py`.
+      may_stop: what the module raises stands in the recordings, as far as they go, and is not raised.
     """
 
     def __init__(
@@ -54,11 +55,14 @@ class FlaxRuns:
         flax_call: Callable | None = None,
         lifts: bool = False,
         op_by_op: bool = False,
+        may_stop: bool = False,
     ) -> None:
         self.module, self.inputs, self.train, self.loss = module, Inputs.of(inputs), train, loss
         self.side = flax_side.side_of(module, flax_call)
         self.side.lifts, self.op_by_op = lifts, op_by_op
-        self.layers, self.shapes = flax_side.structure(self.side, self.inputs, train=train)
+        self.layers, self.shapes, self.stop = flax_side.structure(
+            self.side, self.inputs, train=train, may_stop=may_stop
+        )
         self.variables: dict[str, Any] = {}
         self.carried: dict[str, Any] = {}
         self.filled: set[str] = set()  # parameters that neither PyTorch nor the user has
@@ -84,7 +88,7 @@ class FlaxRuns:
             own = {name: a.dtype for name, a in self.shapes.items()}
             given = {name: np.asarray(v).astype(own[name]) if name in own else v for name, v in given.items()}
             inputs = inputs.mapped(self._in_own_dtype)
-        return flax_side.record(
+        found = flax_side.record(
             self.side,
             self.layers,
             given,
@@ -97,6 +101,9 @@ class FlaxRuns:
             programs=self.programs,
             op_by_op=self.op_by_op,
         )
+        if self.stop is not None and self.stop.hides:
+            found.failure = self.stop  # behind it there are no variables, which would be told instead
+        return found
 
     @property
     def own_dtype(self) -> np.dtype:
@@ -126,7 +133,9 @@ class FlaxRuns:
         """
         self.fixed = frozenset(layer_map or ())
         distance_of = partial(self.distance, trial or (lambda: torch))
-        pairing = pair(of_recording(torch), of_layers(self.layers, self.shapes), layer_map, distance_of)
+        mine = of_layers(self.layers, self.shapes)
+        begun = self.stop is not None and self.stop.hides
+        pairing = (pair_begun if begun else pair)(of_recording(torch), mine, layer_map, distance_of)
         self.given = None if variables is None else flax_side.flat_variables(variables)
         return self._settled(torch, pairing)
 
@@ -235,7 +244,13 @@ class FlaxRuns:
     def _initial(self) -> dict[str, NDArray]:
         """The variables as the module makes them."""
         with flax_side.environment(float64=False):
-            return {n: np.asarray(v) for n, v in self.side.initial(self.inputs, train=self.train).items()}
+            try:
+                made = self.side.initial(self.inputs, train=self.train)
+            except Exception:  # whatever a stranger's module raises
+                if self.stop is None:
+                    raise
+                made = self.side.made
+            return {n: np.asarray(v) for n, v in made.items()}
 
     def take(self, weights: str | Path | None, other: Evidence | None) -> None:
         """The module's own variables; with those of a file or a dump of Flax's, if given."""

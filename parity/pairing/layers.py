@@ -73,6 +73,28 @@ def pair(
     return chosen
 
 
+def pair_begun(
+    torch: Structure,
+    flax: Structure,
+    layer_map: Mapping[str, str] | None = None,
+    distance: Callable[[Pairing], float] | None = None,
+) -> Pairing:
+    """Likewise where only Flax's first layers are known: with as many of PyTorch's first ones as leave least over.
+
+    What comes behind these has no partner that is known; nothing is said of it.
+    """
+    count, known = len(flax.layers), dict(layer_map or {})
+
+    def found(first: int) -> Pairing:
+        layers = torch.layers[:first]
+        paths = {x.path for x in layers}, {x.path for x in flax.layers}
+        mine = {t: f for t, f in known.items() if t in paths[0] and f in paths[1]}
+        return pair(replace(torch, layers=layers), flax, mine, distance)
+
+    sizes = sorted(range(len(torch.layers) + 1), key=lambda first: abs(first - count))[:MOST_CUTS]
+    return min(map(found, sizes), key=unpaired)
+
+
 def _possible(torch: Structure, flax: Structure, layer_map: dict[str, str], least: int) -> Iterator[Pairing]:
     """The pairings in which all that is cut has its partner, and less is left than without cuts."""
     for recuts in itertools.islice(candidates(torch, flax), MOST_CUTS):

@@ -88,18 +88,21 @@ class Failure:
       layer: in whose call it was raised; "" outside of all.
       phase: "forward" | "backward".
       cause: the exception itself, where the run was made here.
+      hides: the module makes its layers as it is called, so that what is behind this is not known.
     """
 
     error: str
     layer: str = ""
     phase: str = "forward"
     cause: Exception | None = field(default=None, compare=False, repr=False)
+    hides: bool = field(default=False, compare=False)
 
     @classmethod
-    def of(cls, cause: Exception, layer: str = "", phase: str = "forward") -> Failure:
+    def of(cls, cause: Exception, layer: str = "", phase: str = "forward", *, hides: bool = False) -> Failure:
         """What this exception says."""
         text = str(cause).strip().splitlines()
-        return cls(f"{type(cause).__name__}: {text[0] if text else ''}".removesuffix(": "), layer, phase, cause)
+        said = f"{type(cause).__name__}: {text[0] if text else ''}".removesuffix(": ")
+        return cls(said, layer, phase, cause, hides)
 
 
 @dataclass

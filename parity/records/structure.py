@@ -77,13 +77,14 @@ def of_layers(layers: Mapping[str, Layer], variables: Mapping[str, Any]) -> Stru
 def of_recording(recording: Recording) -> Structure:
     """The layers in the order of their first call; then those that were not called, of which only the tensors count.
 
-    Which layer's output goes into which layer as it is, the numbers say.
+    Behind what stopped the run they are taken to be called, in the order of the module's definition. Which layer's
+    output goes into which layer as it is, the numbers say.
     """
     called = list(dict.fromkeys(call.path for call in recording.calls))
     layers = [recording.layers[path] for path in called]
     rest = [layer for path, layer in recording.layers.items() if path not in called]
     for layer in rest:
-        layer.is_called = False  # takes part with its tensors only
+        layer.is_called &= not recording.has_ended  # else it takes part with its tensors only
     feeders = {}
     for i, call in enumerate(recording.calls):
         if call.index == 0 and call.inputs:

@@ -18,13 +18,13 @@ from jax.extend.core import get_opaque_trace_state
 from parity.records import kinds
 from parity.records.inputs import Inputs
 from parity.records.kinds import Shape, class_names, kind_of
-from parity.records.recording import Layer
+from parity.records.recording import Failure, Layer
 from parity.records.structure import Guess, Structure, natural
 from parity.sides.jax.linen import LinenSide, linen_interceptor
 from parity.sides.jax.matrices import is_out_in
-from parity.sides.jax.module import INSIDE, Side, environment, shape_of
+from parity.sides.jax.module import INSIDE, Side, Stopped, environment, shape_of
 from parity.sides.jax.module import flat as flat_dict
-from parity.sides.jax.nnx import nnx_state
+from parity.sides.jax.nnx import NnxSide, nnx_state
 
 LOG = logging.getLogger(__name__)
 
@@ -104,19 +104,36 @@ def _with_scales(own: dict[str, dict[str, str]], axes: Mapping[str, Any] | None 
             del own[path]
 
 
-def structure(side: Side, inputs: Inputs | Sequence[Any], *, train: bool) -> tuple[dict[str, Layer], dict[str, Any]]:
-    """The layers in the order of execution, and the variables' shapes and dtypes, without computing anything.
+def structure(
+    side: Side, inputs: Inputs | Sequence[Any], *, train: bool, may_stop: bool = False
+) -> tuple[dict[str, Layer], dict[str, Any], Failure | None]:
+    """The layers in the order of execution, and the variables' shapes and dtypes; nothing is computed where it runs.
+
+    Args:
+      side: the module as a function.
+      inputs: in Flax's layout.
+      train: train or eval mode.
+      may_stop: a module that raises is looked at as far as it comes.
+
+    Returns:
+      The layers, the variables, and what stopped it, if it may.
 
     Raises:
-      Exception: whatever the module raises on these inputs.
+      Exception: else whatever the module raises on these inputs.
     """
     inputs = Inputs.of(inputs)
-    found = _look(side, inputs, train=train)
+    try:
+        found = _look(side, inputs, train=train)
+    except Exception as error:
+        if not may_stop:
+            raise
+        LOG.info("run on the numbers themselves: %s: %s", type(error).__name__, error)
+        found = _look(side, inputs, train=train, on_numbers=True)
     if found.hides:
         # Once more, as if there were no jit and no checkpoint: so their layers are seen. Not if it needs them.
         side.is_opened = True
         try:
-            found = _look(side, inputs, train=train)
+            found = _look(side, inputs, train=train, on_numbers=found.stop is not None)
         except Exception as error:  # whatever a stranger's module raises; what stays unseen, the report tells
             LOG.info("not run without its jit and checkpoint: %s: %s", type(error).__name__, error)
             side.is_opened = False
@@ -124,30 +141,35 @@ def structure(side: Side, inputs: Inputs | Sequence[Any], *, train: bool) -> tup
     for path, layer in layers.items():
         feeder = found.feeders.get(path)
         layer.feeder = feeder if feeder in layers else None
-    return layers, found.variables
+    return layers, found.variables, found.stop
 
 
 class _Seen(NamedTuple):
-    """The modules called, in order; what each was fed by; the variables; and whether some call was inside a jit."""
+    """The modules called, in order; what each was fed by; the variables; whether a call was inside a jit; the stop."""
 
     called: list[tuple[str, Any]]
     feeders: dict[str, str]
     variables: dict[str, Any]
     hides: bool
+    stop: Failure | None
 
 
-def _look(side: Side, inputs: Inputs, *, train: bool) -> _Seen:
+def _look(side: Side, inputs: Inputs, *, train: bool, on_numbers: bool = False) -> _Seen:
+    """What is seen when the module is called, on shapes alone; or on numbers, and then as far as it comes."""
     called: list[tuple[str, Any]] = []
     made: dict[int, tuple[str, Any]] = {}  # what each array came out of; kept, so that no other gets its id
     feeders: dict[str, str] = {}
     traces: list[Any] = []
+    stopped, stop = Stopped(), None
+    run = (lambda function, xs: function(xs)) if on_numbers else jax.eval_shape
 
     def intercept(path, call, args, kwargs):
         called.append((path, call.module))
         traces.append(trace_state())
         if args and id(args[0]) in made:
             feeders.setdefault(path, made[id(args[0])][0])
-        output = call(*args, **kwargs)
+        with stopped.watched(path):
+            output = call(*args, **kwargs)
         made.setdefault(id(output), (path, output))
         return output
 
@@ -161,15 +183,24 @@ def _look(side: Side, inputs: Inputs, *, train: bool) -> _Seen:
         return side.apply(variables, xs, train=train, intercept=intercept, seed=0)[0]
 
     with environment(float64=False):
-        shapes = inputs.mapped(shape_of)
-        if isinstance(side, LinenSide):
-            variables = jax.eval_shape(initial, shapes)
-        else:
-            variables = side.initial(inputs, train=train)
-            jax.eval_shape(apply, shapes)
+        given = inputs.mapped(jnp.asarray if on_numbers else shape_of)
+        try:
+            if isinstance(side, LinenSide):
+                variables = run(initial, given)
+            else:
+                variables = side.initial(inputs, train=train)
+                run(apply, given)
+        except Exception as error:
+            if not on_numbers:
+                raise
+            stop = Failure.of(error, stopped.path(error), hides=isinstance(side, LinenSide))
+            if isinstance(side, LinenSide):
+                variables = side.made
+            elif isinstance(side, NnxSide):
+                called += _defined(side.module_with({}), "", set())
     side.tables = [name for name, v in variables.items() if not _is_floating(v)]
     variables = {name: v for name, v in variables.items() if _is_floating(v)}
-    return _Seen(called, feeders, variables, any(trace != traces[0] for trace in traces))
+    return _Seen(called, feeders, variables, any(trace != traces[0] for trace in traces), stop)
 
 
 def _is_floating(variable: Any) -> bool:

@@ -13,6 +13,7 @@ from jax import Array
 from parity.sides.jax.module import (
     FLAGS,
     Intercept,
+    Variables,
     call_flax_call,
     flag_of,
     flat,
@@ -34,6 +35,7 @@ class LinenSide:
         self.module, self.flax_call, self.is_opened, self.lifts = module, flax_call, False, False
         self.tables: list[str] = []
         self.turns: frozenset[int] = frozenset()
+        self.made: Variables = {}
 
     def _bound(self, train: bool) -> tuple[nn.Module, dict[str, Any]]:
         """The module and the keywords of its call. A flag that is set as an attribute is set there."""
@@ -70,13 +72,22 @@ class LinenSide:
 
     def initial(self, inputs, *, train, seed=0):
         """See `Side`."""
-        with opened(self.is_opened, self.turns):
+        self.made = {}
+        with opened(self.is_opened, self.turns), nn.intercept_methods(self._keeping_what_is_made):
             if self.flax_call is not None:
                 proxy: Any = _Initialising(self.module, seed)
                 call_flax_call(self.flax_call, proxy, {}, inputs, train)
                 return flat(proxy.variables)
             module, flags = self._bound(train)
             return flat(module.init(_rngs(seed), *inputs.args, **{**inputs.keywords, **flags}))
+
+    def _keeping_what_is_made(self, call, args, kwargs, context):
+        try:
+            return call(*args, **kwargs)
+        except Exception:
+            if context.module.scope is not None:  # the outermost module, which comes last, has all
+                self.made = flat(context.module.scope.root.variables())
+            raise
 
 
 class _Initialising:

@@ -65,12 +65,14 @@ class Side(Protocol):
       turns: scans of so many turns are run as loops.
       lifts: in float64 its layers compute in float64 where they say 16 bits.
       tables: names of variables that are no floating point, which nothing trains; see `structure`.
+      made: the variables that were made before `initial` raised.
     """
 
     is_opened: bool
     turns: frozenset[int]
     lifts: bool
     tables: list[str]
+    made: Variables
 
     def apply(
         self, variables: Variables, inputs: Inputs, *, train: bool, intercept: Intercept, seed: int
@@ -115,6 +117,27 @@ def call_flax_call(flax_call: Callable, module: Any, variables: Any, inputs: Inp
     if named:
         return flax_call(module, variables, *inputs.args, train=train, **inputs.keywords)
     return flax_call(module, variables, *inputs.args, train, **inputs.keywords)
+
+
+class Stopped:
+    """In the call of which module an exception was raised."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Exception] | None = None
+
+    @contextlib.contextmanager
+    def watched(self, path: str) -> Iterator[None]:
+        """While it is entered, this module is called; the innermost sees an exception first."""
+        try:
+            yield
+        except Exception as error:
+            if self._last is None or self._last[1] is not error:
+                self._last = path, error
+            raise
+
+    def path(self, error: Exception) -> str:
+        """The innermost module that this one came through; "" outside of all, and of the root."""
+        return self._last[0] if self._last is not None and self._last[1] is error else ""
 
 
 def named_call(call: Callable, module: Any) -> Callable:

@@ -23,6 +23,7 @@ class NnxSide:
         self.flax_call, self.is_opened, self.lifts = flax_call, False, False
         self.tables: list[str] = []
         self.turns: frozenset[int] = frozenset()
+        self.made: Variables = {}  # `initial` calls nothing that may raise
         _refuse_weight_norm(module)
         self.graph, state = nnx.split(module)
         leaves = dict(nnx.to_flat_state(state))

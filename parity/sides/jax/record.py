@@ -20,6 +20,7 @@ from parity.records.side import Force, LossError, check_loss
 from parity.sides.jax.layers import trace_state
 from parity.sides.jax.module import (
     Side,
+    Stopped,
     default_loss,
     dropout_rate,
     environment,
@@ -111,7 +112,7 @@ def record(
                 # What only cannot be compiled is whole now, and there is nothing to tell.
                 recording.failure = Failure.of(error, phase="backward") if gradients else None
             except Exception as stopped:  # as above
-                recording.failure = Failure.of(stopped, run.stopped_in)
+                recording.failure = Failure.of(stopped, run.stopped.path(stopped))
                 total, seen = jnp.full((), jnp.nan), run.seen | {"statistics": {}, "result": []}
                 del seen["inputs"][len(seen["outputs"]) :], seen["arrived"][len(seen["outputs"]) :]
         _fill(recording, run, seen, total, by_parameter, by_input, by_probe, floating)
@@ -209,7 +210,7 @@ class _Run:
         self.keys: list[tuple[str, int]] = []
         self.names: list[str] = []  # of the outputs
         self.dropouts: list[tuple[float, int]] = []
-        self.stopped_in = ""
+        self.stopped = Stopped()
         self.probed: list[Array] = []
         self.rounds_loss = self.rounds_outputs = False
 
@@ -246,8 +247,11 @@ class _Run:
                 return args[0]
             layer = self.layers.get(path)
             hidden = trace_state() != outside
-            if layer is None or not layer.is_called or active or hidden:
+            if active:
                 return call(*args, **kwargs)
+            if layer is None or not layer.is_called or hidden:
+                with self.stopped.watched(path):
+                    return call(*args, **kwargs)
             key = (path, counts.get(path, 0))
             counts[path] = key[1] + 1
             arrived, used = [], []
@@ -278,10 +282,8 @@ class _Run:
             args, kwargs = tuple(own(v) for v in args), {name: own(v) for name, v in kwargs.items()}
             active.append(path)
             try:
-                output = call(*args, **kwargs)
-            except Exception:
-                self.stopped_in = path
-                raise
+                with self.stopped.watched(path):
+                    output = call(*args, **kwargs)
             finally:
                 active.pop()
             where, y = trees.first(output, is_array) or ((), None)

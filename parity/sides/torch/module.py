@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -237,6 +238,13 @@ def put(module: nn.Module, arrays: Mapping[str, NDArray]) -> None:
         for name, value in arrays.items():
             if tuple(value.shape) == tuple(state[name].shape):
                 state[name].copy_(torch.from_numpy(value))
+
+
+def raised_in(module: nn.Module, error: BaseException) -> str:
+    """The innermost module in whose call it was raised, by the frames that it came through; "" is the root."""
+    paths = {id(child): path for path, child in module.named_modules()}
+    found = [paths.get(id(frame.f_locals.get("self"))) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((path for path in reversed(found) if path is not None), "")
 
 
 def versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ from parity.sides.torch.module import (
     numbers,
     numpy,
     parametrised,
+    raised_in,
     without_dropout,
 )
 from parity.sides.torch.precision import Rounds
@@ -197,7 +198,7 @@ def _record(
         try:
             output = module(*called.args, **called.keywords)
         except Exception as error:  # whatever a stranger's module raises
-            recording.failure = Failure.of(error, watch.active[-1] if watch.active else "")
+            recording.failure = Failure.of(error, watch.active[-1] if watch.active else raised_in(module, error))
             return recording
         recording.dropout_off = recording.dropout_off or (train and bool(dropouts))
         recording.dropout_rates = frozenset(rates | {rate for rate, _ in dropouts}) if train else None
