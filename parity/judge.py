@@ -23,6 +23,7 @@ from parity.comparison.rounding import explained, rounding
 from parity.diagnosis import places
 from parity.diagnosis.dropout import common_dropout, dropout_findings, dropout_in_training
 from parity.diagnosis.finding import Located, in_order
+from parity.diagnosis.lone_statistics import lone_statistics, not_kept
 from parity.diagnosis.loss import loss_findings
 from parity.diagnosis.mistakes import UNEXPLAINED
 from parity.diagnosis.optimizer.family import findings as optimizer_findings
@@ -66,7 +67,9 @@ class Judge(cut.Sides):
             self.notes.append(f"not trained in PyTorch (requires_grad=False), no gradient in Flax: {', '.join(still)}")
         self.notes += translation.moved_outputs(flax.free.named_outputs)
         self.notes += [*common_dropout(translation, self.flax.free), *below_zero(torch.free, flax.free)]
-        self.dropouts = dropout_findings(translation, self.flax.free)
+        self.besides = dropout_findings(translation, self.flax.free)
+        self.besides += lone_statistics(self.pairing, self.torch.free, self.flax.free)
+        self.notes += [] if self.train else not_kept(self.pairing, self.flax.free)
         self.dtypes = tuple(of.details.get("parameters", "float32") for of in (torch, flax))
         runs = torch.free, flax.free
         self.notes += [*notes.of_half(self.dtypes), *notes.of_rounded_losses(runs)]
@@ -286,7 +289,7 @@ class Judge(cut.Sides):
         return [Located("optimizer", i, "", "", finding) for i, finding in enumerate(found)]
 
     def _located(self) -> list[Located]:
-        found = [*self._weights, *self._precision, *self.dropouts]
+        found = [*self._weights, *self._precision, *self.besides]
         if not self.asks_for_layers():
             return in_order([*found, *self.rules])
         forced = self.flax.forced
@@ -344,7 +347,7 @@ class Judge(cut.Sides):
         failing = self._failing()
         inner = [] if self.stops else self._cut(failing)
         cut = len(inner) == len(failing) > 0 and not self.rules
-        located = [*self._precision, *self.dropouts] if cut else self._located()
+        located = [*self._precision, *self.besides] if cut else self._located()
         local = self.local if self.flax.forced is not None or failing else []
         alike = self.flax.forced is not None and bool(local) and not located and self.flax.forced.failure is None
         alike = alike and not any(d.error > self.bound(d, local=True) for d in local)

@@ -42,15 +42,20 @@ def with_lone_layers(
     kept = [f for f in found if f.key not in behind or f.position % 1 == 0]
     order = [call.path for call in translation.torch.calls]
     position = min((order.index(x.path) for x in torch if x.path in order), default=0)
+    finding = no_partner(torch, flax)
+    if torch:
+        return [*kept, *norms, Located("forward", position, torch[0].path, "", finding, (torch[0].path, 0))]
+    return [*kept, *norms, Located("forward", position, "", flax[0].path, finding)]
+
+
+def no_partner(torch: Sequence[Layer], flax: Sequence[Layer]) -> Finding:
+    """These layers, with their tensors, are on one side only."""
     texts = [
         f"{name}'s {', '.join(map(_described, layers))} {_has(layers)} no partner in {other}"
         for name, other, layers in (("PyTorch", "Flax", torch), ("Flax", "PyTorch", flax))
         if layers
     ]
-    finding = Finding("no-partner", "; ".join(texts))
-    if torch:
-        return [*kept, *norms, Located("forward", position, torch[0].path, "", finding, (torch[0].path, 0))]
-    return [*kept, *norms, Located("forward", position, "", flax[0].path, finding)]
+    return Finding("no-partner", "; ".join(texts))
 
 
 def _lone_outputs(translation: Translation, forced: Recording) -> list[Located]:

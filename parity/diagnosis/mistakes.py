@@ -40,7 +40,13 @@ class Mistake(NamedTuple):
 
 # The order is the rank: of two at one place the upper one is named first, as the lower one may follow from it.
 TABLE = (
-    Mistake("no-partner", "forward", "", "a layer, a parameter or an output that one side only has", one_sided=True),
+    Mistake(
+        "no-partner",
+        "forward",
+        "",
+        "a layer, parameter, statistic or output that one side only has",
+        one_sided=True,
+    ),
     # norms
     Mistake("eval-uses-batch-statistics", "forward", "", "prediction normalises with the batch's own statistics"),
     Mistake("train-uses-moving-statistics", "forward", "", "training normalises with the moving statistics"),

@@ -185,8 +185,10 @@ def _divergence(
 
 def _of_finding(f: Located) -> Divergence:
     """Of a finding that no number of the run shows."""
-    phase = "backward" if is_one_sided(f.finding.code) else f.phase
-    quantity = "a parameter of one side only" if phase == "backward" else "output"
+    kept = f.phase == "statistics"
+    phase = "backward" if is_one_sided(f.finding.code) and not kept else f.phase
+    what = {"backward": "a parameter of one side only", "statistics": "a statistic of one side only"}
+    quantity = what.get(phase, "output")
     return Divergence(phase, f.layer, f.flax_layer, float("inf"), FORWARD_BOUND, quantity)
 
 
