@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 # Words that mean the same in names of layers.
 WORDS = {"bn": "norm", "batchnorm": "norm", "layernorm": "norm", "ln": "norm", "groupnorm": "norm", "dense": "linear"}
 WORDS |= {"fc": "linear", "embed": "embedding", "emb": "embedding", "q": "query", "k": "key", "v": "value"}
+WORDS |= {"qproj": "query", "kproj": "key", "vproj": "value"}
 WORDS |= {"wq": "query", "wk": "key", "wv": "value", "o": "out", "wo": "out", "output": "out"}
 
 AUTOMATIC = re.compile(r"[A-Z]\w*_\d+")
