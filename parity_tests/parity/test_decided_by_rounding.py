@@ -10,6 +10,10 @@ import torch
 from torch import nn
 
 import parity
+from parity.comparison.differences import Difference
+from parity.evidence.aside import told
+from parity.report import Report
+from parity.report.findings import LayerRow
 
 # (a + b) + c is 0, a + (b + c) is 2.8e-17; the other rows are away from it.
 X = np.concatenate([[[0.1, 0.6, -0.7]], np.random.default_rng(0).normal(size=(4, 3))])
@@ -96,6 +100,25 @@ def test_a_mistake_beside_a_kink_is_found(mistake, layer):
     report = parity.check(*nets("relu", **{mistake: 0.999}), X)
     assert report.first_divergence.phase == "backward"
     assert report.first_divergence.torch_layer == layer, report
+
+
+@pytest.mark.parametrize("settles", [True, False, None], ids=["settles", "does not", "was not compared"])
+def test_only_what_a_step_aside_settles_is_told(settles):
+    """A gradient that differs there still is not decided by rounding."""
+    decided = [Difference("backward", ("first", 0), "first", "output gradient", 0.5)]
+    error = 1e-15 if settles else 0.5
+    row = LayerRow("backward", "first", "first", "linear", "output gradient", error, 1e-9)
+    other = LayerRow("backward", "last", "last", "linear", "output gradient", 1e-15, 1e-9)
+    report = Report(None, [], [other] if settles is None else [row, other], [], {})
+    said = told(decided, report)
+    assert said.startswith(TOLD) if settles else not said
+
+
+def test_a_mistake_where_rounding_decides_is_not_put_down_to_it():
+    """At the same number as the kink: aside it still differs, and nothing is said of rounding."""
+    report = parity.check(*nets("relu", passed=0.999), X)
+    assert not report.ok
+    assert not any(note.startswith(TOLD) for note in report.notes), report
 
 
 def test_a_mistake_forward_is_found_beside_a_kink():
