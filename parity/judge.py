@@ -15,6 +15,7 @@ from parity.comparison.differences import (
     Difference,
     alone,
     differences,
+    drop_second_names,
     input_gradients,
     step_differences,
     stopped,
@@ -56,6 +57,7 @@ class Judge(cut.Sides):
     def __init__(self, torch: Evidence, flax: Evidence, translation: Translation, *, is_aside: bool = False) -> None:
         self.is_aside = is_aside
         self.pairing: Pairing = translation.pairing
+        drop_second_names(self.pairing, translation.torch)
         super().__init__(torch, flax, self.pairing.recuts)
         self.translation = translation
         self.train = torch.details["mode"] == "train"

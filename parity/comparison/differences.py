@@ -170,6 +170,19 @@ def alone(pairing: Pairing, torch: Recording, flax: Recording) -> tuple[list[Lay
     )
 
 
+def drop_second_names(pairing: Pairing, torch: Recording) -> None:
+    """Of what is left in PyTorch's layers what is a second name of a tensor that has a partner: it needs none.
+
+    As the weight of a head that is the embedding's, beside a bias that Flax's head has alone. What has no gradient may
+    be equal by chance, as biases of 0 are, and stays.
+    """
+    carried = [name for name, _, _ in pairing.tensors()]
+    for pair in pairing.layers:
+        names = [pair.torch.tensors[local] for local in pair.torch_left]
+        second = _tied([name for name in names if np.any(torch.gradients.get(name, np.zeros(())))], carried, torch)
+        pair.torch_left = [local for local in pair.torch_left if pair.torch.tensors[local] not in second]
+
+
 def _tied(left: Iterable[str], carried: Sequence[str], torch: Recording) -> set[str]:
     """Those of PyTorch's tensors that are a second name of one that has a partner, as of an embedding tied to the head.
 

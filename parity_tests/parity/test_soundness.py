@@ -294,6 +294,46 @@ def test_a_second_name_of_a_tensor_needs_no_partner():
     assert not parity.check(Tied(), FlaxTied(tied=False), ids, train=False).ok
 
 
+class TiedBesideABias(nn.Module):
+    """The weight of the head is the embedding's; its bias is its own."""
+
+    def __init__(self, *, tied=True):
+        super().__init__()
+        self.words, self.hidden, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        return self.head(torch.relu(self.hidden(self.words(ids))))
+
+
+class BiasAlone(linen.Module):
+    @linen.compact
+    def __call__(self, x, table):
+        return x @ table.T + self.param("bias", linen.initializers.zeros, (len(table),))
+
+
+class FlaxTiedBesideABias(linen.Module):
+    activation: object = linen.relu
+
+    @linen.compact
+    def __call__(self, ids):
+        words = linen.Embed(9, 4, name="words")
+        x = self.activation(linen.Dense(4, name="hidden")(words(ids)))
+        return BiasAlone(name="head")(x, words.embedding)
+
+
+def test_a_second_name_in_a_layer_that_has_a_partner():
+    """As DistilBERT's head for masked words: PyTorch's has the tied weight and a bias, Flax's the bias alone."""
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    torch.manual_seed(0)
+    report = parity.check(TiedBesideABias(), FlaxTiedBesideABias(), ids, train=False)
+    assert report.ok, report
+    assert not parity.check(TiedBesideABias(tied=False), FlaxTiedBesideABias(), ids, train=False).ok
+    report = parity.check(TiedBesideABias(), FlaxTiedBesideABias(linen.gelu), ids, train=False)
+    assert [d.code for d in report.diagnoses] == ["activation"]
+
+
 @pytest.mark.parametrize("size", [0.01, 10.0, 1000.0, 1e6])
 def test_a_large_output_widens_no_bound(size):
     """A derivative that is off by 1e-6 is seen whatever the size of the output that it is seen through."""
