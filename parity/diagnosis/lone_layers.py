@@ -9,6 +9,7 @@ from parity.comparison.differences import alone
 from parity.diagnosis.between import family as between
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.finding import Finding, Located
+from parity.diagnosis.mistakes import UNEXPLAINED
 from parity.pairing.arrangements import usual
 from parity.pairing.outputs import told
 from parity.pairing.translation import Translation
@@ -33,6 +34,7 @@ def with_lone_layers(
     found = [*found, *_lone_outputs(translation, forced)]
     norms = _norms(translation, forced)
     torch, flax = alone(translation.pairing, translation.torch, free)
+    torch += _missed(found, translation, free)
     torch = [x for x in torch if (x.path, "") not in {(f.layer, f.flax_layer) for f in norms}]
     flax = [x for x in flax if x.path not in {f.flax_layer for f in norms}]
     if not torch and not flax:
@@ -56,6 +58,14 @@ def no_partner(torch: Sequence[Layer], flax: Sequence[Layer]) -> Finding:
         if layers
     ]
     return Finding("no-partner", "; ".join(texts))
+
+
+def _missed(found: Sequence[Located], translation: Translation, free: Recording) -> list[Layer]:
+    """Layers of tables that were taken to be in Flax's code, where what arrives behind them is not explained."""
+    pairing = translation.pairing
+    unexplained = {f.key for f in found if f.finding.code == UNEXPLAINED and f.position % 1}
+    constants = [x for x in pairing.torch_alone if x.tensors and set(x.tensors.values()) <= {*pairing.constants}]
+    return [x for x in constants if _behind(translation, free, {x.path}, set()) & unexplained]
 
 
 def _lone_outputs(translation: Translation, forced: Recording) -> list[Located]:

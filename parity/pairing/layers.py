@@ -174,6 +174,7 @@ def pair_as_they_are(
     )
     _pair_loose(pairing, (torch.shapes, flax.shapes))
     _complete(pairing, torch, flax)
+    _leave_frozen_tables(pairing)
     _pair_constants(pairing, ts, fs, torch, flax)
     return pairing
 
@@ -197,6 +198,15 @@ def _pair_constants(
         free.remove(f)
         pairing.layers.append(pair)
     pairing.flax_alone += free
+
+
+def _leave_frozen_tables(pairing: Pairing) -> None:
+    """Tables that PyTorch keeps in a parameter and does not train, as of sinusoids, the other side has in its code."""
+    left = set(pairing.left()[0])
+    layers = [*(p.torch for p in pairing.layers), *pairing.torch_alone]
+    pairing.constants = [x.tensors[n] for x in layers for n in x.frozen_tables if x.tensors.get(n) in left]
+    for pair in pairing.layers:
+        pair.torch_left = [n for n in pair.torch_left if pair.torch.tensors[n] not in pairing.constants]
 
 
 def _check_map(layer_map: Mapping[str, str], torch: Structure, flax: Structure) -> None:

@@ -47,6 +47,7 @@ class Pairing:
       layers: the pairs.
       torch_alone, flax_alone: layers without a partner.
       loose: (PyTorch's full name, Flax's full name, pair) of tensors whose layers are no pair.
+      constants: PyTorch's full names of tables that it does not train and that have no partner: Flax's code has them.
       recuts: how the layers of either side were cut to be those of the other; all else is of the layers as cut.
       is_guessed: that these are the cuts, no numbers have shown.
       told: of layers that are not paired by their names and order, or that these do not tell apart, in sentences.
@@ -59,6 +60,7 @@ class Pairing:
     torch_alone: list[Layer] = field(default_factory=list)
     flax_alone: list[Layer] = field(default_factory=list)
     loose: list[tuple[str, str, TensorPair]] = field(default_factory=list)
+    constants: list[str] = field(default_factory=list)
     recuts: list[Recut] = field(default_factory=list)
     is_guessed: bool = False
     told: list[str] = field(default_factory=list)
@@ -125,9 +127,13 @@ class Pairing:
         return [f"{text}{', as it is guessed' if self.is_guessed else ''}" for text in texts]
 
     def assumed(self) -> list[str]:
-        """What no shape tells: in which order a linear layer reads the pixels that are a convolution's patch there."""
+        """What no shape tells: what Flax's code has, and in which order a linear layer reads a convolution's patch."""
+        frozen = [
+            f"{name} is not trained in PyTorch (requires_grad=False) and has no partner: taken to be in Flax's code"
+            for name in self.constants
+        ]
         mixed = [p for p in self.layers if {p.torch.kind, p.flax.kind} == {"linear", "conv"}]
-        return [
+        return frozen + [
             f"{p.torch.path} ({p.flax.path}) is a linear layer on one side, a convolution on the other: "
             "the linear layer is taken to read a patch as height, width, channels"
             for p in mixed
@@ -172,7 +178,7 @@ class Pairing:
         flax = [pair.flax.tensors[n] for pair in self.layers for n in pair.flax_left]
         # Constants may stand in the other side's code; Flax's variables must be given.
         others = (layer for layer in self.torch_alone if not layer.is_constant)
-        torch += [full for layer in others for full in layer.tensors.values()]
+        torch += [full for layer in others for full in layer.tensors.values() if full not in self.constants]
         flax += [full for layer in self.flax_alone for full in layer.tensors.values()]
         return [n for n in torch if n not in used_torch], [n for n in flax if n not in used_flax]
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from parity.records.kinds import FROZEN
+
 
 @dataclass
 class Layer:
@@ -44,6 +46,11 @@ class Layer:
         Such a one takes part with its tensors only; where the other side has them in its code, it has no partner.
         """
         return bool(self.tensors) and set(self.tensors) <= self.statistics and self.kind != "batch_norm"
+
+    @property
+    def frozen_tables(self) -> list[str]:
+        """Local names of its parameters that PyTorch does not train, where they may be a table: of positions, say."""
+        return [name for name in self.config.get(FROZEN, ()) if self.kind in ("embedding", "other")]
 
 
 @dataclass

@@ -55,12 +55,27 @@ def _floating(module: nn.Module) -> list[str]:
     return [n for n, v in (*module.named_parameters(), *module.named_buffers()) if v.is_floating_point()]
 
 
+def frozen_tables(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters that are not trained and may be a table, which the other side has in its code: they stay as they are.
+
+    Those of embeddings and of modules that are not PyTorch's own.
+    """
+    return {
+        f"{path}.{local}" if path else local: p
+        for path, child in module.named_modules()
+        if isinstance(child, nn.Embedding) or not type(child).__module__.startswith("torch.nn")
+        for local, p in child.named_parameters(recurse=False, remove_duplicate=False)
+        if not p.requires_grad
+    }
+
+
 def changed(module: nn.Module, change: Callable[[NDArray, int, float], NDArray]) -> nn.Module:
     """A copy of the module whose floating parameters are change(parameter, its number, its dtype's eps)."""
     module = copied(module)
     with torch.no_grad():
-        for i, p in enumerate(module.parameters()):
-            if p.is_floating_point():
+        tables = frozen_tables(module)
+        for i, (name, p) in enumerate(module.named_parameters()):
+            if p.is_floating_point() and name not in tables:
                 p.copy_(torch.from_numpy(change(numpy(p), i, torch.finfo(p.dtype).eps)))
     return module
 
@@ -69,8 +84,9 @@ def randomised(module: nn.Module) -> nn.Module:
     """A copy of the module in float64 with other weights, such as no symmetry leaves alike; the same each time."""
     module, random = lifted(module, float64=True), torch.Generator().manual_seed(20150211)
     with torch.no_grad():
-        for p in module.parameters():
-            if p.is_floating_point():
+        tables = frozen_tables(module)
+        for name, p in module.named_parameters():
+            if p.is_floating_point() and name not in tables:
                 noise = torch.randn(p.shape, generator=random, dtype=p.dtype)
                 p.copy_(noise / (p.numel() / len(p)) ** 0.5 if p.ndim > 1 else p + 0.3 * noise)
         for name, v in module.named_buffers():

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from parity.sides.torch.module import lifted, numpy
+from parity.sides.torch.module import frozen_tables, lifted, numpy
 
 
 def tables(module: nn.Module) -> dict[str, NDArray]:
@@ -22,12 +22,15 @@ def with_tables(module: nn.Module, arrays: Mapping[str, NDArray]) -> nn.Module:
     for name, a in arrays.items():
         path, _, local = name.rpartition(".")
         owner = module.get_submodule(path)
-        setattr(owner, local, torch.from_numpy(a).to(getattr(owner, local).device))
+        before = getattr(owner, local)
+        after = torch.from_numpy(a).to(before.device)
+        is_parameter = isinstance(before, nn.Parameter)
+        setattr(owner, local, nn.Parameter(after, requires_grad=False) if is_parameter else after)
     return module
 
 
 def _tables(module: nn.Module) -> dict[str, Tensor]:
-    found = dict(module.named_buffers(remove_duplicate=False))
+    found = dict(module.named_buffers(remove_duplicate=False)) | frozen_tables(module)
     for path, child in module.named_modules():
         own = {local: v for local, v in vars(child).items() if isinstance(v, Tensor) and not v.requires_grad}
         found |= {f"{path}.{local}" if path else local: v for local, v in own.items()}
