@@ -263,11 +263,15 @@ def built(name: str, *, mistaken: bool = False) -> Built:
 
 
 def randomised(module: Any) -> Any:
-    """Every parameter and moving statistic moved by noise, as published ones are: a fresh scale of 1 hides mistakes."""
+    """Every parameter and moving statistic moved by noise, as published ones are: a fresh scale of 1 hides mistakes.
+
+    What is not trained, as a table of sinusoids, is the same in all of them.
+    """
     import torch
 
     with torch.no_grad():
-        for tensor in [*module.parameters(), *(b for name, b in module.named_buffers() if "running_" in name)]:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        for tensor in [*trained, *(b for name, b in module.named_buffers() if "running_" in name)]:
             tensor.add_(0.1 * torch.rand_like(tensor))
     return module
 
