@@ -57,6 +57,14 @@ def common(torch: str, flax: str) -> str:
     return torch if torch != OTHER else flax
 
 
+def path_rate(module: object) -> float | None:
+    """The rate at which a module leaves out branches in training, known by its class's name; None of all others."""
+    if DROPS_PATHS.fullmatch(type(module).__name__) is None:
+        return None
+    values = (getattr(module, name, None) for name in ("drop_prob", "drop_path_rate", "drop_rate", "rate", "p", "prob"))
+    return next((float(v) for v in values if isinstance(v, int | float)), None)
+
+
 def like(first: str, second: str) -> bool:
     """Whether layers of these kinds may be the same layer."""
     return second in _LIKE[first] or first == OTHER
@@ -77,6 +85,9 @@ MADE_OF = "parametrizations."
 
 COUNTERS = re.compile(r"(.*_)?(num_batches_tracked|num_batches|counter|step|steps)", re.IGNORECASE)
 """Names of counters, which hold no weights. They are scalars."""
+
+DROPS_PATHS = re.compile(r".*(drop_?path|stochastic_?depth)(_?[123]d)?", re.IGNORECASE)
+"""Names of classes that leave out a whole branch of some examples, at random in training: neither framework has one."""
 
 WEIGHT = re.compile(r"_*(weights?|w|kernel|filters?|matrix)", re.IGNORECASE)
 SCALE = re.compile(r"_*(gamma|weight|scale|gain|g|w|alpha|a)", re.IGNORECASE)

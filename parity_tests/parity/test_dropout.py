@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as linen
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -183,3 +184,81 @@ def test_rates_in_training(train, by_function):
         assert (told in report.notes) == (train and rate == 0.8)
     none = parity.check(Rated(0.2, by_function), LinenRated(0.0), X, train=train)
     assert any("0.2 in PyTorch, none in Flax" in note for note in none.notes) == train
+
+
+class DropPath(nn.Module):
+    """As published networks write it."""
+
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x.div(keep) * (keep + torch.rand(len(x), *[1] * (x.ndim - 1), dtype=x.dtype)).floor()
+
+
+class LinenDropPath(linen.Module):
+    rate: float
+
+    @linen.compact
+    def __call__(self, x, deterministic=True):
+        if self.rate == 0.0 or deterministic:
+            return x
+        keep = 1 - self.rate
+        kept = jax.random.bernoulli(self.make_rng("droppath"), keep, (len(x), *[1] * (x.ndim - 1)))
+        return x / keep * kept
+
+
+class NnxDropPath(nnx.Module):
+    def __init__(self, rate, rngs):
+        self.rate, self.rngs = rate, rngs
+
+    def __call__(self, x, deterministic=True):
+        keep = 1 - self.rate
+        return x if deterministic else x / keep * jax.random.bernoulli(self.rngs.dropout(), keep, (len(x), 1, 1))
+
+
+class WithPaths(nn.Module):
+    def __init__(self, rate=0.5):
+        super().__init__()
+        self.a, self.path, self.b = nn.Linear(8, 8), DropPath(rate), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(x + self.path(self.a(x)))
+
+
+class LinenPaths(linen.Module):
+    rate: float = 0.5
+    scale: float = 1.0
+
+    @linen.compact
+    def __call__(self, x, train):
+        y = LinenDropPath(self.rate)(linen.Dense(8)(x), deterministic=not train)
+        return linen.Dense(3)(x + self.scale * y)
+
+
+class NnxPaths(nnx.Module):
+    def __init__(self, rate=0.5, scale=1.0):
+        rngs = nnx.Rngs(0)
+        self.a, self.path, self.b = nnx.Linear(8, 8, rngs=rngs), NnxDropPath(rate, rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.scale = scale
+
+    def __call__(self, x, train):
+        return self.b(x + self.scale * self.path(self.a(x), deterministic=not train))
+
+
+@pytest.mark.parametrize("make", [LinenPaths, NnxPaths])
+def test_dropped_paths(make):
+    """Stochastic depth is random in training, and neither framework's own: off on both sides, and told."""
+    x = np.random.default_rng(1).normal(size=(6, 5, 8)).astype(np.float32)
+    options: dict[str, Any] = {"optimizers": (lambda p: torch.optim.SGD(p, 0.1), optax.sgd(0.1)), "steps": 2}
+    torch.manual_seed(0)
+    report = parity.check(WithPaths(), make(), x, flax_inputs=[x], **options)
+    assert report.ok, report
+    assert report.notes == ["dropout was switched off on both sides, as it is random in training"]
+    report = parity.check(WithPaths(), make(0.2), x, flax_inputs=[x])
+    assert any("0.5 in PyTorch, 0.2 in Flax" in note for note in report.notes)
+    assert not parity.check(WithPaths(), make(scale=0.9), x, flax_inputs=[x]).ok

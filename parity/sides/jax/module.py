@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from parity.records import trees
 from parity.records.inputs import Inputs
-from parity.records.kinds import HALF
+from parity.records.kinds import HALF, path_rate
 from parity.records.side import LARGE, loss_weights
 from parity.sides.exchange import exchanged
 
@@ -195,7 +195,9 @@ def _is_half(dtype: Any) -> bool:
 
 
 def dropout_rate(module: Any, args: tuple, kwargs: Mapping[str, Any], *, train: bool) -> float | None:
-    """The rate of one of Flax's own dropouts that is active in this call; None of other modules."""
+    """The rate of one of Flax's own dropouts that is active in this call, or of dropped paths; None of others."""
+    if train and (rate := path_rate(module)) is not None:
+        return rate
     if not isinstance(module, nn.Dropout | nnx.Dropout):
         return None
     told = kwargs.get("deterministic", args[1] if len(args) > 1 else None)

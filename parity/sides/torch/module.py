@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parity.records import trees
-from parity.records.kinds import MADE_OF
+from parity.records.kinds import MADE_OF, path_rate
 from parity.records.side import LARGE, check_loss, loss_weights
 from parity.sides.exchange import exchanged
 
@@ -158,6 +158,8 @@ def without_dropout(
                 child.p = 0.0
             if isinstance(child, nn.MultiheadAttention):
                 child.dropout = 0.0
+            if path_rate(child) is not None:
+                child.forward = _as_it_is
 
     def without(function: Callable) -> Callable:
         signature = inspect.signature(function)
@@ -220,9 +222,14 @@ def to_dtype(module: nn.Module, dtype: str) -> None:
     {"float32": module.float, "float64": module.double}[dtype]()
 
 
+def _as_it_is(x: Any, *args: Any, **kwargs: Any) -> Any:
+    return x
+
+
 def dropout_rates(module: nn.Module) -> set[float]:
-    """The rates above 0 of the dropouts that are modules in it, and of its attention."""
+    """The rates above 0 of the dropouts that are modules in it, of its attention and of its dropped paths."""
     found = {m.p for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
+    found |= {rate for m in module.modules() if (rate := path_rate(m)) is not None}
     return (found | {m.dropout for m in module.modules() if isinstance(m, nn.MultiheadAttention)}) - {0.0}
 
 
