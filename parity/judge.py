@@ -19,6 +19,7 @@ from parity.comparison.differences import (
     input_gradients,
     step_differences,
     stopped,
+    untrained_buffers,
 )
 from parity.comparison.rounding import explained, rounding
 from parity.diagnosis import places
@@ -67,6 +68,8 @@ class Judge(cut.Sides):
         self.notes += dropout_in_training(torch.free, flax.free)
         if still := stopped(translation, self.flax.free):
             self.notes.append(f"not trained in PyTorch (requires_grad=False), no gradient in Flax: {', '.join(still)}")
+        if buffers := untrained_buffers(translation, self.flax.free):
+            self.notes.append(f"a buffer in PyTorch, a parameter in Flax, which trains it: {', '.join(buffers)}")
         self.notes += translation.moved_outputs(flax.free.named_outputs)
         self.notes += [*common_dropout(translation, self.flax.free), *below_zero(torch.free, flax.free)]
         self.besides = dropout_findings(translation, self.flax.free)

@@ -213,6 +213,12 @@ def stopped(translation: Translation, flax: Recording) -> list[str]:
     ]
 
 
+def untrained_buffers(translation: Translation, flax: Recording) -> list[str]:
+    """PyTorch's names of the buffers that are a parameter in Flax with a gradient, by which Flax's may be trained."""
+    torch, loose = translation.torch, translation.pairing.loose
+    return [t for t, f, _ in loose if torch.gradients and t not in torch.gradients and np.any(flax.gradients.get(f, 0))]
+
+
 def _not_finite(translation: Translation) -> Iterator[Difference]:
     """PyTorch's weights that hold NaN or infinity: what they are multiplied with cannot be compared."""
     flax_path = {pair.torch.path: pair.flax.path for pair in translation.pairing.layers}

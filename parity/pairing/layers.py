@@ -176,6 +176,7 @@ def pair_as_they_are(
     _complete(pairing, torch, flax)
     _leave_frozen_tables(pairing)
     _pair_constants(pairing, ts, fs, torch, flax)
+    _pair_buffers(pairing)
     return pairing
 
 
@@ -198,6 +199,19 @@ def _pair_constants(
         free.remove(f)
         pairing.layers.append(pair)
     pairing.flax_alone += free
+
+
+def _pair_buffers(pairing: Pairing) -> None:
+    """PyTorch's buffers with what is a parameter in Flax, and has their name and shape, as Marian's bias of the end."""
+    shapes = pairing.shapes
+    for layer in pairing.torch_alone:
+        for local, t in layer.tensors.items() if layer.is_constant else ():
+            alike = [f for f in pairing.left()[1] if f.startswith("params/") and f.rpartition("/")[2] == local]
+            alike = [f for f in alike if shapes[0][t] == shapes[1][f]]
+            if alike:
+                f = max(alike, key=lambda name: similarity(t, name))
+                made = rules.pair_tensors(kinds.OTHER, {local: shapes[0][t]}, {local: shapes[1][f]})
+                pairing.loose.append((t, f, made.pairs[0]))
 
 
 def _leave_frozen_tables(pairing: Pairing) -> None:
