@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from parity.comparison.differences import alone
 from parity.diagnosis.between import family as between
 from parity.diagnosis.between.chains import Source
@@ -14,8 +16,11 @@ from parity.pairing.arrangements import usual
 from parity.pairing.outputs import told
 from parity.pairing.translation import Translation
 from parity.records import kinds
+from parity.records.distance import error_of
 from parity.records.recording import NETWORK, Call, Layer, Recording
 
+MOST_ADDED = 1e-6
+"""Of what is added by a table, in which either side may have float32 inside."""
 MOST_ERROR = 1e-9
 """Of what is handed on as it is."""
 
@@ -34,7 +39,7 @@ def with_lone_layers(
     found = [*found, *_lone_outputs(translation, forced)]
     norms = _norms(translation, forced)
     torch, flax = alone(translation.pairing, translation.torch, free)
-    torch += _missed(found, translation, free)
+    torch += _missed(found, translation, forced, free)
     torch = [x for x in torch if (x.path, "") not in {(f.layer, f.flax_layer) for f in norms}]
     flax = [x for x in flax if x.path not in {f.flax_layer for f in norms}]
     if not torch and not flax:
@@ -60,12 +65,29 @@ def no_partner(torch: Sequence[Layer], flax: Sequence[Layer]) -> Finding:
     return Finding("no-partner", "; ".join(texts))
 
 
-def _missed(found: Sequence[Located], translation: Translation, free: Recording) -> list[Layer]:
-    """Layers of tables that were taken to be in Flax's code, where what arrives behind them is not explained."""
+def _missed(found: Sequence[Located], translation: Translation, forced: Recording, free: Recording) -> list[Layer]:
+    """Layers of tables that were taken to be in Flax's code, where another number is added, or none, behind them."""
     pairing = translation.pairing
     unexplained = {f.key for f in found if f.finding.code == UNEXPLAINED and f.position % 1}
     constants = [x for x in pairing.torch_alone if x.tensors and set(x.tensors.values()) <= {*pairing.constants}]
-    return [x for x in constants if _behind(translation, free, {x.path}, set()) & unexplained]
+    return [
+        x
+        for x in constants
+        if any(_is_added(translation, forced, key) for key in _behind(translation, free, {x.path}, set()) & unexplained)
+    ]
+
+
+def _is_added(translation: Translation, forced: Recording, key: tuple[str, int]) -> bool:
+    """Whether what arrives there differs by the same in all examples, as a table does that is added."""
+    call = translation.calls.get(key)
+    mine = None if call is None else forced.call((translation.pair_of[call.path].flax.path, call.index))
+    if call is None or mine is None or not call.inputs or not mine.arrived:
+        return False
+    truth, arrived = translation.input(call, 0, mine.arrived[0]), mine.arrived[0]
+    if truth.shape != arrived.shape or truth.ndim < 2 or len(truth) < 2:
+        return False
+    apart = truth - arrived
+    return error_of(apart, np.broadcast_to(apart[:1], apart.shape)) <= MOST_ADDED
 
 
 def _lone_outputs(translation: Translation, forced: Recording) -> list[Located]:

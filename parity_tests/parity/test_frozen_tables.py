@@ -58,12 +58,13 @@ class FlaxEncoder(linen.Module):
     bare: bool = False
     activation: object = linen.relu
     without: bool = False
+    factor: float = 1.0
 
     @linen.compact
     def __call__(self, ids):
         places = jnp.arange(ids.shape[1])
         table = jnp.asarray(sinusoids(6, 4, self.base))
-        x = linen.Embed(9, 4, name="words")(ids)
+        x = self.factor * linen.Embed(9, 4, name="words")(ids)
         if not self.without:
             x = x + (FlaxBare(name="places")(places) if self.bare else table[places])
         x = linen.LayerNorm(epsilon=1e-5, name="norm")(x)
@@ -90,6 +91,7 @@ def test_it_is_checked_with_the_numbers_of_the_code(bare):
         (FlaxEncoder(activation=linen.gelu), "activation", "head"),
         (FlaxEncoder(base=1e3), "no-partner", "places"),
         (FlaxEncoder(without=True), "no-partner", "places"),
+        (FlaxEncoder(factor=2.0), "unexplained", "norm"),
     ],
 )
 def test_a_mistake_is_named_all_the_same(flax_module, code, layer):
