@@ -19,7 +19,8 @@ with needed_by("PyTorch's side of the bridge"):
         versions,
         without_dropout,
     )
-    from parity.sides.torch.record import default_dtype, layers_of, own_dtype, products, record
+    from parity.sides.torch.precision import default_dtype
+    from parity.sides.torch.record import layers_of, own_dtype, products, record
     from parity.sides.torch.tables import tables, with_tables
     from parity.sides.torch.train import check_optimizer, torch_steps
 

@@ -20,7 +20,8 @@ from parity.records.marks import channel_counts, code, read_code
 from parity.records.recording import Failure, Layer
 from parity.records.structure import Flattened, Guess, Structure
 from parity.sides.torch.module import COUNTER, copied, is_tensor
-from parity.sides.torch.record import default_dtype, layers_of
+from parity.sides.torch.precision import default_dtype
+from parity.sides.torch.record import layers_of
 
 LOG = logging.getLogger(__name__)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,3 +49,14 @@ class Rounds(TorchDispatchMode):
             is_exact = name in EXACT or (name == "_to_copy" and torch.float64 not in given)
             self.seen = self.seen or not is_exact
         return result
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """For a while what a module makes inside its forward (a state of zeros, a mask) is of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

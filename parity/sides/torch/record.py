@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from parity.sides.torch.module import (
     raised_in,
     without_dropout,
 )
-from parity.sides.torch.precision import Rounds
+from parity.sides.torch.precision import Rounds, default_dtype
 
 LOG = logging.getLogger(__name__)
 CONFIG = ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode", "eps", "momentum", "num_groups")
@@ -42,17 +42,6 @@ def own_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of a module's parameters, by the first; the default one where it has none."""
     floating = (p.dtype for p in module.parameters() if p.is_floating_point())
     return next(floating, torch.get_default_dtype())
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """For a while what a module makes inside its forward (a state of zeros, a mask) is of this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def layers_of(module: nn.Module) -> dict[str, Layer]:

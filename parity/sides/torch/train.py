@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from parity.records.inputs import Inputs
 from parity.records.side import Snapshot, check_loss, nudged
 from parity.sides.torch.module import lifted, loss_of, numpy, to_dtype, without_dropout
-from parity.sides.torch.record import default_dtype
+from parity.sides.torch.precision import default_dtype
 
 
 def torch_cross_entropy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
