@@ -3,8 +3,10 @@
 from typing import Any
 
 import flax.linen as linen
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -90,3 +92,45 @@ def test_the_users_module_stays_as_it_is():
         parity.check(torch_net(torch.bfloat16), flax_module, X)
     assert module.dtype == jnp.bfloat16
     assert other.a.dtype == jnp.bfloat16
+
+
+class Gate(linen.Module):
+    """Squeeze and excitation of MobileNetV3; `wide`: the derivative is 1e-8 of itself too large."""
+
+    wide: bool = False
+
+    @linen.compact
+    def __call__(self, x):
+        y = linen.Dense(8)(linen.relu(linen.Dense(4)(x)))
+        gate = linen.hard_sigmoid(y)
+        if self.wide:
+            gate += 1e-8 * (gate - jax.lax.stop_gradient(gate))
+        return linen.Dense(3)(x * gate)
+
+
+class TorchGate(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(8, 4), nn.Linear(4, 8), nn.Linear(8, 3)
+        self.gate = nn.Hardsigmoid(inplace)
+
+    def forward(self, x):
+        return self.c(x * self.gate(self.b(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_hard_sigmoid_has_its_derivative_in_float64(inplace):
+    """PyTorch's own has 1/6 in float32, also of float64."""
+    pair, adam = (TorchGate(inplace), Gate()), (lambda p: torch.optim.Adam(p, 1e-2), optax.adam(1e-2))
+    assert parity.check(*pair, X, train=False).ok
+    assert parity.check(*pair, X, steps=2, optimizers=adam).ok
+    assert not parity.check(pair[0], Gate(wide=True), X, train=False).ok
+
+
+def test_a_hard_sigmoid_outside_of_a_check_is_pytorchs_own():
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64, requires_grad=True)
+    before, original = nn.functional.hardsigmoid.__code__, nn.functional.hardsigmoid(x).grad_fn
+    parity.check(TorchGate(False), Gate(), X, train=False)
+    assert nn.functional.hardsigmoid.__code__ is before
+    assert type(nn.functional.hardsigmoid(x).grad_fn) is type(original)
