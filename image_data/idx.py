@@ -28,6 +28,8 @@ ELEMENT_TYPES: dict[int, np.dtype[Any]] = {
 }
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK = 1 << 20
+# What gzip data may unpack to: deflate reaches 1,000 times the file, photographs and drawings seldom ten times.
+MOST_TIMES, ALWAYS = 32, 1 << 26
 
 
 def read_idx(path: str | os.PathLike[str]) -> NDArray[Any]:
@@ -40,9 +42,10 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[Any]:
       An array in native byte order, with the file's element type and dimensions.
 
     Raises:
-      ValueError: the file is missing, a folder or unreadable; truncated or damaged gzip data; no IDX magic; an unknown
-        element type; a payload shorter or longer than the header says. The message names the file, what was found and
-        what was expected. A header that promises more than the file holds costs no memory.
+      ValueError: the file is missing, a folder or unreadable; truncated or damaged gzip data, or such that unpacks to
+        more than MOST_TIMES its size (ALWAYS bytes of a small one); no IDX magic; an unknown element type; a payload
+        shorter or longer than the header says. The message names the file, what was found and what was expected. A
+        header that promises more than the file holds costs no memory.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -55,8 +58,9 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[Any]:
             raw.seek(0)
             if not compressed:
                 return _parse(path, raw)
+            most = max(ALWAYS, MOST_TIMES * os.fstat(raw.fileno()).st_size)
             with gzip.GzipFile(fileobj=raw) as stream:
-                return _parse(path, stream)  # type: ignore[arg-type]
+                return _parse(path, stream, most)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise ValueError(f"{path}: found no such file; expected an IDX file") from None
     except EOFError:
@@ -67,7 +71,7 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[Any]:
         raise ValueError(f"{path}: found a file that can't be read ({error.strerror}); expected an IDX file") from None
 
 
-def _parse(path: Path, stream: BinaryIO) -> NDArray[Any]:
+def _parse(path: Path, stream: BinaryIO, most: float = math.inf) -> NDArray[Any]:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
         raise ValueError(f"{path}: found magic bytes {magic.hex(' ') or 'none'}; expected 00 00, a type, a rank")
@@ -80,9 +84,13 @@ def _parse(path: Path, stream: BinaryIO) -> NDArray[Any]:
         raise ValueError(f"{path}: found {len(header)} bytes of dimensions; expected {4 * rank} for rank {rank}")
     shape = struct.unpack(f">{rank}I", header)
     expected = math.prod(shape) * dtype.itemsize
-    payload = bytearray()
-    while len(payload) <= expected and (chunk := stream.read(min(_CHUNK, expected + 1 - len(payload)))):
+    payload, enough = bytearray(), min(expected, most)
+    while len(payload) <= enough and (chunk := stream.read(min(_CHUNK, int(enough) + 1 - len(payload)))):
         payload += chunk
+    if most < len(payload) <= expected:
+        raise ValueError(
+            f"{path}: found gzip data of more than {most} bytes; expected at most {MOST_TIMES} times the file"
+        )
     if len(payload) != expected:
         found = f"{len(payload)} bytes" if len(payload) < expected else "trailing bytes"
         raise ValueError(f"{path}: found {found} behind the header; expected {expected} for shape {shape}")

@@ -20,6 +20,7 @@ from parity.pairing.layouts import OIHW, OUT_IN, SAME, Layout, behind_flatten
 from parity.pairing.pairs import Pairing
 from parity.pairing.rules import register
 from parity.records.inputs import calls
+from parity.records.recording import Recording
 from parity.records.structure import UNSEEN, Structure
 from parity.sides.jax import layers as flax_layers
 from parity.sides.jax import variables as flax_variables
@@ -98,8 +99,9 @@ def to_flax(
         Flax module takes.
 
     Warns:
-      ParityWarning: a tensor holds NaN or infinity, or it could not be seen what stands behind a flatten; or layers are
-        cut otherwise on the other side (query, key and value in one), and no numbers show how: it says the guess.
+      ParityWarning: a tensor holds NaN or infinity, or a moving variance below 0; or it could not be seen what stands
+        behind a flatten; or layers are cut otherwise on the other side (query, key and value in one), and no numbers
+        show how: it says the guess.
     """
     source = torch_module_or_state_dict
     called = calls(inputs, keywords, flax_inputs, flax_call)
@@ -123,7 +125,7 @@ def to_flax(
     problems += [f"{full} is missing (for {f})" for full, f in misfits.missing_in_torch(found)]
     _raise(problems, found)
     carried = found.to_flax(arrays)
-    _warn(found, arrays, given, flax)
+    _warn(found, arrays, given, flax, below_zero=_below_zero(given, arrays))
     flax_names = [full for layer in flax.layers for full in layer.tensors.values()]
     partner = {pair.flax.path: pair.torch.path for pair in found.layers}
     counters = {
@@ -169,8 +171,9 @@ def to_torch(
         problems. Or the variables' order is lost, and needed.
 
     Warns:
-      ParityWarning: an array holds NaN or infinity, or it could not be seen what stands behind a flatten; or a guess,
-        see `to_flax`; or Flax has one tensor where PyTorch has two (the biases of an LSTM): it says where it goes.
+      ParityWarning: an array holds NaN or infinity, or a moving variance below 0; or it could not be seen what stands
+        behind a flatten; or a guess, see `to_flax`; or Flax has one tensor where PyTorch has two (the biases of an
+        LSTM): it says where it goes.
     """
     called = calls(inputs, keywords, flax_inputs, flax_call)
     variables, holder = flax_variables.opened(variables)
@@ -198,8 +201,9 @@ def to_torch(
     state = module.state_dict()
     problems += misfits.missing_in_flax(found, target, torch_state.tied(state))
     _raise(problems, found)
-    _warn(found, arrays, target, given, loses=found.loses())
     carried = found.to_torch(arrays)
+    told = _below_zero(target, carried)
+    _warn(found, arrays, target, given, below_zero=told, loses=found.loses())
     partner = {pair.torch.path: pair.flax.path for pair in found.layers}
     for path, name in target.counters.items():
         count = arrays.get(given.counters.get(partner.get(path, ""), ""))
@@ -230,10 +234,22 @@ def _raise(problems: Sequence[str], found: Pairing) -> None:
         raise ValueError(f"{len(problems)} problem(s):\n  " + "\n  ".join(told))
 
 
-def _warn(found: Pairing, arrays: Mapping[str, NDArray], *structures: Structure, loses: Sequence[str] = ()) -> None:
-    """Of numbers that are no numbers, of what could not be looked at, of guesses, and of what is not brought back."""
+def _below_zero(torch_: Structure, arrays: Mapping[str, NDArray]) -> list[str]:
+    layers = {layer.path: layer for layer in torch_.layers}
+    return misfits.below_zero(Recording("torch", layers, tensors=dict(arrays)))
+
+
+def _warn(
+    found: Pairing,
+    arrays: Mapping[str, NDArray],
+    *structures: Structure,
+    below_zero: Sequence[str],
+    loses: Sequence[str] = (),
+) -> None:
+    """Of numbers that cannot be, of what could not be looked at, of guesses, and of what is not brought back."""
     broken = [name for name, a in arrays.items() if a.dtype.kind != "i" and not _is_finite(a)]
     told = [f"{', '.join(broken)} hold NaN or infinity"] if broken else []
+    told += below_zero
     told += [f"{UNSEEN} ({structure.unseen})" for structure in structures if structure.unseen]
     told += [sentence for structure in structures for sentence in structure.told]
     told += [f"{'; '.join(found.notes())}: look whether it is so"] if found.is_guessed else []

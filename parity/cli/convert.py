@@ -77,10 +77,6 @@ def _convert(
     # Both have the same weights.
     given = weight_files.load(source, weight_files.expected_of(torch_made))
     from parity import weights
-    from parity.pairing.problems import below_zero
-    from parity.records.recording import Recording
-    from parity.sides.torch.layers import unwrapped
-    from parity.sides.torch.record import layers_of
 
     if given.framework == "torch":
         variables = weights.to_flax(_torch_tensors(given.tensors), flax_made, **options, torch_module=torch_made)
@@ -94,9 +90,7 @@ def _convert(
     }
     weight_files.save(target, carried, about)
     lines = [f"{len(carried)} tensors from {source} ({given.framework}) to {target} ({to})"]
-    layers = layers_of(unwrapped(torch_made)[0])
-    told = below_zero(Recording("torch", layers, tensors=given.tensors if to == "flax" else carried))
-    return lines + [f"note: {note}" for note in [*told, *weights.notes(torch_made, flax_made, **options)]]
+    return lines + [f"note: {note}" for note in weights.notes(torch_made, flax_made, **options)]
 
 
 def _torch_tensors(tensors: dict[str, NDArray]) -> dict[str, Any]:

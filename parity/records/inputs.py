@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.records import trees
-from parity.records.kinds import is_floating
+from parity.records.kinds import as_native, is_floating, is_too_wide
 
 PLAIN = bool, int, float, complex, str, bytes, type(None)
 """What is handed on as it is."""
@@ -107,9 +107,9 @@ def _array(value: Any, name: str) -> Any:
         raise TypeError(f"one of {name} is {type(value).__name__}; allowed: {allowed}")
     a: NDArray[Any] = np.asarray(value)
     a = a.astype(np.float32) if a.dtype.kind == "V" and is_floating(a) else a
-    if a.dtype.kind not in "fiub":
-        raise TypeError(f"one of {name} is {a.dtype}; allowed: numbers")
-    return a
+    if a.dtype.kind not in "fiub" or is_too_wide(a.dtype):
+        raise TypeError(f"one of {name} is {a.dtype}; allowed: numbers of up to 64 bits")
+    return as_native(a)
 
 
 class Calls(NamedTuple):

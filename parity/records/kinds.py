@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 
@@ -126,7 +127,17 @@ HALF = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 def is_floating(array: NDArray) -> bool:
     """Whether it holds floating-point numbers; bfloat16 and its kind, which numpy does not count among them, too."""
-    return array.dtype.name.startswith(("float", "bfloat"))
+    return array.dtype.name.startswith(("float", "bfloat")) and not is_too_wide(array.dtype)
+
+
+def is_too_wide(dtype: np.dtype[Any]) -> bool:
+    """Whether its numbers are of a type that neither framework has: numpy's long double, and complex ones of it."""
+    return dtype.kind in "fc" and dtype.itemsize > (8 if dtype.kind == "f" else 16)
+
+
+def as_native(array: NDArray[Any]) -> NDArray[Any]:
+    """The array in this machine's byte order, the only one that either framework takes."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def is_counter(name: str, shape: Shape) -> bool:

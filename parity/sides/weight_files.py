@@ -253,6 +253,8 @@ def _load_torch(path: Path, expected: int | None) -> Weights:
     most = array_files.allowed_bytes(path, expected)
     if zipfile.is_zipfile(path):  # else of before PyTorch 1.6, without checksums
         _check_zip(path, most)
+    else:
+        _check_pickle(path.read_bytes())
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose advice is to let it run
@@ -279,10 +281,20 @@ def _check_zip(path: Path, most: int) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         array_files.check_members(members, most)
-        if any(member.CRC for member in members):  # PyTorch can be told to write none
-            for member in members:
-                for _ in array_files.chunks(archive, member):
-                    pass
+        has_checksums = any(member.CRC for member in members)  # PyTorch can be told to write none
+        for member in members:
+            if not has_checksums:
+                member.CRC = None  # type: ignore[assignment]  # so that it is not compared
+            is_pickle, content = member.filename.endswith(".pkl"), []
+            for chunk in array_files.chunks(archive, member):
+                content += [chunk] if is_pickle else []
+            _check_pickle(b"".join(content))
+
+
+def _check_pickle(content: bytes) -> None:
+    """Of what PyTorch lets a pickle make, bytearray(n) alone takes n bytes without their being in the file."""
+    if b"c__builtin__\nbytearray\n" in content or b"cbuiltins\nbytearray\n" in content:
+        raise ValueError("it holds more than tensors; allowed: a state_dict of tensors")
 
 
 # Orbax

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from image_data import read_idx, read_images, read_labels, write_idx
-from image_data.idx import ELEMENT_TYPES
+from image_data.idx import ALWAYS, ELEMENT_TYPES
+from parity_tests import damage
 
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 LABELS = np.array([9, 0], np.uint8)
@@ -68,6 +69,17 @@ DAMAGED = {
     "garbage behind gzip": (WHOLE + b"garbage", "damaged gzip"),
     "huge header in gzip": (gzip.compress(raw(IMAGES, shape=(2**31, 2**31))), "expected 4611686018427387904"),
 }
+
+
+def test_gzip_data_that_take_a_thousand_times_the_file(tmp_path):
+    path, shape = tmp_path / "black.gz", (1 << 17, 32, 32)
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(struct.pack(">BBBB3I", 0, 0, 8, 3, *shape))
+        for _ in range(128):
+            file.write(bytes(1 << 20))
+    said = damage.tried(lambda: read_idx(path), 0)
+    assert said is not None
+    assert f"found gzip data of more than {ALWAYS} bytes; expected at most 32 times the file" in said
 
 
 @pytest.mark.parametrize(("content", "found"), DAMAGED.values(), ids=DAMAGED)

@@ -2,7 +2,9 @@
 
 import io
 import json
+import pickle
 import shutil
+import struct
 import sys
 import zipfile
 
@@ -16,6 +18,7 @@ from parity.cli import convert
 from parity.cli.named_objects import read_arrays
 from parity.records import array_files, strict_json
 from parity.sides import weight_files
+from parity.weights import ParityWarning
 from parity_tests import damage
 
 
@@ -169,6 +172,78 @@ def test_variances_below_zero_are_said_aloud(tmp_path, monkeypatch, capsys):
     assert parity.check(layer, flax.linen.BatchNorm(use_running_average=True), x, **options).notes == []
 
 
+def test_functions_say_variances_below_zero_too():
+    layer, twin = torch.nn.BatchNorm1d(3), flax.linen.BatchNorm(use_running_average=True)
+    layer.running_var[1] = -0.5
+    with pytest.warns(ParityWarning, match="^running_var: variances below 0"):
+        variables = parity.to_flax(layer, twin)
+    with pytest.warns(ParityWarning, match="^running_var: variances below 0"):
+        state = parity.to_torch(variables, layer, flax_module=twin)
+    assert torch.equal(state["running_var"], layer.running_var)
+
+
+def test_the_byte_order_of_another_machine(tmp_path):
+    """The numbers count, from files and in memory; neither framework takes them as they are."""
+    w = np.arange(6, dtype=">f4").reshape(2, 3)
+    np.savez(tmp_path / "w.npz", **{"params/kernel": w, "params/bias": np.ones(3, ">f8")})
+    np.save(tmp_path / "w.npy", w)
+    read = [
+        weight_files.load(tmp_path / "w.npz").tensors["params/kernel"],
+        read_arrays("--inputs", tmp_path / "w.npy")[""],
+    ]
+    for a in read:
+        assert a.dtype == np.float32
+        assert a.dtype.isnative
+        np.testing.assert_array_equal(a, w)
+    variables = {"params": {"kernel": w, "bias": np.ones(3, ">f4")}}
+    layer = torch.nn.Linear(2, 3)
+    state = parity.to_torch(variables, layer, flax_module=flax.linen.Dense(3))
+    np.testing.assert_array_equal(state["weight"].numpy(), w.T)
+    layer.load_state_dict(state)
+    x = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    assert parity.check(layer, flax.linen.Dense(3), x.astype(">f4"), variables=variables).ok
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="there is no wider one here")
+def test_numbers_that_no_framework_has(tmp_path):
+    wide = np.ones((2, 3), np.longdouble)
+    np.savez(tmp_path / "w.npz", a=wide)
+    with pytest.raises(ValueError, match=r"it holds float128; allowed: numbers of up to 64 bits"):
+        weight_files.load(tmp_path / "w.npz")
+    layer, twin = torch.nn.Linear(2, 3), flax.linen.Dense(3)
+    variables = {"params": {"kernel": wide, "bias": np.ones(3, np.float32)}}
+    with pytest.raises(ValueError, match=r"params/kernel is float128; allowed: floating point"):
+        parity.to_torch(variables, layer, flax_module=twin)
+    with pytest.raises(ValueError, match="params/kernel is float128; allowed: numbers of up to 64 bits"):
+        parity.check(layer, twin, np.ones((4, 2), np.float32), variables=variables)
+    with pytest.raises(TypeError, match="one of inputs is float128; allowed: numbers of up to 64 bits"):
+        parity.check(layer, twin, np.ones((4, 2), np.longdouble))
+
+
+def test_a_pickle_that_asks_for_memory(tmp_path):
+    """PyTorch lets one make a bytearray of any size, in files of either of its formats."""
+    asks = b"\x80\x02}X\x01\x00\x00\x00ac%s\nbytearray\nJ\x00\x00\x00\x10\x85Rs."  # {"a": bytearray(2**28)}
+    sizes = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    before = b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, sizes))
+    for module in (b"builtins", b"__builtin__"):
+        with zipfile.ZipFile(tmp_path / "new.pt", "w") as archive:
+            for name, content in {"data.pkl": asks % module, "version": "3\n", "byteorder": "little"}.items():
+                archive.writestr(f"a/{name}", content)
+        (tmp_path / "old.pt").write_bytes(before + asks % module + pickle.dumps([], 2))
+        for name in ("new.pt", "old.pt"):
+            said = damage.tried(lambda name=name: weight_files.load(tmp_path / name), 0)
+            assert said is not None
+            assert "it holds more than tensors; allowed: a state_dict of tensors" in said
+
+
+def test_headers_that_numpy_would_have_trusted(tmp_path):
+    """Its advice is an option that is not there."""
+    for version, size in (b"\x01\x00", struct.pack("<H", 65_000)), (b"\x02\x00", struct.pack("<I", 4_000_000_000)):
+        (tmp_path / "x.npy").write_bytes(b"\x93NUMPY" + version + size + b"(" * 65_000)
+        with pytest.raises(ValueError, match=r"a header is said to have \d+ bytes; allowed: 10000\)"):
+            read_arrays("--inputs", tmp_path / "x.npy")
+
+
 def test_one_number_that_stands_for_many(tmp_path):
     torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="its tensors have 4000 MB; allowed: 67 MB"):
@@ -199,6 +274,12 @@ def test_json(text, said):
     with pytest.raises(ValueError, match=said):
         strict_json.loads(text)
     assert strict_json.loads('{"a": [1, 2.5, null, true, "x"]}') == json.loads('{"a": [1, 2.5, null, true, "x"]}')
+
+
+def test_the_last_of_many_names_is_in_it_twice():
+    """Each name is looked at once: pairwise, this would take hours."""
+    with pytest.raises(ValueError, match="'199999' is in it twice"):
+        strict_json.loads("{" + "".join(f'"{i}": 0, ' for i in range(200_000)) + '"199999": 1}')
 
 
 def test_inputs_that_are_damaged(tmp_path):

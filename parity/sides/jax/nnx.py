@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bn_common.checks import require
+from parity.records.kinds import as_native, is_too_wide
 from parity.sides.jax.module import Intercept, Variables, call_flax_call, flag_of, flat, lift_layer, named_call, opened
 
 PATH = "path_in_parity"
@@ -100,9 +102,13 @@ def flat_variables(variables: Any) -> Variables:
     variables = nnx.state(variables) if isinstance(variables, nnx.Module) else variables
     given = nnx_state(variables) if isinstance(variables, nnx.State) else flat(variables)
     # Off whatever device they are on: the float64 run is the CPU's.
-    return {
-        name: v if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else np.asarray(v) for name, v in given.items()
+    arrays = {
+        name: v if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else as_native(np.asarray(v))
+        for name, v in given.items()
     }
+    for name, a in arrays.items():
+        require(not (isinstance(a, np.ndarray) and is_too_wide(a.dtype)), name, a.dtype, "numbers of up to 64 bits")
+    return arrays
 
 
 def _is_random(variable: Any) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from parity.records.kinds import as_native
 from parity.sides.jax import layers
 from parity.sides.jax.module import nested
 from parity.sides.jax.nnx import NnxSide
@@ -44,7 +45,7 @@ def opened(variables: Any) -> tuple[Any, nn.Module | nnx.Module | None]:
 
 def named(variables: Any) -> dict[str, NDArray[Any]]:
     """Flax's variables by full name."""
-    return {name: np.asarray(v) for name, v in layers.flat_in_order(variables).items()}
+    return {name: as_native(np.asarray(v)) for name, v in layers.flat_in_order(variables).items()}
 
 
 def carried(variables: Any) -> dict[str, NDArray[Any]]:
