@@ -7,24 +7,31 @@ stood, and the digest of every other file. A folder without a seal was never fin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bn_common.checks import require
-from bn_common.files import write_whole
+from bn_common.files import read_json, write_whole
+from bn_common.record import check_epoch, check_record
 
 FOLDER, SEAL = "checkpoints", "checkpoint.json"
 DAMAGED = ".damaged"
 # A step, and what Orbax calls it while it is written. Whatever has another name somebody else has put there.
+STEP = re.compile(r"0|[1-9][0-9]*")
 UNDER_WAY = re.compile(r"[0-9]+(\.orbax-checkpoint-tmp.*)?")
 
 Fetched = tuple[tuple[float, float, float], ...]
 """Of every step its metrics, on the host: the sums of the losses, of the right predictions, of the examples."""
+
+
+class UnfitError(ValueError):
+    """A checkpoint, whole, that is none of this run."""
 
 
 class Place(NamedTuple):
@@ -62,8 +69,8 @@ class Checkpoint(NamedTuple):
 
 
 def seal(path: Path, about: Mapping[str, Any]) -> None:
-    """Make a folder of files a checkpoint: write SEAL, with `about` and the SHA-256 of every file."""
-    sha256 = {name: _digest(file) for name, file in sorted(_files(path).items())}
+    """Make a folder of files a checkpoint: write SEAL, with `about` and the SHA-256 of every other file."""
+    sha256 = {name: _digest(file) for name, file in sorted(_files(path).items()) if name != SEAL}
     content = json.dumps({"about": about, "sha256": sha256}, allow_nan=False).encode()
     write_whole(path / SEAL, content + b"\n" + hashlib.sha256(content).hexdigest().encode() + b"\n")
 
@@ -126,14 +133,27 @@ def describe(arrays: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_arrays(mine: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    """Both as `describe` has them. ValueError with the first that this run has otherwise than the checkpoint."""
+    """Both as `describe` has them. UnfitError with the first that this run has otherwise than the checkpoint."""
     for name in (*theirs, *mine):
         given, allowed = mine.get(name, "missing"), theirs.get(name, "none of that name")
-        require(given == allowed, f"the array {name}", given, f"{allowed}, as the checkpoint has it")
+        if given != allowed:
+            raise UnfitError(f"the array {name} is {given}; allowed: {allowed}, as the checkpoint has it")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around what a framework reads of a whole checkpoint: UnfitError for whatever it raises."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise UnfitError(
+            f"{path} can't be read: {type(error).__name__}: {why}; allowed: what this program wrote"
+        ) from error
 
 
 def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit() and (path / SEAL).exists()]
+    return [int(path.name) for path in folder.iterdir() if STEP.fullmatch(path.name) and (path / SEAL).exists()]
 
 
 def _read_seal(path: Path) -> dict[str, Any]:
@@ -145,7 +165,36 @@ def _read_seal(path: Path) -> dict[str, Any]:
         raise ValueError(f"{SEAL} is not what was written") from None
     if end or hashlib.sha256(content).hexdigest().encode() != digest:
         raise ValueError(f"{SEAL} is not what was written")
-    return json.loads(content)
+    held = read_json(content)
+    try:
+        _check_seal(held)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        # Whoever makes up a seal has made up its digest, too.
+        raise ValueError(f"{SEAL} is none of a checkpoint") from None
+    return held
+
+
+def _check_seal(held: Any) -> None:
+    """Any of the errors of values that are not there, or of another type, where it lacks something that is read."""
+    about, place = held["about"], Place(**held["about"]["place"])
+    for name, digest in held["sha256"].items():
+        parts = Path(name).parts
+        require(
+            isinstance(digest, str) and ".." not in parts and not Path(name).is_absolute(), "a file", name, "within"
+        )
+    check_record(about["run"])
+    for line in about["metrics"]:
+        check_epoch(line)
+    for name in ("arrays", "made_with"):
+        require(all(isinstance(v, str) for v in about[name].values()), name, about[name], "texts")
+    for step in place.found:
+        whole = len(step) == 3 and all(isinstance(number, int | float) for number in step)
+        require(whole, "a step", step, "three numbers")
+    whole = type(place.epoch) is int and len(about["metrics"]) == place.epoch
+    require(whole, "the epoch", place.epoch, "as many as there are lines of metrics")
+    for name, number in (("the start", place.start_time), ("the score", about["test_accuracy"])):
+        require(number is None or isinstance(number, int | float), name, number, "a number, or None")
+    require(isinstance(place.seconds, int | float), "the seconds", place.seconds, "a number")
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -158,7 +207,10 @@ def _digest(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """The seal first: killed in the midst of it, what is left is no checkpoint."""
+    """The seal first: killed in the midst of it, what is left is no checkpoint. Of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+        return
     (path / SEAL).unlink(missing_ok=True) if path.is_dir() else path.unlink(missing_ok=True)
     if path.is_dir():
         shutil.rmtree(path)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from bn_common import afterwards
+from bn_common.checkpoints import UnfitError
 from bn_common.checks import check_blenet, require
 from bn_common.config import GROUPS, MOST_STEPS, NUM_CLASS, Config
 from bn_common.config_file import read_toml
@@ -131,8 +132,12 @@ def as_command(prog: str) -> str:
 
 def refuse(prog: str, message: str) -> NoReturn:
     """End the program: one line on standard error, exit status 2."""
-    sys.stderr.write(f"{prog}: error: {' '.join(message.split())}\n")
+    _tell(prog, message)
     raise SystemExit(2)
+
+
+def _tell(prog: str, message: str) -> None:
+    sys.stderr.write(f"{prog}: error: {' '.join(message.split())}\n")
 
 
 def read_config(args: Sequence[str] | None, *, prog: str, description: str, framework: str | None = None) -> Config:
@@ -319,6 +324,11 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
             stopped(run, prog, f"interrupted by {stop.signal.name}", stop.status, again=again)
         except FloatingPointError as error:
             stopped(run, prog, f"stopped: {error}", 1, goes_on=False)
+        except UnfitError as error:
+            assert run is not None, "whose checkpoint it is"
+            run.close()
+            _tell(prog, str(error))
+            end(2)  # not by way of Python's end, where other processes would be waited for
         except OSError as error:
             at = f"{error.filename}: " if error.filename else ""
             stopped(run, prog, f"stopped: {at}{error.strerror or error}", 1, again=again)
@@ -344,7 +354,7 @@ def _train(program: Program, config: Config, dataset: ImageDataset, run: RunFold
         program.leave()
         watch.leave()
         raise
-    except OSError:  # in the one that writes, whose end the others will see
+    except (OSError, UnfitError):  # in the one that writes, whose end the others will see
         raise
     except Exception:
         watch.failed()

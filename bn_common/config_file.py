@@ -47,11 +47,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config is {path}: {error}; allowed: {allowed}") from None
     for name, value in given.items():
         require(name in FIELDS, f"{name} in {path}", repr(value), f"the fields {', '.join(FIELDS)}")
-    return {name: _checked(f"{name} in {path}", value, FIELDS[name]) for name, value in given.items()}
+    return {name: checked(f"{name} in {path}", value, FIELDS[name]) for name, value in given.items()}
 
 
-def _checked(what: str, value: object, kind: Any) -> object:
-    """The value as Config has it, of that type: a Literal, or one of ALLOWED's, or None beside it."""
+def checked(what: str, value: object, kind: Any) -> object:
+    """The value as Config has it, of that type: a Literal, or one of ALLOWED's, or None beside it.
+
+    Raises:
+      ValueError: it is of another.
+    """
     if get_origin(kind) is Literal:
         require(value in get_args(kind), what, repr(value), ", ".join(get_args(kind)))
         return value

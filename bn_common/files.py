@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -14,6 +16,14 @@ except ImportError:  # Windows: two at once are not kept apart there.
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+
+
+def read_json(content: bytes) -> Any:
+    """The value in a file that may be damaged. ValueError for whatever is wrong with it."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -8,13 +8,15 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
+from bn_common.checks import require
 from bn_common.config import AFTERWARDS, MAY_CHANGE, NUM_CLASS, Config
+from bn_common.config_file import checked
 from bn_common.conventions import PROJECT
-from bn_common.files import LOCK, check_can_be_made, lock
+from bn_common.files import LOCK, check_can_be_made, lock, read_json
 from image_data import ImageDataset, pixel_mean_and_std
 
 CONFIG, METRICS, WEIGHTS, CURVES = "config.json", "metrics.jsonl", "weights.safetensors", "curves.png"
@@ -23,6 +25,11 @@ OPTIONS = "config.toml"
 """For people, and for --config; what a run is, config.json says."""
 FILES = (CONFIG, OPTIONS, METRICS, WEIGHTS, CURVES, CONFUSION, MISTAKES)
 """Of a run folder, beside its folders."""
+FRAMEWORKS = "jax", "torch"
+# What is read again: of a line of the metrics, and of what a run is beside its configuration.
+OF_AN_EPOCH: dict[str, type] = {"epoch": int, "step": int, "seconds": float}
+OF_AN_EPOCH |= dict.fromkeys(("loss", "train_accuracy", "test_loss", "test_accuracy"), float)
+OF_A_NETWORK: dict[str, type] = {"fig_size": int, "pixel_mean": float, "pixel_std": float}
 
 
 def record_of(config: Config, framework: str) -> dict[str, Any]:
@@ -52,11 +59,29 @@ def identity_of(dataset: ImageDataset) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """What config.json in a run folder says; None if there is none, or it is no run's."""
     try:
-        record = json.loads((path / CONFIG).read_bytes())
+        record = read_json((path / CONFIG).read_bytes())
+        check_record(record)
     except (OSError, ValueError):
         return None
+    return record
+
+
+def check_record(record: Any) -> None:
+    """Raise ValueError for what no config.json says."""
     # What changes no number may be missing: an option that is new does not make another run of an older one.
-    return record if isinstance(record, dict) and record.keys() >= record_of(Config(), "").keys() - MAY_CHANGE else None
+    whole = isinstance(record, dict) and record.keys() >= record_of(Config(), "").keys() - MAY_CHANGE
+    require(whole, CONFIG, f"{record!r:.80}", "all fields of a run")
+    require(record["framework"] in FRAMEWORKS, "framework", record["framework"], ", ".join(FRAMEWORKS))
+    for name, kind in {**get_type_hints(Config), **OF_A_NETWORK}.items():
+        if record.get(name) is not None:
+            checked(name, record[name], kind)
+
+
+def check_epoch(line: Any) -> None:
+    """Raise ValueError for what no line of the metrics says."""
+    require(isinstance(line, dict) and line.keys() >= OF_AN_EPOCH.keys(), METRICS, f"{line!r:.80}", "epochs")
+    for name, kind in OF_AN_EPOCH.items():
+        checked(name, line[name], kind)
 
 
 def recorded_config(path: Path) -> Config:
@@ -65,16 +90,19 @@ def recorded_config(path: Path) -> Config:
     if record is None:
         raise ValueError(f"--out is {path}, which holds no run; allowed with --resume: a folder with one")
     names = {field.name for field in dataclasses.fields(Config)} & record.keys()
-    paths = {name: Path(record[name]) for name in ("out", "data_dir") if record[name] is not None}
+    paths = {name: Path(record[name]) for name in ("out", "data_dir") if record.get(name) is not None}
     return Config(**{name: record[name] for name in names} | paths)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl in a run folder; none where it is missing or no longer what was written."""
     try:
-        return [json.loads(line) for line in (path / METRICS).read_bytes().splitlines()]
+        lines = [read_json(line) for line in (path / METRICS).read_bytes().splitlines()]
+        for line in lines:
+            check_epoch(line)
     except (OSError, ValueError):
         return []
+    return lines
 
 
 def refuse_other(path: Path, mine: Mapping[str, Any]) -> None:
@@ -91,12 +119,19 @@ def refuse_other(path: Path, mine: Mapping[str, Any]) -> None:
         if held:
             raise ValueError(f"--out is {path}, which holds {held[0]} of another run; allowed: a folder without a run")
         return
+    differs = difference(mine, theirs)
+    if differs is not None:
+        called, value, other = differs
+        raise ValueError(f"{called} is {value}; allowed: {other}, as the run in {path} has it, or another --out")
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first thing that makes two runs: what it is called, how it is in mine, how in theirs; None for one run."""
     options = {field.name for field in dataclasses.fields(Config)}
     for name, value in json.loads(json.dumps(mine)).items():
         if name not in MAY_CHANGE and value != theirs.get(name):
-            called = f"--{name.replace('_', '-')}" if name in options else f"the {name}"
-            allowed = f"{theirs.get(name)}, as the run in {path} has it, or another --out"
-            raise ValueError(f"{called} is {value}; allowed: {allowed}")
+            return f"--{name.replace('_', '-')}" if name in options else f"the {name}", value, theirs.get(name)
+    return None
 
 
 def refuse_under_way(path: Path) -> None:

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bn_common import checkpoints
-from bn_common.checkpoints import Checkpoint, Fetched, Place
+from bn_common.checkpoints import Checkpoint, Fetched, Place, UnfitError
 from bn_common.config import Config
 from bn_common.config_file import as_toml
-from bn_common.files import check_can_be_made, leftovers, lock, write_together, write_whole
+from bn_common.files import check_can_be_made, leftovers, lock, read_json, write_together, write_whole
 from bn_common.record import (
     CONFIG,
     CONFUSION,
@@ -34,6 +34,8 @@ from bn_common.record import (
     MISTAKES,
     OPTIONS,
     WEIGHTS,
+    check_epoch,
+    difference,
     reached,
     read_metrics,
     record_of,
@@ -147,11 +149,20 @@ class RunFolder:
         return Console(stderr=True).status(what) if shows else contextlib.nullcontext()
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """Where the run is to be continued, if an earlier process has left a checkpoint; and that is said."""
+        """Where the run is to be continued, if an earlier process has left a checkpoint; and that is said.
+
+        Raises:
+          UnfitError: it is another run's.
+        """
         if not self.writes:
             return None
         found = checkpoints.newest(self.path / checkpoints.FOLDER, lambda text: self.say(f"Notice: {text}", "yellow"))
         if found is not None:
+            differs = difference(self.record, found.about["run"])
+            if differs is not None:
+                called, mine, theirs = differs
+                text = f"{found.path} is a checkpoint of another run: {called} is {theirs} there"
+                raise UnfitError(f"{text}; allowed: {mine}, as config.json beside it says")
             # Of epochs that are behind the checkpoint, the lines stay: they will be the same again.
             done = found.about["metrics"]
             self.metrics = done + [line for line in self.metrics if line["epoch"] > len(done)]
@@ -372,7 +383,9 @@ def _tidy(path: Path) -> None:
     for left in leftovers(path / METRICS):
         # All of it is written before the weights get their name: are they of its last epoch, it is to have its own.
         try:
-            lines = [json.loads(line) for line in left.read_bytes().splitlines()]
+            lines = [read_json(line) for line in left.read_bytes().splitlines()]
+            for line in lines:
+                check_epoch(line)
         except ValueError:
             continue
         if lines and str(lines[-1]["epoch"]) == weights_metadata(path / WEIGHTS).get("epoch"):
@@ -396,6 +409,6 @@ def weights_metadata(path: Path) -> dict[str, str]:
     try:
         with open(path, "rb") as file:
             size = struct.unpack("<Q", file.read(8))[0]
-            return json.loads(file.read(size))["__metadata__"] if size < 2**24 else {}
-    except (OSError, ValueError, KeyError, struct.error):
+            return read_json(file.read(size))["__metadata__"] if size < 2**24 else {}
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
         return {}

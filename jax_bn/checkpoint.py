@@ -112,7 +112,7 @@ class Checkpoints:
           again: look for what this process has written, too.
 
         Raises:
-          ValueError: the checkpoint's arrays are others.
+          UnfitError: the checkpoint's arrays are others, or it can't be read.
         """
         if again:
             self.wait()
@@ -123,7 +123,8 @@ class Checkpoints:
             checkpoints.check_arrays(checkpoints.describe(named_arrays(state)), about["arrays"])
             self.run.say_what_differs(made_with(self.run.config), about["made_with"])
             # Orbax asked for another shape would cut or pad, for another dtype cast, and say nothing.
-            values = self.manager.restore(self.found.step, args=ocp.args.StandardRestore(on_host(state)))
+            with checkpoints.reading(self.found.path):
+                values = self.manager.restore(self.found.step, args=ocp.args.StandardRestore(on_host(state)))
             place = self.found.place
         if jax.process_count() > 1:
             place, values, self.run.metrics = from_first((place, values, self.run.metrics))

@@ -12,6 +12,7 @@ import image_data
 import jax_bn.training
 import torch_bn.training
 from bn_common import run_folder
+from bn_common.checkpoints import UnfitError, seal, unseal
 from bn_common.config import Config
 from bn_common.run_folder import RunFolder
 
@@ -107,6 +108,27 @@ def test_every_optimiser_goes_on(loop, optimizer, tmp_path):
     trained(loop, tmp_path / "cut", optimizer=optimizer, after=12, checkpoint_every=3)
     trained(loop, tmp_path / "cut", optimizer=optimizer)
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.usefixtures("quickly_compiled")
+def test_what_is_made_up_is_refused(loop, tmp_path):
+    """Sealed anew, with other arrays than are said to be in it, and with what is no checkpoint of the framework's."""
+    trained(loop, tmp_path / "run", after=3, checkpoint_every=3)
+    path = tmp_path / "run" / "checkpoints" / "3"
+    about = unseal(path)
+    seal(path, about | {"arrays": dict.fromkeys(about["arrays"], "float32 7")})
+    with pytest.raises(
+        UnfitError, match=r"^the array \S+ is float32 \S+; allowed: float32 7, as the checkpoint has it$"
+    ):
+        trained(loop, tmp_path / "run")
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"nothing")
+    seal(path, about)
+    with pytest.raises(UnfitError, match=r"^.*3 can't be read: .*; allowed: what this program wrote$"):
+        trained(loop, tmp_path / "run")
+    assert unseal(path) == about
 
 
 @pytest.mark.parametrize("loop", LOOPS)

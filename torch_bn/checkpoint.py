@@ -87,7 +87,7 @@ class Checkpoints:
           again: look for what this process has written, too.
 
         Raises:
-          ValueError: the checkpoint's arrays are others.
+          UnfitError: the checkpoint's arrays are others, or it can't be read.
         """
         if again:
             self.wait()
@@ -98,15 +98,17 @@ class Checkpoints:
         if dist.is_initialized():
             place, held, self.run.metrics = from_first((place, held, self.run.metrics))
         if held is not None:
-            for name, one in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
-                one.load_state_dict(held[name])
+            with checkpoints.reading(self.folder):
+                for name, one in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
+                    one.load_state_dict(held[name])
         return place
 
     def _held(self, found: Checkpoint, model: nn.Module) -> dict[str, Any]:
         about = found.about
         checkpoints.check_arrays(checkpoints.describe(named_arrays(model)), about["arrays"])
         self.run.say_what_differs(made_with(self.run.config), about["made_with"])
-        return torch.load(found.path / STATE, weights_only=True, map_location="cpu")
+        with checkpoints.reading(found.path):
+            return torch.load(found.path / STATE, weights_only=True, map_location="cpu")
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, place: Place

@@ -12,10 +12,11 @@ import pytest
 import safetensors.numpy
 from rich.console import Console
 
-from bn_common import command_line, files, run_folder
+from bn_common import checkpoints, command_line, files, run_folder
 from bn_common.config import Config
 from bn_common.files import write_whole
 from bn_common.run_folder import RunFolder, Totals
+from bn_common.trained import read_trained
 
 
 def open_run(path, **options):
@@ -341,6 +342,68 @@ def test_a_run_that_is_finished_already(tmp_path, capsys):
         command_line.read_config(args, prog="p", description="", framework="jax")
     assert stop.value.code == 0
     assert "holds all of this run" in capsys.readouterr().out
+
+
+RECORDS = {
+    "nested": "[" * 100_000,
+    "a list": "[]",
+    "epochs of words": {"epochs": "x"},
+    "a number for a folder": {"data_dir": 5},
+    "another framework": {"framework": "x"},
+    "half a pixel": {"fig_size": 12.5},
+}
+
+
+@pytest.mark.parametrize("change", RECORDS.values(), ids=RECORDS)
+def test_a_record_that_no_run_has_written(change, tmp_path, capsys):
+    run = open_run(tmp_path / "run")
+    run.close()
+    record = json.dumps({**run.record, **change}) if isinstance(change, dict) else change
+    (tmp_path / "run" / "config.json").write_text(record)
+    for more, words in ([], "which holds config.json of another run"), (["--resume"], "which holds no run"):
+        args = ["--out", str(tmp_path / "run"), *more]
+        with pytest.raises(SystemExit) as stop:
+            command_line.read_config(args, prog="p", description="", framework="jax")
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert words in said
+    with pytest.raises(ValueError, match="which holds none"):
+        read_trained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "7", '{"epoch": "1"}', '{"epoch": 1, "step": 7}'])
+def test_metrics_that_no_run_has_written(line, tmp_path):
+    """None of them are taken; left half written by a killed process, they are removed."""
+    run = open_run(tmp_path, epochs=1)
+    end_epoch(run, 0)
+    run.finish()
+    for name in ("metrics.jsonl", ".metrics.jsonl.1"):
+        (tmp_path / name).write_text(f"{line}\n")
+    again = open_run(tmp_path, epochs=1)
+    assert again.metrics == []
+    assert not (tmp_path / ".metrics.jsonl.1").exists()
+    again.close()
+
+
+def test_a_checkpoint_of_another_run(tmp_path):
+    """As good as this one's own for any array: it is refused, and stays."""
+    for name, seed in ("mine", 0), ("theirs", 1):
+        run = open_run(tmp_path / name, seed=seed, epochs=3)
+        end_epoch(run, 0)
+        path = tmp_path / name / "checkpoints" / "7"
+        path.mkdir(parents=True)
+        checkpoints.seal(path, run.about_checkpoint(checkpoints.Place(1), {"w": "float32 2"}, {"jax": "1"}))
+        run.close()
+    mine = tmp_path / "mine" / "checkpoints"
+    (tmp_path / "theirs" / "checkpoints" / "7").rename(mine / "8")
+    run = open_run(tmp_path / "mine", seed=0, epochs=3)
+    with pytest.raises(
+        checkpoints.UnfitError, match=r"8 is a checkpoint of another run: --seed is 1 there; allowed: 0, as"
+    ):
+        run.newest_checkpoint()
+    run.close()
+    assert sorted(path.name for path in mine.iterdir()) == ["7", "8"]
 
 
 def test_progress_bar_on_a_terminal(tmp_path):
