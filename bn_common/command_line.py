@@ -26,6 +26,7 @@ from bn_common.checks import check_blenet, require
 from bn_common.config import GROUPS, MOST_STEPS, NUM_CLASS, Config
 from bn_common.config_file import read_toml
 from bn_common.files import check_can_be_made
+from bn_common.installed import missing, needed_by
 from bn_common.memory import imports
 from bn_common.mistakes import pictures
 from bn_common.predictions import Network
@@ -248,6 +249,17 @@ def start(
     return program, dataset, run
 
 
+def _of_a_framework(load: Callable[[Config], Program], config: Config, prog: str) -> Program:
+    """What `load` gives; ValueError that says what to install, where the framework is not there."""
+    try:
+        with needed_by(prog):
+            return load(config)
+    except ModuleNotFoundError as error:
+        if missing(error) is None:
+            raise
+        raise ValueError(str(error)) from None
+
+
 def _loaded(loading: Future[Program], prog: str) -> Program:
     """The wing, where there is nothing to train."""
     try:
@@ -292,7 +304,7 @@ def main(load: Callable[[Config], Program], *, framework: str, prog: str, descri
             with imports():
                 meanwhile = ThreadPoolExecutor(1)
                 try:
-                    loading = meanwhile.submit(load, config)
+                    loading = meanwhile.submit(_of_a_framework, load, config, prog)
                     if _nothing_to_train(config):
                         program = _loaded(loading, prog)
                     else:

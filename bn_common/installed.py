@@ -37,7 +37,8 @@ def missing(error: BaseException) -> str | None:
 def needed_by(who: str) -> Iterator[None]:
     """Around imports: where a framework is not there, `need`'s words in the place of Python's.
 
-    What `need` has said further in stays.
+    What `need` has said further in stays. While Python still imports the packages of the program that -m names, nobody
+    could handle the error: the process ends as a program that refuses something, in one line with exit status 2.
     """
     try:
         yield
@@ -45,7 +46,18 @@ def needed_by(who: str) -> Iterator[None]:
         absent = missing(error)
         if absent is None or "allowed:" in str(error):
             raise
-        raise _error(who, [absent]) from None
+        said = _error(who, [absent])
+        if sys.argv[:1] == ["-m"]:  # so long as it looks for the module
+            sys.stderr.write(f"{_started() or who}: error: {said}\n")
+            raise SystemExit(2) from None
+        raise said from None
+
+
+def _started() -> str:
+    """How the process was started, by -m; "" if that is not to be seen."""
+    words = sys.orig_argv
+    after = words.index("-m") + 1 if "-m" in words else len(words)
+    return " ".join(["python -m", *words[after : after + 1]]) if after < len(words) else ""
 
 
 def _error(who: str, absent: list[str]) -> ModuleNotFoundError:

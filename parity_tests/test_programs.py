@@ -200,3 +200,15 @@ def test_the_wing_without_its_framework():
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == said
     assert "During handling" not in done.stderr
+
+
+@pytest.mark.parametrize(("program", "framework"), [("jax", "jax"), ("torch", "torch")])
+def test_a_program_without_its_framework(program, framework, tmp_path):
+    """One line with exit status 2, as whatever is refused before any work; whoever imports it first."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{framework!r}] = None\n")
+    done = run(program, "--data", "sample", "--out", tmp_path / "run", PYTHONPATH=str(tmp_path))
+    name = "train_jax.py" if program == "jax" else "python -m torch_bn.training"
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"{name}: error: ")
+    assert done.stderr.endswith(f", which is not installed; allowed: pip install {framework}\n")
+    assert not (tmp_path / "run").exists()

@@ -351,12 +351,14 @@ if __name__ == "__main__":
 
     def load(config: Config) -> Program:
         """The other processes, and what there is to train with."""
+        from bn_common.memory import keep_memory
         from torch_bn.predict import of_run
         from torch_bn.processes import again, join, leave
 
         require(config.export is None, "--export", config.export, "of train_jax.py only")
         if config.deterministic:
             be_deterministic()
+        keep_memory()
         process, watch = join(config, prog)
         return Program(train, process, watch, leave, predicting=of_run, again=again(prog))
 
