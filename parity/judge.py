@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CANCELLED, MOST_CARRIED, MOST_NOISE
 from parity.comparison.cut_otherwise import FUNCTION, inside, lies_inside, same_behind, shaped_otherwise
@@ -19,6 +18,7 @@ from parity.comparison.differences import (
     input_gradients,
     step_differences,
     stopped,
+    unlike,
     untrained_buffers,
 )
 from parity.comparison.rounding import explained, rounding
@@ -156,9 +156,7 @@ class Judge(cut.Sides):
     @cached_property
     def other_weights(self) -> list[str]:
         """Flax's names of the tensors that differ before the run."""
-        theirs, given = self.torch.free.tensors, self.flax.free.tensors
-        both = [(t, f, pair) for t, f, pair in self.pairing.tensors() if pair.fits and t in theirs and f in given]
-        return [f for t, f, pair in both if not _same(given[f], pair.to_flax(theirs[t]))]
+        return unlike(self.pairing, self.torch.free.tensors, self.flax.free.tensors)
 
     # What rounding explains.
 
@@ -395,7 +393,3 @@ class Judge(cut.Sides):
         if forced is not None:
             runs.insert(0, ([d for d in self.local if self.bound(d, local=True) < d.error], forced))
         return Numbers(self.translation, runs, self.train)
-
-
-def _same(a: NDArray, b: NDArray) -> bool:
-    return a.shape == b.shape and bool(np.abs(a - b).max(initial=0) <= 1e-6 * np.abs(b).max(initial=0))

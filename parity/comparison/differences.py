@@ -355,3 +355,13 @@ def step_differences(
             quantity, error = f"{local} after step {number}", error_of(given, way, least)
             found.append(Difference("optimizer", (path, 0), flax_path.get(path, ""), quantity, error))
     return found
+
+
+def unlike(pairing: Pairing, torch: Mapping[str, NDArray], flax: Mapping[str, NDArray]) -> list[str]:
+    """Flax's names of the tensors that are others than PyTorch's, by more than float32's rounding."""
+
+    def is_same(a: NDArray, b: NDArray) -> bool:
+        return a.shape == b.shape and bool(np.abs(a - b).max(initial=0) <= 1e-6 * np.abs(b).max(initial=0))
+
+    both = [(t, f, pair) for t, f, pair in pairing.tensors() if pair.fits and t in torch and f in flax]
+    return [f for t, f, pair in both if not is_same(flax[f], pair.to_flax(torch[t]))]
