@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from parity.diagnosis.fixes import Fix
 from parity.diagnosis.mistakes import MISTAKES, UNEXPLAINED
 from parity.records.recording import NETWORK, PHASES
 
@@ -18,6 +19,7 @@ class Finding:
       code: which mistake, one of `mistakes.TABLE`; or "unexplained".
       evidence: one sentence with the numbers that show it.
       charges: what is charged where it lies between two layers, see `mistakes.Mistake`; of a mistake it is the table's.
+      fix: the lines of both sides as they are, and as each would be like the other, where the numbers say them.
 
     Raises:
       ValueError: a code that is not in the table.
@@ -26,6 +28,7 @@ class Finding:
     code: str
     evidence: str
     charges: str = ""
+    fix: Fix | None = None
 
     def __post_init__(self) -> None:
         if self.code == UNEXPLAINED:

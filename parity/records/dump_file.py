@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from bn_common.files import write_whole
 from parity.records import array_files, dump_schema, strict_json
 from parity.records.answers import Response
+from parity.records.constructors import is_plain
 from parity.records.dump_schema import numbered
 from parity.records.evidence import Evidence
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
@@ -250,14 +251,8 @@ def _numbered(name: str, given: list[NDArray | None]) -> Iterator[tuple[str, NDA
 
 def _layer(layer: Layer, recording: Recording) -> dict[str, Any]:
     fields = dataclasses.asdict(layer) | {"statistics": sorted(layer.statistics)}
-    config = {name: v for name, v in layer.config.items() if _is_plain(v)}
+    config = {name: v for name, v in layer.config.items() if is_plain(v)}
     return fields | {"config": config, "calls": sum(call.path == layer.path for call in recording.calls)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _read_layer(entry: Mapping[str, Any]) -> Layer:

@@ -22,6 +22,10 @@ PROJECT = "blenet-parity"
 PAGE = "docs/gallery.md"
 MOST_NAMED = 3
 """Of the mistakes, in the sentence that answers; the cards have all."""
+EXAMPLE = "for example"
+"""Of lines that are the gallery's, and not the layer's own."""
+OWN = "in one of the two"
+"""Of the layer's own lines: either would be like the other."""
 PREDICTS = "to predict: ok"
 """Of a convention that no prediction shows, where all else agrees."""
 
@@ -38,6 +42,7 @@ class Card(NamedTuple):
       values: the two numbers that are farthest apart; None where there are none.
       numbers: the same in words; "" where there are none.
       fix: the code, where it is a known mistake.
+      advice: what is to be done with it: an example, or the layer's own lines, of which one is to be changed.
       convention: what is to be said of a known convention; "" for a mistake.
       link: into the gallery of mistakes; "" where it is none of them.
     """
@@ -50,6 +55,7 @@ class Card(NamedTuple):
     values: Values | None
     numbers: str
     fix: Fix | None
+    advice: str
     convention: str
     link: str
 
@@ -66,7 +72,8 @@ def cards(report: Report) -> list[Card]:
             shown(d.evidence),
             d.values,
             "" if d.values is None else numbers(d.values),
-            fix_of(d.code, BETWEEN if d.at[0].before else kinds.get(d.layer, "")),
+            d.fix or fix_of(d.code, BETWEEN if d.at[0].before else kinds.get(d.layer, "")),
+            _advice(d),
             _convention(report, d.code),
             link(d.code),
         )
@@ -112,6 +119,12 @@ def _where(d: Diagnosis) -> str:
     if not d.at[0].torch_layer and not d.at[0].flax_layer:
         return f"at {NETWORK}" if d.code not in MISTAKES or MISTAKES[d.code].phase == "forward" else "in all layers"
     return f"in one {'place' if d.at[0].before else 'layer'}, {d.at[0].text}"
+
+
+def _advice(d: Diagnosis) -> str:
+    if d.fix is None:
+        return EXAMPLE if d.code in MISTAKES else ""
+    return OWN if len(d.at) == 1 else f"{OWN}; {d.at[0].text}"
 
 
 def _only_conventions(report: Report) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from parity.comparison.values import Values
+    from parity.diagnosis.fixes import Fix
 
 
 class Place(NamedTuple):
@@ -89,6 +90,7 @@ class Diagnosis:
       more: (PyTorch's name, Flax's path) of the layers behind it of which the same sentence is true.
       places: of it and of those, where more is known of them than their names.
       values: the two numbers that are farthest apart in the first; None where there are none.
+      fix: the first's own lines, as they are and as each would be like the other's; None where they are not known.
     """
 
     code: str
@@ -98,6 +100,7 @@ class Diagnosis:
     more: tuple[tuple[str, str], ...] = ()
     places: tuple[Place, ...] = ()
     values: Values | None = None
+    fix: Fix | None = None
 
     @property
     def layers(self) -> list[str]:

@@ -68,6 +68,7 @@ def _card(card: Card, rows: str) -> Iterator[Text]:
     yield Text.assemble((card.code, "bold red"), f" {where}: {card.evidence}")
     below = [("layers", card.classes), ("numbers", card.numbers), ("known", card.convention)]
     if card.fix is not None:
+        below.append(("write", f"{card.advice}:"))
         for side, (wrong, right) in (("PyTorch", card.fix.torch), ("Flax", card.fix.flax)):
             below += [(f"{side}:", right), ("  not", wrong)]
     for title, text in [*below, ("see", card.link)]:

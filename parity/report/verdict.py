@@ -11,10 +11,14 @@ from parity.comparison.bounds import FORWARD_BOUND
 from parity.comparison.differences import Difference
 from parity.comparison.values import Values, values_at
 from parity.diagnosis.finding import Located
+from parity.diagnosis.fixes import Fix
 from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED, UNEXPLAINED, is_one_sided
+from parity.diagnosis.own_fixes import in_linen, own_fix
 from parity.pairing.pairs import Pairing
 from parity.pairing.translation import Translation
+from parity.records.constructors import CONSTRUCTOR, said
 from parity.records.evidence import Evidence
+from parity.records.kinds import CHANNELS_SECOND
 from parity.records.recording import NETWORK, PHASES, Recording
 from parity.report.findings import NETWORK as NETWORK_NAME
 from parity.report.findings import Diagnosis, Divergence, LayerRow, Place, together
@@ -128,8 +132,21 @@ def report(
     for i, d in enumerate(diagnoses):
         # Of the same mistake in several layers, those of the first.
         shown = told_of.get((d.code, d.layer, d.flax_layer, d.evidence))
-        diagnoses[i] = d if shown is None or numbers is None else replace(d, values=numbers.of(shown))
+        if shown is not None and numbers is not None:
+            diagnoses[i] = replace(d, values=numbers.of(shown), fix=_own_fix(shown, numbers.translation))
     return Report(divergence, diagnoses, rows, [*notes, *besides, *_not_compared(rows)], details)
+
+
+def _own_fix(f: Located, translation: Translation) -> Fix | None:
+    """The lines of what is charged, made of its own numbers; None where these do not say it."""
+    if f.finding.fix is not None:
+        names = [layer.flax.config.get(CONSTRUCTOR, "") for layer in translation.pairing.layers]
+        return in_linen(f.finding.fix) if any(name.startswith("linen.") for name in names) else f.finding.fix
+    pair, call = translation.pair_of.get(f.layer), translation.torch.call(f.key)
+    if f.is_between or pair is None:
+        return None
+    sizes = call.inputs[0].shape[2:] if call is not None and call.inputs and pair.kind in CHANNELS_SECOND else ()
+    return own_fix(f.finding.code, said(pair.torch, sizes), said(pair.flax, sizes))
 
 
 def _diagnosis(f: Located, torch: Recording) -> Diagnosis:

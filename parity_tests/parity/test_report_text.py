@@ -156,6 +156,7 @@ def test_a_card():
     card = lines[start + 1 : lines.index("", start)]
     assert card == [
         "  numbers  output of block.1 at [2, 1]: 0.25 in PyTorch, 0.5 in Flax at [1, 2]",
+        "  write    for example:",
         "  PyTorch: linear.weight.copy_(kernel.T)",
         "    not    linear.weight.copy_(kernel)",
         '  Flax:    kernel = state["weight"].T',

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from parity.diagnosis.between import attention, blocks, images, relations, softmaxes
 from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_function, limit_of
 from parity.diagnosis.between.chains import Chain, Source, Target, match
+from parity.diagnosis.between.lines import activation_fix, pool_fix
 from parity.diagnosis.between.pools import Pool, pads, times
 from parity.diagnosis.between.search import part_of, search
 from parity.diagnosis.family import SIDES, Family, Property, unlike
@@ -213,7 +214,10 @@ def _activation_findings(a: Chain, b: Chain) -> list[Finding]:
     evidence = f"PyTorch applies {_applied(a)}, Flax {_applied(b)}"
     # An activation of a number times x is none that is taken for another, as little as a number times one.
     scaled = a.activation.startswith(OF_A_MULTIPLE) or b.activation.startswith(OF_A_MULTIPLE)
-    return [Finding("unexplained" if scaled else "activation", evidence)]
+    if scaled:
+        return [Finding("unexplained", evidence)]
+    fix = activation_fix(a.activation, b.activation) if a.gain == b.gain == 1 else None
+    return [Finding("activation", evidence, fix=fix)]
 
 
 def _order_findings(a: Chain, b: Chain) -> list[Finding]:
@@ -261,7 +265,8 @@ def _pool_findings(first: Chain, second: Chain) -> list[Finding]:
     if a is None or b is None:
         return [Finding("pool-kind", f"PyTorch applies {a or 'no pool'}, Flax {b or 'no pool'}")]
     codes = {"kind": "pool-kind", "window": "pool-kind", "counted": "pool-count-padding"}
-    return [Finding(codes.get(name, name), _pool_evidence(name, a, b)) for name in _pool_differences(a, b)]
+    fix = pool_fix(a, b)
+    return [Finding(codes.get(name, name), _pool_evidence(name, a, b), fix=fix) for name in _pool_differences(a, b)]
 
 
 def _pool_evidence(name: str, a: Pool, b: Pool) -> str:

@@ -83,7 +83,7 @@ def _fix(card: Card, *, unfolded: bool) -> Markup | None:
             tag("dd", tag("code", wrong), class_="wrong"),
         ]
         sides.append(tag("div", tag("h4", side), tag("dl", *lines), class_="side"))
-    title = tag("summary", "Write this", tag("span", " (examples: the two right lines do the same)", class_="soft"))
+    title = tag("summary", "Write this", tag("span", f" {card.advice}", class_="soft"))
     return tag("details", title, tag("div", *sides, class_="sides"), class_="fix", open=unfolded)
 
 

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import get_opaque_trace_state
 
 from parity.records import kinds
+from parity.records.constructors import given_to
 from parity.records.inputs import Inputs
 from parity.records.kinds import Shape, class_names, kind_of
 from parity.records.recording import Failure, Layer
@@ -72,6 +73,7 @@ def layers_of(side: Side, variables: Mapping[str, Any], called: Sequence[tuple[s
         kind = kind_of(names, shapes, statistics)
         below = kind != "attention" and any(p != path and (p.startswith(f"{path}/") or path == "") for p in own)
         config = {name: getattr(module, name) for name in CONFIG if hasattr(module, name)}
+        config |= given_to(module, linen=nn, nnx=nnx)
         if kind == "linear" and is_out_in(side, path, module, shapes):
             config[kinds.OUT_IN] = True
         layers[path] = Layer(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from parity.records import trees
+from parity.records.constructors import given_to
 from parity.records.inputs import Inputs
 from parity.records.kinds import FROZEN, IN_OUT, PRODUCTS, class_names, kind_of
 from parity.records.recording import Call, Failure, GlueCall, Layer, Recording
@@ -69,6 +70,7 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
         below = any(_tensors(grandchild, recurse=True) for grandchild in children) and kind != "attention"
         config = {name: getattr(child, name, None) for name in CONFIG}
         config = {name: value for name, value in config.items() if isinstance(value, int | float | str | tuple)}
+        config |= given_to(child, torch=nn)
         if kind == "linear" and type(child).forward is not nn.Linear.forward and _is_in_out(child, own):
             config[IN_OUT] = True
         if frozen := tuple(name for name, v in own.items() if isinstance(v, nn.Parameter) and not v.requires_grad):
