@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.kept import kept_difference
+from parity.comparison.shapes import Shapes, shapes_of
 from parity.pairing.arrangements import Arrangement, Slot, fitting, result
 from parity.pairing.pairs import LayerPair, Pairing
 from parity.pairing.translation import Translation
@@ -30,6 +31,7 @@ class Difference(NamedTuple):
       flax_layer: Flax's path.
       quantity: "input" | "output" | "output gradient" | "input gradient" | a parameter's or statistic's local name.
       error: see `error_of`; NaN: it could not be compared.
+      shapes: of both, where it is infinite as these differ.
     """
 
     phase: str
@@ -37,6 +39,7 @@ class Difference(NamedTuple):
     flax_layer: str
     quantity: str
     error: float
+    shapes: Shapes | None = None
 
 
 class Compared(NamedTuple):
@@ -64,10 +67,12 @@ class Compared(NamedTuple):
     @property
     def difference(self) -> Difference:
         """How far apart; infinitely, where there is nothing to be compared."""
-        error = float("inf")
+        error, shapes = float("inf"), None
         if self.given is not None and self.truth is not None:
             error = error_of(self.given, self.truth, self.floor)
-        return Difference(self.phase, self.key, self.flax_layer, self.quantity, error)
+            if self.given.shape != self.truth.shape:
+                shapes = shapes_of(self.truth if self.source is None else self.source, self.given, self.way)
+        return Difference(self.phase, self.key, self.flax_layer, self.quantity, error, shapes)
 
 
 def differences(translation: Translation, flax: Recording, *, train: bool) -> list[Difference]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.differences import Compared, Difference, compared
+from parity.comparison.shapes import Shapes
 from parity.pairing.translation import Translation
 from parity.records.recording import Recording
 
@@ -25,6 +26,7 @@ class Values(NamedTuple):
       torch_index: where it stands in PyTorch's; None where an array of Flax's is made of several of PyTorch's.
       torch_shape: of PyTorch's array, in Flax's layout.
       flax_shape: of Flax's.
+      shapes: both as their sides have them, where they differ.
     """
 
     phase: str
@@ -36,6 +38,7 @@ class Values(NamedTuple):
     torch_index: tuple[int, ...] | None
     torch_shape: tuple[int, ...]
     flax_shape: tuple[int, ...]
+    shapes: Shapes | None = None
 
 
 def values_at(translation: Translation, flax: Recording, wanted: Difference, *, train: bool) -> Values | None:
@@ -70,7 +73,7 @@ def _farthest(c: Compared) -> Values | None:
     a, b = np.asarray(c.truth), np.asarray(c.given)
     place = c.phase, c.quantity, c.key[0]
     if a.shape != b.shape:
-        return Values(*place, None, None, (), None, a.shape, b.shape)
+        return Values(*place, None, None, (), None, a.shape, b.shape, c.difference.shapes)
     wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
     with np.errstate(invalid="ignore"):
         apart = np.abs(a.astype(wide) - b.astype(wide))

@@ -203,7 +203,10 @@ class Diagnosis:
             found = self._norm_of_no_name(call, pair, mine, tolerance)
         found += self._left(pair, found)
         if not found and quantities:
-            names = ", ".join(f"{d.quantity} by {d.error:.1e}" for d in quantities[:4])
+            names = ", ".join(
+                f"{d.quantity} by {d.error:.1e}" if d.shapes is None else f"{d.quantity} has {d.shapes.text}"
+                for d in quantities[:4]
+            )
             found = [Finding("unexplained", f"{call.path} and {pair.flax.path} differ with the same input: {names}")]
         return [
             Located(_phase(f, quantities), position, call.path, pair.flax.path, f, call.key)

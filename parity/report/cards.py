@@ -8,6 +8,7 @@ from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
+from parity.comparison.shapes import Shapes
 from parity.diagnosis.finding import told_apart
 from parity.diagnosis.fixes import Fix
 from parity.diagnosis.kind_fixes import BETWEEN, fix_of
@@ -150,9 +151,7 @@ def numbers(v: Values) -> str:
     """In words: of which array, at which index, PyTorch's number and Flax's."""
     what = f"{v.quantity} of {v.torch_layer or NETWORK}"
     if v.torch is None or v.flax is None:
-        return shown(
-            f"{what}: its shape is {list(v.torch_shape)} in PyTorch, in Flax's layout, {list(v.flax_shape)} there"
-        )
+        return shown(f"{what}: {(v.shapes or Shapes(v.torch_shape, v.flax_shape)).text}")
     both = both_numbers(v)
     at = f"{list(v.flax_index)}" if v.torch_index in (None, v.flax_index) else f"{list(v.torch_index or ())}"
     other = "" if v.torch_index in (None, v.flax_index) else f" at {list(v.flax_index)}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from parity.comparison.shapes import Shapes
     from parity.comparison.values import Values
     from parity.diagnosis.fixes import Fix
 
@@ -54,6 +56,7 @@ class Divergence:
       quantity: which number of the layer, see `LayerRow`.
       before: between two layers, PyTorch's name of the one behind, see `Place`.
       class_name: of what is between them, see `Place`.
+      shapes: of both, where these differ.
     """
 
     phase: str
@@ -64,6 +67,14 @@ class Divergence:
     quantity: str = ""
     before: str = ""
     class_name: str = ""
+    shapes: Shapes | None = None
+
+    @property
+    def apart(self) -> str:
+        """How far, in words: the error with its bound, or both shapes."""
+        if self.shapes is not None:
+            return self.shapes.text
+        return f"error {number(self.error)}, bound {number(self.bound)}"
 
     @property
     def place(self) -> Place:
@@ -152,6 +163,7 @@ class LayerRow:
       rounding32: of both sides together, each against itself in float64; None where float32 was not run.
       local_error: in float64 with the other side's input, so that only the layer's own error shows; None where that
         was not run.
+      shapes: of both, where these differ; then the error is infinite.
     """
 
     phase: str
@@ -164,6 +176,7 @@ class LayerRow:
     error32: float | None = None
     rounding32: float | None = None
     local_error: float | None = None
+    shapes: Shapes | None = None
 
     @property
     def ok(self) -> bool:
@@ -194,6 +207,15 @@ def shown(text: str) -> str:
 def number(value: float | None) -> str:
     """Two digits: 3.0e-03, 0, inf, nan; nothing for None."""
     return "" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def apart(row: LayerRow, value: float | None) -> str:
+    """One of the row's errors in two digits; or that it is none, as the shapes differ."""
+    return OTHER_SHAPE if row.shapes is not None and value == math.inf else number(value)
+
+
+OTHER_SHAPE = "shape"
+"""In the place of an error."""
 
 
 def escaped(text: str) -> str:

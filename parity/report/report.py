@@ -22,10 +22,11 @@ from rich.text import Text
 
 from bn_common.checks import require
 from bn_common.files import write_whole
+from parity.comparison.values import Values
 from parity.diagnosis.mistakes import COULD_NOT_RUN, NOT_COMPARED
 from parity.records.dump_file import plain
 from parity.report.cards import answer
-from parity.report.findings import Diagnosis, Divergence, LayerRow, number, shown
+from parity.report.findings import Diagnosis, Divergence, LayerRow, shown
 from parity.report.folded import check_depth
 from parity.report.html import page
 from parity.report.table import ROWS, parts, takes
@@ -97,10 +98,7 @@ class Report:
             if math.isnan(first.error):
                 return f"not compared from {first.phase} {where} on{f': {codes}' if codes else ''}"
             what = f" {shown(first.quantity)}" if first.quantity else ""
-            return (
-                f"differs first in {first.phase} {where}:{what} error {number(first.error)}, "
-                f"bound {number(first.bound)}{f': {codes}' if codes else ''}"
-            )
+            return f"differs first in {first.phase} {where}:{what} {first.apart}{f': {codes}' if codes else ''}"
         if codes:
             return f"no layer differs by more than its bound, but: {codes}"
         pairs = {(row.torch_layer, row.flax_layer) for row in self.layers} - {("", "")}
@@ -115,7 +113,7 @@ class Report:
         each row of "layers"), "summary", "answer", and in a diagnosis "places", each with the fields of `Place` and
         "text", "values" with those of `Values`, and where it is of several layers "layers", PyTorch's names of all.
         """
-        rows = [dataclasses.asdict(row) | {"ok": row.ok} for row in self.layers]
+        rows = [dataclasses.asdict(row) | {"shapes": _shapes(row), "ok": row.ok} for row in self.layers]
         found = []
         for d in self.diagnoses:
             named: dict[str, Any] = {
@@ -126,10 +124,12 @@ class Report:
             }
             named |= {"layers": d.layers} if d.more else {}
             places = [place._asdict() | {"text": place.text} for place in d.at]
-            found.append(named | {"places": places, "values": None if d.values is None else d.values._asdict()})
+            found.append(named | {"places": places, "values": _values(d.values)})
         # Not the depth: it says how this is shown, and not what was found.
         names = [f.name for f in dataclasses.fields(self) if f.name != "depth"]
         fields = {name: getattr(self, name) for name in names} | {"diagnoses": found}
+        if (first := self.first_divergence) is not None:
+            fields["first_divergence"] = dataclasses.asdict(first) | {"shapes": _shapes(first)}
         return plain({"ok": self.ok, "summary": self.summary, "answer": answer(self), **fields, "layers": rows})
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
@@ -179,6 +179,15 @@ class Report:
         for part in parts(report, width, lines, rows):
             console.print(part, soft_wrap=isinstance(part, Text) and not terminal)
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def _values(values: Values | None) -> dict[str, Any] | None:
+    return None if values is None else values._asdict() | {"shapes": _shapes(values)}
+
+
+def _shapes(of: LayerRow | Divergence | Values) -> dict[str, Any] | None:
+    """Both shapes where these differ, and the sentence that says so."""
+    return None if of.shapes is None else {**of.shapes._asdict(), "text": of.shapes.text}
 
 
 def _named(diagnosis: Diagnosis) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.report.cards import Card, answer, cards
-from parity.report.findings import NETWORK, both_names, number, shown
+from parity.report.findings import NETWORK, apart, both_names, number, shown
 from parity.report.folded import Fold, folded
 from parity.report.rows import chosen, left_out
 
@@ -81,7 +81,8 @@ def _lines(report: Report, chosen: Sequence[int]) -> Iterator[Text]:
     """A line for each quantity, where there is no room for a table."""
     for row in (report.layers[i] for i in chosen):
         verdict, where = report.verdict(row), both_names(row.torch_layer, row.flax_layer)
-        errors = f"error {number(row.error)}, bound {number(row.bound)}: {verdict}"
+        errors = f"error {number(row.error)}, bound {number(row.bound)}" if row.shapes is None else row.shapes.text
+        errors += f": {verdict}"
         yield Text(f"{row.phase} {where} {shown(row.quantity)}: {errors}", style=STYLES[verdict])
 
 
@@ -118,8 +119,8 @@ def _table(report: Report, chosen: Sequence[int], width: int, lines: box.Box) ->
         if i and chosen[i] != chosen[i - 1] + 1:
             table.add_row(GAP)
         names = [_short(name, most) for name, most in zip(named[i], need, strict=True)]
-        cells = [row.phase, *names, number(row.error), number(row.bound)]
-        cells += [number(values[i]) for _, values in columns]
+        cells = [row.phase, *names, apart(row, row.error), number(row.bound)]
+        cells += [apart(row, values[i]) for _, values in columns]
         last = i + 1 == len(rows) or rows[i + 1].phase != row.phase
         table.add_row(*map(Text, (*cells, verdicts[i])), style=STYLES[verdicts[i]], end_section=last)
     return table
@@ -129,7 +130,8 @@ def _folded_lines(modules: Sequence[Fold]) -> Iterator[Text]:
     """A line for each module, where there is no room for a table."""
     for module in modules:
         layers = f" {module.differ} of {module.layers} layers differ;" if module.layers else ""
-        errors = f"worst error {number(module.worst.error)}, bound {number(module.worst.bound)}: {module.verdict}"
+        worst = module.worst
+        errors = f"worst error {apart(worst, worst.error)}, bound {number(worst.bound)}: {module.verdict}"
         yield Text(f"{shown(module.name)}:{layers} {errors}", style=STYLES[module.verdict])
 
 
@@ -147,7 +149,7 @@ def _folded(modules: Sequence[Fold], width: int, lines: box.Box) -> Table:
     for m, place in zip(modules, where, strict=True):
         names = _short(shown(m.name), need[0]), _short(place, need[1])
         counts = (f"{m.layers}", f"{m.differ}") if m.layers else ("", "")
-        cells = (*names, *counts, number(m.worst.error), number(m.worst.bound), m.verdict)
+        cells = (*names, *counts, apart(m.worst, m.worst.error), number(m.worst.bound), m.verdict)
         table.add_row(*map(Text, cells), style=STYLES[m.verdict])
     return table
 

@@ -118,7 +118,8 @@ def report(
         text = _why_not_compared(divergence, torch)
         chosen = [Diagnosis(NOT_COMPARED, divergence.torch_layer, text, divergence.flax_layer)]
     elif divergence is not None and not chosen:
-        text = f"{divergence.quantity} differs by {divergence.error:.1e}; no known mistake makes such numbers"
+        apart = f"differs by {divergence.error:.1e}" if divergence.shapes is None else f"has {divergence.shapes.text}"
+        text = f"{divergence.quantity} {apart}; no known mistake makes such numbers"
         place = (divergence.place,) if divergence.before else ()
         chosen = [Diagnosis(UNEXPLAINED, divergence.torch_layer, text, divergence.flax_layer, places=place)]
     # Where a known mistake has been found, it is what stops a run that others of its shapes would not.
@@ -197,7 +198,8 @@ def _divergence(
     if first.phase == "loss":
         place = Place("")
     number = first.error, bound(first), first.quantity
-    return Divergence(first.phase, place.torch_layer, place.flax_layer, *number, place.before, place.class_name)
+    where = place.before, place.class_name
+    return Divergence(first.phase, place.torch_layer, place.flax_layer, *number, *where, first.shapes)
 
 
 def _of_finding(f: Located) -> Divergence:
@@ -224,7 +226,7 @@ def layer_rows(
         error32, rounding32 = (rows32 or {}).get(which(d), (None, None))
         kind, local_error = kinds.get(d.key[0], ""), alone.get(which(d))
         place = d.phase, d.key[0], d.flax_layer, kind, d.quantity
-        rows.append(LayerRow(*place, d.error, bound(d), error32, rounding32, local_error))
+        rows.append(LayerRow(*place, d.error, bound(d), error32, rounding32, local_error, d.shapes))
     return rows
 
 

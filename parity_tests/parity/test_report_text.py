@@ -298,3 +298,35 @@ def test_the_numbers_stand_where_each_framework_has_them():
     assert found.values.flax_index == (n, h, w, c)
     with torch.no_grad():
         assert found.values.torch == pytest.approx(float(module.eval()(torch.from_numpy(x))[n, c, h, w]), rel=1e-5)
+
+
+class Strided(linen.Module):
+    """Two convolutions, the second with a stride that the other side has not."""
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(4, (3, 3))(x)
+        return linen.Conv(5, (3, 3), strides=2, padding=1)(x)
+
+
+def test_another_shape_is_said_as_it_is_on_either_side(tmp_path):
+    """In the summary, the card, the table, the page and as JSON; in PyTorch's order too, where that is another one."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1))
+    report = parity.check(network, Strided(), np.random.default_rng(0).normal(size=(2, 3, 6, 8)).astype(np.float32))
+    told = "another shape: [2, 5, 6, 8] in PyTorch, [2, 3, 4, 5] in Flax (in PyTorch's order [2, 5, 3, 4])"
+    text = report.table(rows="all")
+    assert report.summary == f"differs first in forward at 1 (Conv_1): output {told}: stride"
+    assert f"  numbers  output of 1: {told}" in text.splitlines()
+    assert f"forward 1 (Conv_1) output: {told}: differs first" in report.table(width=70)
+    assert " inf " not in text
+    row = next(line.split() for line in table(text) if line.split()[-1] == "first")
+    assert row[:6] == ["forward", "1", "Conv_1", "output", "shape", "1.0e-10"]
+    shapes = {"torch": [2, 5, 6, 8], "flax": [2, 3, 4, 5], "flax_in_torch": [2, 5, 3, 4], "text": told}
+    read = json.loads(json.dumps(report.to_dict()))
+    assert next(r["shapes"] for r in read["layers"] if r["shapes"]) == shapes
+    assert read["first_divergence"]["shapes"] == read["diagnoses"][0]["values"]["shapes"] == shapes
+    report.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text().replace("&#x27;", "'")
+    assert f"output, {told}" in page
+    assert "<td>[2, 3, 4, 5] (in PyTorch's order [2, 5, 3, 4])</td>" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from parity.comparison.shapes import Shapes
 from parity.report.cards import Card, both_numbers, cards
 from parity.report.findings import NETWORK, shown
 from parity.report.html.elements import Markup, tag
@@ -60,8 +61,10 @@ def _values(v: Values | None) -> Markup | None:
     what = f"{v.quantity} of {v.torch_layer or NETWORK}"
     head = tag("tr", *(tag("th", text, scope="col") for text in ("where they are farthest apart", "PyTorch", "Flax")))
     if v.torch is None or v.flax is None:
-        shapes = [tag("td", str(list(shape))) for shape in (v.torch_shape, v.flax_shape)]
-        rows = [tag("tr", tag("th", f"shape of the {what}, in Flax's layout", scope="row"), *shapes)]
+        shapes = v.shapes or Shapes(v.torch_shape, v.flax_shape)
+        told = [f"{[*shapes.torch]}", f"{[*shapes.flax]}"]
+        told[1] += f" (in PyTorch's order {[*shapes.flax_in_torch]})" if shapes.flax_in_torch else ""
+        rows = [tag("tr", tag("th", f"shape of the {what}", scope="row"), *(tag("td", text) for text in told))]
     else:
         numbers = [tag("td", tag("strong", text)) for text in both_numbers(v)]
         rows = [tag("tr", tag("th", what, scope="row"), *numbers)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from parity.report.findings import NETWORK, number
+from parity.report.findings import NETWORK, apart, number
 from parity.report.folded import folded
 from parity.report.html.elements import Markup, legend, mark, tag
 from parity.report.rows import chosen, left_out
@@ -60,7 +60,7 @@ def _folded(report: Report, depth: int) -> Markup:
             tag("td", text, class_=f"number {name}")
             for name, text in zip(
                 ("layers", "differ", "error", "bound"),
-                (*counts, number(m.worst.error), number(m.worst.bound)),
+                (*counts, apart(m.worst, m.worst.error), number(m.worst.bound)),
                 strict=True,
             )
         ]
@@ -126,11 +126,12 @@ def _bodies(report: Report, places: Sequence[int]) -> Iterator[list[Markup]]:
 def _row(report: Report, row: LayerRow, columns: Sequence[int]) -> Markup:
     verdict = report.verdict(row)
     values = _numbers(row)
+    quantity = row.quantity if row.shapes is None else f"{row.quantity}, {row.shapes.text}"
     cells = [
         tag("td", mark(verdict), f" {verdict}", class_="mark"),
         tag("td", *names(row.torch_layer, row.flax_layer), class_="name"),
-        *(tag("td", text, class_="what") for text in (row.kind, row.phase, row.quantity)),
-        *(tag("td", number(values[i]), class_=f"number {NUMBERS[i]}") for i in columns),
+        *(tag("td", text, class_="what") for text in (row.kind, row.phase, quantity)),
+        *(tag("td", apart(row, values[i]), class_=f"number {NUMBERS[i]}") for i in columns),
     ]
     return tag("tr", *cells, class_=verdict.replace(" ", "-"))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from parity.report.cards import cards
-from parity.report.findings import NETWORK, number
+from parity.report.findings import NETWORK, apart, number
 from parity.report.folded import differing, parts_of, worst_of
 from parity.report.html.elements import Markup, joined, mark, tag
 from parity.report.rows import VERDICTS
@@ -111,7 +111,7 @@ def _item(report: Report, module: Module, charged: dict[str, list[tuple[int, str
         tag("span", module.name, class_="name"),
         tag("span", first.flax_layer, class_="flax") if first is not None and other else None,
         tag("span", about, class_="soft"),
-        tag("span", tag("b", f"{verdict}, {number(worst.error)}"), f" of {number(worst.bound)}", class_="worst"),
+        tag("span", tag("b", f"{verdict}, {apart(worst, worst.error)}"), f" of {number(worst.bound)}", class_="worst"),
     )
     own = tag("ul", *(_quantity(report, row) for row in module.rows), class_="quantities") if module.rows else None
     inner = [_item(report, child, charged, depth + 1) for child in module.modules.values()]
@@ -128,6 +128,9 @@ def _item(report: Report, module: Module, charged: dict[str, list[tuple[int, str
 
 def _quantity(report: Report, row: LayerRow) -> Markup:
     verdict = report.verdict(row)
-    numbers = [tag("b", number(row.error)), tag("span", f"bound {number(row.bound)}")]
-    numbers += [] if row.local_error is None else [tag("span", f"alone {number(row.local_error)}")]
+    numbers = [
+        tag("b", number(row.error) if row.shapes is None else row.shapes.text),
+        tag("span", f"bound {number(row.bound)}"),
+    ]
+    numbers += [] if row.local_error is None else [tag("span", f"alone {apart(row, row.local_error)}")]
     return tag("li", mark(verdict), f" {row.phase} {row.quantity}: {verdict}", *(joined(" ", n) for n in numbers))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from parity.records.recording import PHASES
 from parity.report.cards import MOST_NAMED, answer
-from parity.report.findings import NETWORK, both_names, number
+from parity.report.findings import NETWORK, apart, both_names, number
 from parity.report.html.causes import causes
 from parity.report.html.charts import LEAST_POINTS, Point, error_chart, line_chart, worst_of_each
 from parity.report.html.elements import SYMBOLS, Markup, joined, legend, mark, tag
@@ -127,9 +127,9 @@ def _errors(report: Report) -> Markup | None:
 
 def _point(report: Report, row: Any) -> Point:
     verdict = report.verdict(row)
-    alone = "" if row.local_error is None else f", alone {number(row.local_error)}"
+    alone = "" if row.local_error is None else f", alone {apart(row, row.local_error)}"
     where = both_names(row.torch_layer, row.flax_layer)
-    text = f"{where}, {row.quantity}: error {number(row.error)}{alone}, bound {number(row.bound)}, {verdict}"
+    text = f"{where}, {row.quantity}: error {apart(row, row.error)}{alone}, bound {number(row.bound)}, {verdict}"
     return Point(row.torch_layer or row.flax_layer or NETWORK, text, row.error, row.bound, row.local_error, verdict)
 
 
