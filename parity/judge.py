@@ -39,6 +39,7 @@ from parity.records.answers import matched
 from parity.records.evidence import Evidence
 from parity.records.recording import NETWORK, PHASES, Failure, Recording
 from parity.report import Report, notes, verdict
+from parity.report.findings import CUT_OTHERWISE, ROUNDING
 from parity.report.verdict import Numbers, Stop, layer_rows, which
 
 
@@ -354,7 +355,9 @@ class Judge(cut.Sides):
         local = self.local if self.flax.forced is not None or failing else []
         alike = self.flax.forced is not None and bool(local) and not located and self.flax.forced.failure is None
         alike = alike and not any(d.error > self.bound(d, local=True) for d in local)
+        explained = {which(d): CUT_OTHERWISE for d in [*inner, *filter(self._passes, self.free)]}
         if alike and all(np.isfinite(d.error) and d.error < 1e-3 for d in failing):
+            explained |= {which(d): ROUNDING for d in failing}
             failing = []  # every layer agrees to rounding: what is left is rounding carried along
         if self.flax.passing:
             where = ", ".join(dict.fromkeys(path for path, _ in sorted(self.flax.passing)))
@@ -378,7 +381,7 @@ class Judge(cut.Sides):
         return verdict.report(
             first,
             located,
-            layer_rows(self.pairing, [*self.free, *self.steps], local, self.bound, self.own),
+            layer_rows(self.pairing, [*self.free, *self.steps], local, self.bound, self.own, explained),
             [*self.torch.notes, *self.flax.notes, *self.notes],
             stops=self.stops,
             torch=self.torch.free,

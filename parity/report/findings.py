@@ -164,6 +164,7 @@ class LayerRow:
       local_error: in float64 with the other side's input, so that only the layer's own error shows; None where that
         was not run.
       shapes: of both, where these differ; then the error is infinite.
+      explained: why it is no mistake, though it differs: `CUT_OTHERWISE` or `ROUNDING`; "" where nothing explains it.
     """
 
     phase: str
@@ -177,6 +178,7 @@ class LayerRow:
     rounding32: float | None = None
     local_error: float | None = None
     shapes: Shapes | None = None
+    explained: str = ""
 
     @property
     def ok(self) -> bool:
@@ -189,6 +191,10 @@ class LayerRow:
         return not self.ok and self.local_error is not None and self.local_error <= self.bound
 
 
+CUT_OTHERWISE = "cut otherwise"
+"""Of what lies inside, where the two are the same function all the same."""
+ROUNDING = "rounding"
+"""Of what is rounding carried along: every layer by itself agrees."""
 NETWORK = "(network)"
 """In the place of a layer's name: the network itself, or a module that is a single layer."""
 

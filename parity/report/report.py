@@ -82,9 +82,14 @@ class Report:
         return first is not None and first.is_at(row) and next(r for r in self.layers if first.is_at(r)) == row
 
     def verdict(self, row: LayerRow) -> str:
-        """In words: "ok", "differs first", "differs" or, only because of the layers before, "inherits"."""
+        """In words: "ok", "differs first", "differs" or, only because of the layers before, "inherits".
+
+        Or "cut otherwise" or "rounding", which explain what is beyond its bound and no mistake.
+        """
         if self.is_first(row):
             return "differs first"
+        if row.explained and not row.ok:
+            return row.explained
         return "ok" if row.ok else "inherits" if row.inherited else "differs"
 
     @property

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from parity.report.findings import CUT_OTHERWISE, ROUNDING
+
 if TYPE_CHECKING:
     from parity.report.report import Report
 
@@ -14,7 +16,7 @@ CONTEXT = 3
 """Rows before the first difference, and behind it."""
 MOST_ROWS = 16
 """Of those that differ, where not all rows are asked for."""
-VERDICTS = "ok", "inherits", "differs", "differs first"
+VERDICTS = "ok", ROUNDING, CUT_OTHERWISE, "inherits", "differs", "differs first"
 """From good to bad."""
 
 
@@ -30,7 +32,7 @@ def chosen(report: Report, rows: str) -> list[int]:
     if rows == "all":
         return list(range(len(verdicts)))
     differing = [i for i, verdict in enumerate(verdicts) if verdict.startswith("differs")]
-    differing = differing or [i for i, verdict in enumerate(verdicts) if verdict != "ok"]
+    differing = differing or [i for i, verdict in enumerate(verdicts) if verdict == "inherits"]
     if report.ok:
         return []
     if not differing:
@@ -46,5 +48,11 @@ def left_out(report: Report, places: Sequence[int]) -> str:
     """How many rows are not shown, by their verdicts."""
     there = {*places}
     left = Counter(report.verdict(row) for i, row in enumerate(report.layers) if i not in there)
-    words = {"ok": "{} ok", "inherits": "{} that inherit", "differs": "{} that differ"}
+    words = {
+        "ok": "{} ok",
+        ROUNDING: "{} of rounding",
+        CUT_OTHERWISE: "{} cut otherwise",
+        "inherits": "{} that inherit",
+        "differs": "{} that differ",
+    }
     return ", ".join(words[verdict].format(left[verdict]) for verdict in words if left[verdict])

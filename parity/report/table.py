@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.report.cards import Card, answer, cards
-from parity.report.findings import NETWORK, apart, both_names, number, shown
+from parity.report.findings import CUT_OTHERWISE, NETWORK, ROUNDING, apart, both_names, number, shown
 from parity.report.folded import Fold, folded
 from parity.report.rows import chosen, left_out
 
@@ -27,7 +27,14 @@ ROOMY = 100
 """Columns of one in which two blanks stand between two columns of the table."""
 MOST_PLACES = 6
 """Of one cause, likewise."""
-STYLES = {"ok": "", "inherits": "yellow", "differs": "red", "differs first": "bold red"}
+STYLES = {
+    "ok": "",
+    ROUNDING: "",
+    CUT_OTHERWISE: "",
+    "inherits": "yellow",
+    "differs": "red",
+    "differs first": "bold red",
+}
 
 
 def parts(report: Report, width: int, lines: box.Box, rows: str = "differing") -> Iterator[Table | Text]:

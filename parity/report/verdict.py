@@ -217,8 +217,12 @@ def layer_rows(
     local: Iterable[Difference],
     bound: Callable[[Difference], float],
     rows32: Mapping[tuple, tuple[float, float]] | None = None,
+    explained: Mapping[tuple, str] | None = None,
 ) -> list[LayerRow]:
-    """The rows of the table, by phase: each side on its own; beside it alone and (`rows32`) in float32."""
+    """The rows of the table, by phase: each side on its own; beside it alone and (`rows32`) in float32.
+
+    `explained` says of which why it is no mistake.
+    """
     kinds = {pair.torch.path: pair.kind for pair in pairing.layers}
     alone = {which(d): d.error for d in local}
     rows = []
@@ -226,7 +230,18 @@ def layer_rows(
         error32, rounding32 = (rows32 or {}).get(which(d), (None, None))
         kind, local_error = kinds.get(d.key[0], ""), alone.get(which(d))
         place = d.phase, d.key[0], d.flax_layer, kind, d.quantity
-        rows.append(LayerRow(*place, d.error, bound(d), error32, rounding32, local_error, d.shapes))
+        rows.append(
+            LayerRow(
+                *place,
+                d.error,
+                bound(d),
+                error32,
+                rounding32,
+                local_error,
+                d.shapes,
+                (explained or {}).get(which(d), ""),
+            )
+        )
     return rows
 
 

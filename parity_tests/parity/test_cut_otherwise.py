@@ -87,6 +87,10 @@ def test_the_same_function(torch_net, flax_net, x, where, train):
     report = parity.check(torch_net(), flax_net(), x, train=train)
     assert report.ok, report
     assert f"the same function, cut otherwise at {where}" in report.notes
+    # No row says that it differs, where nothing does; and one that is beyond its bound says why.
+    told = {row.torch_layer: report.verdict(row) for row in report.layers if not row.ok}
+    assert set(told.values()) <= {"cut otherwise"}
+    assert set(told) <= {*where.split(", ")}
 
 
 @pytest.mark.parametrize(

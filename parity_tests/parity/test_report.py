@@ -1,5 +1,6 @@
 """What a report says, in the terminal, as JSON and as HTML, and the pytest helper."""
 
+import dataclasses
 import html.parser
 import io
 import json
@@ -67,6 +68,10 @@ def test_verdicts():
     expected = ["ok", "differs first", "inherits", "differs", "differs", "ok"]
     assert [report.verdict(row) for row in report.layers] == expected
     assert not report.layers[4].ok  # NaN is within no bound
+    beyond = LayerRow("forward", "1", "a", "linear", "output", 1e-3, 1e-10, explained="rounding")
+    assert Report(layers=[beyond]).verdict(beyond) == "rounding"
+    within = dataclasses.replace(beyond, error=0.0, explained="cut otherwise")
+    assert Report(layers=[within]).verdict(within) == "ok"
 
 
 def test_text():

@@ -45,6 +45,8 @@ def mark(verdict: str) -> Markup:
 SYMBOLS = Markup(
     '<svg class="symbols" aria-hidden="true">'
     '<symbol id="m-ok" viewBox="0 0 20 20"><circle cx="10" cy="10" r="6"/></symbol>'
+    '<symbol id="m-rounding" viewBox="0 0 20 20"><path d="M4 4h12v12H4z"/></symbol>'
+    '<symbol id="m-cut-otherwise" viewBox="0 0 20 20"><path d="M2 6h16v8H2z"/></symbol>'
     '<symbol id="m-inherits" viewBox="0 0 20 20"><path d="M10 2l8 15H2z"/></symbol>'
     '<symbol id="m-differs" viewBox="0 0 20 20"><path d="M10 2l8 8-8 8-8-8z"/></symbol>'
     '<symbol id="m-differs-first" viewBox="0 0 20 20"><path d="M10 0l10 10-10 10L0 10z"/>'
@@ -58,6 +60,8 @@ MEANINGS = {
     "ok": "ok: within the bound",
     "differs first": "differs first: here the two part",
     "differs": "differs by itself",
+    "rounding": "rounding: no more than what is carried along",
+    "cut otherwise": "cut otherwise: the same function all the same",
     "inherits": "inherits: differs only by what is handed to it",
 }
 
