@@ -152,6 +152,25 @@ COULD_NOT_RUN = "could-not-run"
 _RANK = {code: rank for rank, code in enumerate([*MISTAKES, UNEXPLAINED])}
 
 
+FIRST_OF = {
+    "norm": "eval-uses-batch-statistics",
+    "product": "kernel-transposed",
+    "between": "activation",
+    "input": "input-layout",
+    "loss": "label-offset",
+    "optimizer": "gradient-clipping",
+    "initialisation": "initialisation",
+}
+"""Of each family the first in the table: from there on it looks for all, up to the next."""
+
+
+def codes_of(family: str) -> tuple[str, ...]:
+    """What a family looks for, by its name in `FIRST_OF`."""
+    codes, firsts = [*MISTAKES], [*FIRST_OF.values(), None]
+    end = firsts[firsts.index(FIRST_OF[family]) + 1]
+    return tuple(codes[codes.index(FIRST_OF[family]) : len(codes) if end is None else codes.index(end)])
+
+
 def rank(code: str) -> int:
     """The place in the table; what is unexplained comes last."""
     return _RANK[code]

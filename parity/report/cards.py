@@ -12,7 +12,8 @@ from parity.comparison.shapes import Shapes
 from parity.diagnosis.finding import told_apart
 from parity.diagnosis.fixes import Fix
 from parity.diagnosis.kind_fixes import BETWEEN, fix_of
-from parity.diagnosis.mistakes import COULD_NOT_RUN, MISTAKES, NOT_COMPARED
+from parity.diagnosis.mistakes import COULD_NOT_RUN, FIRST_OF, MISTAKES, NOT_COMPARED, UNEXPLAINED, codes_of
+from parity.records.kinds import NORMS, PRODUCTS
 from parity.report.findings import NETWORK, Diagnosis, Place, shown
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Card(NamedTuple):
       numbers: the same in words; "" where there are none.
       fix: the code, where it is a known mistake.
       advice: what is to be done with it: an example, or the layer's own lines, of which one is to be changed.
+      tried: of what is not explained: which mistakes were looked for; "" of a known one.
+      further: what to do next about it; likewise.
       convention: what is to be said of a known convention; "" for a mistake.
       link: into the gallery of mistakes; "" where it is none of them.
     """
@@ -57,6 +60,8 @@ class Card(NamedTuple):
     numbers: str
     fix: Fix | None
     advice: str
+    tried: str
+    further: str
     convention: str
     link: str
 
@@ -75,6 +80,8 @@ def cards(report: Report) -> list[Card]:
             "" if d.values is None else numbers(d.values),
             d.fix or fix_of(d.code, BETWEEN if d.at[0].before else kinds.get(d.layer, "")),
             _advice(d),
+            _tried(report, d, kinds.get(d.layer, "")),
+            _further(d),
             _convention(report, d.code),
             link(d.code),
         )
@@ -120,6 +127,33 @@ def _where(d: Diagnosis) -> str:
     if not d.at[0].torch_layer and not d.at[0].flax_layer:
         return f"at {NETWORK}" if d.code not in MISTAKES or MISTAKES[d.code].phase == "forward" else "in all layers"
     return f"in one {'place' if d.at[0].before else 'layer'}, {d.at[0].text}"
+
+
+def _tried(report: Report, d: Diagnosis, kind: str) -> str:
+    """Which mistakes were looked for in vain, where something is not explained."""
+    if d.code != UNEXPLAINED:
+        return ""
+    first = report.first_divergence
+    family = "norm" if kind in NORMS else "product" if kind in PRODUCTS else ""
+    if d.at[0].before:
+        family = "between"
+    elif not family and first is not None and first.phase in FIRST_OF:
+        family = first.phase
+    return ", ".join(codes_of(family)) if family else "no mistake of such a layer is known"
+
+
+def _further(d: Diagnosis) -> str:
+    if d.code != UNEXPLAINED:
+        return ""
+    place = d.at[0]
+    layer = place.torch_layer if place.before in ("", NETWORK) else place.before
+    if not layer:
+        return "parity.dump writes what either side computes; docs/limits.md says what is not recognised"
+    part = "the two layers with what lies between them" if place.before else "this layer"
+    given = shown(f"layer_map={{{layer!r}: ...}}")
+    name = shown(layer)
+    dump = "or write what both compute with parity.dump"
+    return f"if {name} is another layer in Flax, give {given}; else check {part} as a pair of its own, {dump}"
 
 
 def _advice(d: Diagnosis) -> str:

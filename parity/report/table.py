@@ -74,6 +74,7 @@ def _card(card: Card, rows: str) -> Iterator[Text]:
     where += f" and {len(card.places) - most} more" if len(card.places) > most else ""
     yield Text.assemble((card.code, "bold red"), f" {where}: {card.evidence}")
     below = [("layers", card.classes), ("numbers", card.numbers), ("known", card.convention)]
+    below += [("tried", card.tried), ("next", card.further)]
     if card.fix is not None:
         below.append(("write", f"{card.advice}:"))
         for side, (wrong, right) in (("PyTorch", card.fix.torch), ("Flax", card.fix.flax)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from parity.records.evidence import Evidence
 from parity.records.kinds import CHANNELS_SECOND
 from parity.records.recording import NETWORK, PHASES, Recording
 from parity.report.findings import NETWORK as NETWORK_NAME
-from parity.report.findings import Diagnosis, Divergence, LayerRow, Place, together
+from parity.report.findings import Diagnosis, Divergence, LayerRow, Place, both_names, together
 from parity.report.report import Report
 
 MOST_BESIDES = 8
@@ -67,14 +67,25 @@ class Numbers(NamedTuple):
 
     def of(self, f: Located) -> Values | None:
         """The two that are farthest apart, in what the finding is about; None where there are none."""
+        for run, d in self._differences(f):
+            if (values := values_at(self.translation, run, d, train=self.train)) is not None:
+                return values
+        return None
+
+    def told(self, f: Located) -> str:
+        """What differs there, and by how much; "" where no number does."""
+        for _, d in self._differences(f):
+            apart = f"differs by {d.error:.1e}" if d.shapes is None else f"has {d.shapes.text}"
+            return f"the {d.quantity} of {both_names(d.key[0], d.flax_layer)} {apart}"
+        return ""
+
+    def _differences(self, f: Located) -> Iterator[tuple[Recording, Difference]]:
+        """What differs where a finding is, the likeliest to show it first."""
         wanted = "input" if f.is_between and f.key != NETWORK else "output"
         for found, run in self.runs:
             here = [d for d in found if d.key == f.key]
             here.sort(key=lambda d: (d.phase != f.phase, d.quantity != wanted, PHASES.index(d.phase)))
-            for d in here:
-                if (values := values_at(self.translation, run, d, train=self.train)) is not None:
-                    return values
-        return None
+            yield from ((run, d) for d in here)
 
 
 def report(
@@ -107,8 +118,10 @@ def report(
     """
     known = [f for f in located if f.finding.code != UNEXPLAINED]
     others = [f for f in located if f.finding.code == UNEXPLAINED][0 if known else 1 :]
-    told_of = {(f.finding.code, f.layer, f.flax_layer, f.finding.evidence): f for f in reversed(known or located[:1])}
+    told_of = {(f.finding.code, f.layer, f.flax_layer, f.finding.evidence): f for f in reversed(known)}
     chosen = [_diagnosis(f, torch) for f in known or located[:1]]
+    if not known and located and numbers is not None and (what := numbers.told(located[0])):
+        chosen = [replace(d, evidence=f"{what}: {d.evidence}") for d in chosen]
     divergence = _divergence(first, located, torch, bound)
     stop = next((s for s in stops if first is None or PHASES.index(s.phase) < PHASES.index(first.phase)), None)
     stopped = stop is not None and not located
@@ -133,6 +146,8 @@ def report(
     for i, d in enumerate(diagnoses):
         # Of the same mistake in several layers, those of the first.
         shown = told_of.get((d.code, d.layer, d.flax_layer, d.evidence))
+        if d.code == UNEXPLAINED and located and not known:
+            shown = located[0]
         if shown is not None and numbers is not None:
             diagnoses[i] = replace(d, values=numbers.of(shown), fix=_own_fix(shown, numbers.translation))
     return Report(divergence, diagnoses, rows, [*notes, *besides, *_not_compared(rows)], details)

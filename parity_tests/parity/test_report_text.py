@@ -5,6 +5,7 @@ import json
 import re
 
 import flax.linen as linen
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 
 import parity
 from parity.comparison.values import Values
+from parity.diagnosis.mistakes import FIRST_OF, MISTAKES, codes_of
 from parity.report import NETWORK, Diagnosis, Divergence, LayerRow, Report
-from parity.report.cards import answer, link
+from parity.report.cards import answer, cards, link
 from parity.report.findings import Place, shown
 from parity.report.folded import folded
 
@@ -330,3 +332,66 @@ def test_another_shape_is_said_as_it_is_on_either_side(tmp_path):
     page = (tmp_path / "page.html").read_text().replace("&#x27;", "'")
     assert f"output, {told}" in page
     assert "<td>[2, 3, 4, 5] (in PyTorch's order [2, 5, 3, 4])</td>" in page
+
+
+class Shaken(linen.Module):
+    """Two layers, and something of no name between them, or behind the second's product."""
+
+    between: bool
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Dense(8)(x)
+        x = jnp.tan(0.2 * jnp.cumsum(x, -1)) if self.between else jnp.cumsum(x, -1)
+        kernel = self.param("kernel", linen.initializers.normal(), (8, 4))
+        return (x if self.between else jnp.sinh(x)) @ kernel
+
+
+class TorchShaken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        return self.b(self.a(x).cumsum(-1))
+
+
+def test_what_is_not_explained_has_a_subject(tmp_path):
+    """Which layer, what differs and by how much; what was looked for in vain, and what to do next."""
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    report = parity.check(TorchShaken(), Shaken(True), x)
+    (found,) = report.diagnoses
+    assert found.code == "unexplained"
+    assert re.match(r"the output of \(network\)|the (in|out)put of \S.* differs by \d\.\de[+-]\d\d: .*", found.evidence)
+    (card,) = cards(report)
+    tried = card.tried.split(", ")
+    assert set(tried) <= {*MISTAKES} or card.tried == "no mistake of such a layer is known"
+    text = str(report).splitlines()
+    assert f"  tried    {card.tried}" in text
+    assert f"  next     {card.further}" in text
+    assert card.further.startswith(
+        ("if b is another layer in Flax, give layer_map={'b': ...}; else check ", "parity.dump")
+    )
+    report.to_html(tmp_path / "page.html")
+    assert "Tried: " in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "among"),
+    [
+        (Place("1", "Dense_1"), "linear", "kernel-transposed"),
+        (Place("1", "LayerNorm_0"), "layer_norm", "epsilon"),
+        (Place("1", "Dense_1", before="1"), "linear", "activation"),
+    ],
+)
+def test_what_was_tried_is_of_the_place(place, kind, among):
+    row = LayerRow("forward", "1", place.flax_layer, kind, "output", 1.0, 1e-10)
+    found = Diagnosis("unexplained", "1", "...", place.flax_layer, places=(place,))
+    (card,) = cards(Report(Divergence("forward", "1", place.flax_layer, 1.0, 1e-10), [found], [row]))
+    assert among in card.tried.split(", ")
+    assert len(card.tried.split(", ")) < len(MISTAKES) / 2
+
+
+def test_each_mistake_is_of_one_family():
+    assert [code for family in FIRST_OF for code in codes_of(family)] == [*MISTAKES][1:]

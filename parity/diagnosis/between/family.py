@@ -328,7 +328,7 @@ def _related(sources: Sequence[Source], torch: Array, flax: Array, tolerance: fl
         if both := relations.activations_between(torch, flax, tolerance):
             texts = [_applied(Chain("", activation=name)) for name in both]
             evidence = f"PyTorch applies {texts[0]}, Flax {texts[1]} to the same values"
-            return [Finding("activation", evidence)]
+            return [Finding("activation", evidence, fix=activation_fix(*both))]
         return _some_function(sources, torch, flax)
 
 
@@ -353,8 +353,8 @@ def _some_function(sources: Sequence[Source], torch: Array, flax: Array) -> list
 def _unexplained(chains: list[list[Chain]], sentence: str = "") -> Finding:
     if not sentence:
         texts = [
-            f"{side} applies {c[0]}" if c else f"{side}'s fits nothing known"
+            f"{side} applies {c[0]}" if c else f"what {side} computes there is no known function of the layers before"
             for side, c in zip(SIDES, chains, strict=True)
         ]
-        sentence = "of what lies between the layers, " + ", ".join(texts)
+        sentence = "; ".join(texts)
     return Finding("unexplained", sentence)

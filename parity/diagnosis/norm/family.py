@@ -194,8 +194,8 @@ class _Comparison:
         found = list(_parameter_findings(self.torch, self.flax, self.tolerance))
         if torch is None or flax is None:
             unknown = [name for name, options in zip(SIDES, fitted, strict=True) if not options]
-            what = "no known source of mean and variance, epsilon or affine map gives the output of"
-            return [*found, Finding("unexplained", f"{what} {' and '.join(unknown)}")]
+            what = "is that of no known norm: no source of mean and variance, epsilon or affine map gives it"
+            return [*found, Finding("unexplained", f"the output of {' and '.join(unknown)} {what}")]
         return found + self._family.findings(torch, flax)
 
     def _source_findings(self, name: str, fit: NormBehaviour, other: NormBehaviour) -> Iterator[Finding]:

@@ -37,8 +37,13 @@ def _card(card: Card, number: int, *, unfolded: bool) -> Markup:
     known = None
     if card.convention:
         known = tag("p", tag("span", "known convention", class_="pill"), f" {card.convention}", class_="known")
+    further = [
+        tag("p", f"{title}: {text}", class_="soft")
+        for title, text in (("Tried", card.tried), ("Next", card.further))
+        if text
+    ]
     parts = [heading, tag("p", card.evidence, class_="evidence"), known, _places(card), classes, _values(card.values)]
-    parts += [_fix(card, unfolded=unfolded), _link(card)]
+    parts += [*further, _fix(card, unfolded=unfolded), _link(card)]
     return tag("article", *parts, class_="card convention" if card.convention else "card", id=f"cause-{number}")
 
 
