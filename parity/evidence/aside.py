@@ -32,7 +32,7 @@ ASIDE = 1e-4
 def aside(a: NDArray, seed: int, size: float = ASIDE) -> NDArray:
     """Each number by a factor of its own, so that equal ones part; 0 stays, which a mask may be made of."""
     random = np.random.default_rng(seed).uniform(-1.0, 1.0, a.shape).astype(a.dtype if a.dtype.kind == "f" else float)
-    return a * (1 + size * random) if a.dtype.kind == "f" else a
+    return np.asarray(a * (1 + size * random)) if a.dtype.kind == "f" else a  # numpy makes a number of no axes a scalar
 
 
 def module_aside(runs: TorchRuns) -> Any:

@@ -83,6 +83,31 @@ def test_a_kink_is_told_and_is_no_difference(kink):
     assert any(note.startswith(TOLD) for note in report.notes), report
 
 
+def test_beside_a_parameter_that_is_one_number():
+    """A step aside of a parameter of no axes, as of CLIP's temperature, is an array, too."""
+
+    class Scaled(Net):
+        def __init__(self, kinked):
+            super().__init__(kinked)
+            self.logit_scale = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            return self.logit_scale.exp() * super().forward(x)
+
+    class LinenScaled(LinenNet):
+        @linen.compact
+        def __call__(self, x):
+            first, last = linen.Dense(3, name="first"), linen.Dense(4, name="last")
+            scale = self.param("logit_scale", linen.initializers.zeros, ())
+            return jnp.exp(scale) * last(self.kinked(right(first(x)), left(first(x))))
+
+    torch.manual_seed(0)
+    there, here = KINKS["relu"]
+    report = parity.check(Scaled(there), LinenScaled(here), X)
+    assert report.ok, report
+    assert any(note.startswith(TOLD) for note in report.notes), report
+
+
 def test_with_variables_of_the_users_own_and_steps():
     module, flax_module = nets("relu")
     variables = parity.to_flax(module, flax_module, inputs=[X])
