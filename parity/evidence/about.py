@@ -9,6 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LOST = (
+    "compiled, the gradient of Flax's network is not finite here; operation by operation it is, and so all was "
+    "compared: XLA may compute what a maximum is taken of once more for the gradient, rounded otherwise, and find "
+    "no number that equals it"
+)
+
 
 def details(module: Any, train: bool, loss: Callable | None) -> dict[str, Any]:
     """What a dump says of its run, beside the arrays."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from parity.comparison.differences import SAME_INPUT
 from parity.comparison.forcing import Forcing, OwnInputs
 from parity.comparison.rounding import STEP, noise_of, nudged, nudged_variables
-from parity.evidence.about import details
+from parity.evidence.about import LOST, details
 from parity.pairing.agreement import AGREES, distance
 from parity.pairing.exchange import Search, told, with_partners
 from parity.pairing.layers import pair, pair_begun
@@ -262,8 +262,15 @@ class FlaxRuns:
             self.variables |= _checked(given, self.shapes, self.side.tables, str(weights))
 
     def evidence(self) -> Evidence:
-        """The run on its own."""
-        free = self.run()
+        """The run on its own; op by op, and so all that follow, where the gradient is lost in what XLA makes of it."""
+        free, notes = self.run(), list[str]()
+        if not self.op_by_op and free.loses_gradient:
+            self.op_by_op, self.programs, compiled = True, {}, self.programs
+            again = self.run()
+            if again.loses_gradient:
+                self.op_by_op, self.programs = False, compiled
+            else:
+                free, notes = again, [LOST]
         # What JAX holds of them is kept, and not another copy besides.
         before = self.variables
         held = {name: free.tensors[name] for name, v in before.items() if np.asarray(v).dtype == np.float64}
@@ -272,7 +279,7 @@ class FlaxRuns:
         self._see_filled(free)
         about = flax_side.versions() | details(self.module, self.train, self.loss)
         about["parameters"] = self.own_dtype.name
-        found = Evidence(free, given=self.given, details=about)
+        found = Evidence(free, given=self.given, details=about, notes=notes)
         own = {name: self._initial[name].dtype for name in self.side.tables if name.startswith("params/")}
         for name, dtype in own.items():
             if dtype.kind == "c" and name not in (self.given or {}):

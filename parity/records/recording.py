@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from parity.records.kinds import FROZEN
@@ -162,6 +163,13 @@ class Recording:
     def has_ended(self) -> bool:
         """Whether the forward pass came to its end."""
         return self.failure is None or self.failure.phase == "backward"
+
+    @property
+    def loses_gradient(self) -> bool:
+        """Whether a gradient is infinite or no number, though the outputs are finite."""
+        made = [*self.gradients.values(), *(a for a in self.input_gradients if a is not None)]
+        fine, gradients_fine = (all(bool(np.isfinite(a).all()) for a in arrays) for arrays in (self.outputs, made))
+        return self.failure is None and fine and not gradients_fine
 
     @property
     def named_outputs(self) -> list[tuple[str, NDArray]]:

@@ -264,3 +264,44 @@ def test_a_gradient_that_is_stopped_in_part_is_found_behind_it(passed):
     report = parity.check(*attentions(passed=passed), ROWS)
     assert not report.ok
     assert report.first_divergence.torch_layer == "key", report
+
+
+def lossy(share):
+    """The identity, whose gradient is `share` of what it should be, and infinite where it is compiled."""
+
+    @jax.custom_vjp
+    def same(x):
+        return x
+
+    def back(_, dy):
+        return (dy * (jnp.inf if isinstance(dy, jax.core.Tracer) else share),)
+
+    same.defvjp(lambda x: (x, None), back)
+    return same
+
+
+class Lossy(linen.Module):
+    share: float = 1.0
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(2)(lossy(self.share)(linen.Dense(8)(x)).max(1))
+
+
+class TorchLossy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).amax(1))
+
+
+@pytest.mark.parametrize(("share", "ok"), [(1.0, True), (1.001, False), (np.inf, False)])
+def test_a_gradient_that_only_compiling_loses(share, ok):
+    """As of a maximum over points, which XLA computes once more for the gradient, rounded otherwise: divided by 0."""
+    points = np.random.default_rng(0).normal(size=(4, 6, 3))
+    report = parity.check(TorchLossy(), Lossy(share), points, flax_inputs=[points], train=False)
+    assert report.ok is ok, report
+    assert any("operation by operation" in note for note in report.notes) == np.isfinite(share)
