@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from parity.comparison.bounds import BACKWARD_BOUND, FORWARD_BOUND, MOST_CANCELLED, MOST_CARRIED, MOST_NOISE
-from parity.comparison.cut_otherwise import FUNCTION, inside, lies_inside, same_behind, shaped_otherwise
+from parity.comparison.cut_otherwise import FUNCTION, inside, lies_inside, reduced, same_behind, shaped_otherwise
 from parity.comparison.differences import (
     STEP_BOUND,
     Difference,
@@ -240,8 +240,9 @@ class Judge(cut.Sides):
 
     def same_behind(self, again: Recording) -> frozenset[tuple[str, int]]:
         """Of these calls those behind which all agrees, in the same run with Flax's own arrays at all of them."""
-        made = differences(self.translation, cut.recording(again, self.pairing.of_flax()), train=self.train)
-        return same_behind(self.local, made, lambda d: d.error <= self.bound(d, local=True))
+        seen = cut.recording(again, self.pairing.of_flax())
+        made, within = differences(self.translation, seen, train=self.train), reduced(self.translation, seen)
+        return same_behind(self.local, made, lambda d: d.error <= self.bound(d, local=True), within)
 
     def asks_for_layers(self) -> bool:
         """Whether there is something that the run in single-layer mode can explain."""

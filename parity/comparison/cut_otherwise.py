@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+from parity.comparison.bounds import FORWARD_BOUND
 from parity.comparison.differences import Difference, alone
 from parity.pairing.pairs import Pairing
+from parity.pairing.translation import Translation
+from parity.records.distance import error_of
 from parity.records.recording import NETWORK, Recording
 
 INNER = {"input", "output", "input gradient", "output gradient"}
@@ -62,7 +66,10 @@ def shaped_otherwise(local: Iterable[Difference]) -> frozenset[tuple[str, int]]:
 
 
 def same_behind(
-    before: Iterable[Difference], again: Sequence[Difference], agrees: Callable[[Difference], bool]
+    before: Iterable[Difference],
+    again: Sequence[Difference],
+    agrees: Callable[[Difference], bool],
+    reduced: Container[tuple[str, int]] = (),
 ) -> frozenset[tuple[str, int]]:
     """The calls with another shape behind which all is the same: what is compared next agrees, and did not before.
 
@@ -70,6 +77,7 @@ def same_behind(
       before: the differences in single-layer mode.
       again: the same with Flax's own arrays wherever shapes differ, in the order of execution.
       agrees: whether a difference is none.
+      reduced: calls of which it is known without looking behind them.
     """
     agreed = {(d.key, d.quantity) for d in before if agrees(d)}
     found = set()
@@ -77,9 +85,32 @@ def same_behind(
     for place, d in enumerate(forward):
         if _is_of_another_shape(d):
             following = next((e for e in forward[place + 1 :] if (e.key, e.quantity) not in agreed), None)
-            if following is not None and agrees(following):
+            if d.key in reduced or (following is not None and agrees(following)):
                 found.add(d.key)
     return frozenset(found)
+
+
+def reduced(translation: Translation, flax: Recording) -> frozenset[tuple[str, int]]:
+    """PyTorch's calls whose output one side adds up, averages or takes the maximum of, and the other does so behind it.
+
+    As an `EmbeddingBag` against an embedding and a sum.
+    """
+    theirs = {call.key: call.output for call in flax.calls}
+    found = set()
+    for call in translation.torch.calls:
+        pair = translation.pair_of.get(call.path)
+        mine = theirs.get((pair.flax.path, call.index)) if pair else None
+        if mine is not None and (_reduces(mine, call.output) or _reduces(call.output, mine)):
+            found.add(call.key)
+    return frozenset(found)
+
+
+def _reduces(whole: NDArray, part: NDArray) -> bool:
+    """Whether `part` [N, ..., C] is `whole` without one axis, neither that of the examples nor the channels."""
+    if whole.ndim != part.ndim + 1 or {whole.dtype.kind, part.dtype.kind} != {"f"}:
+        return False
+    made = (reduce(whole, axis=axis) for axis in range(1, whole.ndim - 1) for reduce in (np.sum, np.mean, np.max))
+    return any(a.shape == part.shape and error_of(a, part) <= FORWARD_BOUND for a in made)
 
 
 def _is_of_another_shape(d: Difference) -> bool:

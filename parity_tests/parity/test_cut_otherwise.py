@@ -267,3 +267,36 @@ def test_padding_that_is_a_mistake(by_hand):
     report = parity.check(Causal(by_hand), FlaxCausal(padding="SAME"), SERIES, train=False)
     assert {d.code for d in report.diagnoses} == {"padding"}
     assert not any("cut otherwise" in note for note in report.notes)
+
+
+class Bags(nn.Module):
+    """The sparse features of a recommender."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.EmbeddingBag(9, 4, mode="sum"), nn.EmbeddingBag(9, 4, mode="sum")
+        self.head, self.last = nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, ids):
+        return self.last(torch.relu(self.head(torch.cat([self.a(ids), self.b(ids)], 1))))
+
+
+class EmbeddingsThatAreAdded(linen.Module):
+    pool: object = jnp.sum
+    act: object = linen.relu
+
+    @linen.compact
+    def __call__(self, ids):
+        a, b = (self.pool(linen.Embed(9, 4, name=name)(ids), axis=1) for name in "ab")
+        return linen.Dense(2, name="last")(self.act(linen.Dense(6, name="head")(jnp.concatenate([a, b], 1))))
+
+
+def test_bags_of_embeddings_hide_no_mistake():
+    """They are cut otherwise one beside the other: what is compared behind the first is the second."""
+    ids = np.random.default_rng(0).integers(0, 9, (5, 3))
+    assert parity.check(Bags(), EmbeddingsThatAreAdded(), ids).ok
+    report = parity.check(Bags(), EmbeddingsThatAreAdded(act=linen.silu), ids)
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("activation", "last")]
+    (found,) = parity.check(Bags(), EmbeddingsThatAreAdded(pool=jnp.mean), ids).diagnoses
+    assert (found.code, found.layer) == ("unexplained", "head")
