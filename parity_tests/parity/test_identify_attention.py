@@ -104,6 +104,24 @@ def test_queries_of_another_text_than_the_keys(swap):
 
 
 @SWAP
+def test_keys_and_values_of_one_projection(swap):
+    """Of the Perceiver: queries of the latents, keys and values side by side of the other text."""
+    both, q = projected(9, 2 * WIDTH, 2), projected(LENGTH, WIDTH, 3)
+    parts = q, both[..., :WIDTH], both[..., WIDTH:]
+    sources = [Source("the output of to_kv", both), Source("the output of to_q", q)]
+    for order in sources, sources[::-1]:
+        q, k, v = (torch.from_numpy(a).reshape(N, -1, HEADS, SIZE).transpose(1, 2) for a in parts)
+        right = attended(q, k, v)
+        assert codes(order, right, attended(q, k, v, scale=0.3), swap) == ["attention-scale"]
+        assert codes(order, right, attended(q, v, k), swap) == ["attention-heads"]
+        assert codes(order, right, weighted(q, k, v, lambda a: a.softmax(-2)), swap) == ["softmax-axis"]
+        assert codes(order, right, weighted(q, k, v, lambda a: a.softmax(1)), swap) == ["softmax-axis"]
+        other = attended(*(a.reshape(N, -1, 2, 6).transpose(1, 2) for a in map(torch.from_numpy, parts)))
+        assert codes(order, right, other, swap) == ["attention-heads"]
+        assert codes(order, right, right[:, ::-1], swap) == ["unexplained"]
+
+
+@SWAP
 def test_what_is_no_mask(swap):
     """A bias that grows with the distance, and weights dropped at random."""
     u, rng = projected(), np.random.default_rng(5)

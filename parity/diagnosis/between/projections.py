@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.diagnosis.between.chains import Source
+from parity.diagnosis.between.search import PARTS, part_of
 
 Array = NDArray[Any]
 
@@ -81,13 +82,29 @@ def projections(sources: Sequence[Source], o: Array) -> Iterator[tuple[Heads, Ar
                     for order in ORDERS:
                         q, k, v = (parts[order.index(letter)] for letter in "qkv")
                         yield Heads(source.name, count, split, order, merged=merged), Arrays(q, k, v, result)
-        for split, three in itertools.product(MERGED, itertools.permutations(outputs, 3)):
+        threes = [*itertools.permutations(outputs, 3), *_with_halves(outputs, width)]
+        for split, three in itertools.product(MERGED, threes):
             if three[0].value.shape[1] != o.shape[1]:
                 continue  # of another text: in cross-attention only keys and values are
-            name = ", ".join(s.name for s in sorted(three, key=lambda s: outputs.index(s), reverse=True))
+            name = ", ".join(s.name for s in sorted(three, key=lambda s: _place(s, outputs)))
             for shared, (q, k, v) in _three([s.value for s in three], count, width, split):
                 heads = Heads(name, count, split, ", ".join(s.name for s in three), shared, merged)
                 yield heads, Arrays(q, k, v, result)
+
+
+def _with_halves(outputs: Sequence[Source], width: int) -> Iterator[tuple[Source, Source, Source]]:
+    """Of two projections one is the query, and the halves of the other are key and value, either way round."""
+    for query, both in itertools.permutations(outputs, 2):
+        if both.value.shape[-1] == 2 * width:
+            halves = zip(PARTS[:2], np.split(both.value, 2, axis=-1), strict=True)
+            one, other = (Source(f"{part}{both.name}", value) for part, value in halves)
+            yield query, one, other
+            yield query, other, one
+
+
+def _place(source: Source, outputs: Sequence[Source]) -> tuple[int, str]:
+    """Where it stands in the usual order: that of the calls; halves behind the query, whatever was called first."""
+    return (1, source.name) if part_of(source.name) else (-[s.name for s in outputs].index(source.name), "")
 
 
 def _three(values: Sequence[Array], count: int, width: int, split: str) -> Iterator[tuple[str, list[Array]]]:
