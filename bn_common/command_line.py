@@ -39,7 +39,7 @@ from bn_common.record import (
     refuse_under_way,
 )
 from bn_common.run_folder import RunFolder
-from bn_common.shown import as_text
+from bn_common.shown import as_text, printable
 from bn_common.stopping import Signals, Stopped
 from bn_common.streams import fill_standard_streams
 from bn_common.tensorboard import check_installed
@@ -138,7 +138,7 @@ def refuse(prog: str, message: str) -> NoReturn:
 
 
 def _tell(prog: str, message: str) -> None:
-    sys.stderr.write(f"{prog}: error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{prog}: error: {printable(' '.join(message.split()))}\n")
 
 
 def read_config(args: Sequence[str] | None, *, prog: str, description: str, framework: str | None = None) -> Config:
@@ -408,7 +408,7 @@ def stopped(
         if not run.is_there():
             held = "nothing is left of it"
     said = f"{why}; {held}" if run is None or run.writes else why
-    sys.stderr.write(f"{prog}: {' '.join(said.split())}\n")
+    sys.stderr.write(f"{prog}: {printable(' '.join(said.split()))}\n")
     end(status)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bn_common.images import read_image
-from bn_common.shown import as_text
+from bn_common.shown import as_text, printable
 
 # Images that are predicted at once.
 BATCH_SIZE = 1000
@@ -93,14 +93,13 @@ def as_table(found: Sequence[Prediction], classes: Sequence[str]) -> Table:
     for image, probabilities in found:
         likely = np.argsort(-probabilities, kind="stable")[:MOST_LIKELY]
         cells = [cell for label in likely for cell in (classes[label], f"{probabilities[label]:.1%}")]
-        table.add_row(printable(str(image)), *cells)
+        table.add_row(_as_cell(str(image)), *cells)
     return table
 
 
-def printable(name: str) -> str:
+def _as_cell(name: str) -> str:
     """A file's name, with what would move the cursor or look like rich's markup shown as it is."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in as_text(name))
-    return text.replace("[", r"\[")
+    return printable(as_text(name)).replace("[", r"\[")
 
 
 def tell(found: Sequence[Prediction], wrong: Sequence[str], network: Network, prog: str, *, as_list: bool) -> int:

@@ -20,6 +20,11 @@ def as_text(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
+def printable(text: str) -> str:
+    r"""The text with all that is not printable escaped, as \x1b: names are the user's, and might steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
     """What is printed of a line of the metrics: in 80 columns, for which the speed is shortened or left out."""
     loss = f"{line['loss']:.4f}" if line["loss"] < 100 else f"{line['loss']:.1e}"

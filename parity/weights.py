@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bn_common.shown import printable
 from parity.conventions import conventions, notes
 from parity.evidence.guessed import settle, settle_torch
 from parity.pairing import problems as misfits
@@ -230,7 +231,7 @@ def _complex(flax: Structure) -> list[str]:
 
 def _raise(problems: Sequence[str], found: Pairing) -> None:
     if problems:
-        told = [*problems, *([found.hint] if found.hint else [])]
+        told = map(printable, [*problems, *([found.hint] if found.hint else [])])
         raise ValueError(f"{len(problems)} problem(s):\n  " + "\n  ".join(told))
 
 
@@ -256,7 +257,7 @@ def _warn(
     told += [*found.told, *found.assumed()]
     told += loses
     for sentence in told:
-        warnings.warn(sentence, ParityWarning, stacklevel=3)
+        warnings.warn(printable(sentence), ParityWarning, stacklevel=3)
 
 
 def _is_finite(a: NDArray) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from numpy.typing import NDArray
 from rich.console import Console
 
+from bn_common.shown import printable
 from parity.cli.named_objects import module_of, object_of, read_arrays
 from parity.sides import weight_files
 
@@ -56,13 +57,15 @@ def convert(
     except (ValueError, TypeError) as error:
         from bn_common.command_line import program_name
 
-        sys.stderr.write(f"{program_name('parity', 'python -m parity')} convert: error: {error}\n")
+        sys.stderr.write(f"{program_name('parity', 'python -m parity')} convert: error: ")
+        # The problems of the weights are a line each.
+        sys.stderr.writelines(f"{printable(line)}\n" for line in str(error).splitlines())
         return 2
     from parity.weights import ParityWarning
 
     lines += [str(warning.message) for warning in caught if issubclass(warning.category, ParityWarning)]
     for line in lines:
-        console.print(line, markup=False)
+        console.print(printable(line), markup=False)
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from bn_common.checks import require
 from bn_common.files import check_can_be_made
+from bn_common.shown import printable
 from parity.wings.blenet import batches, blenets
 
 # Where a recipe for BLeNet has it.
@@ -81,9 +82,10 @@ class Train:
         )
         console.print(trajectory.table())
         if trajectory.gauges:
-            console.print(f"no gradient but rounding, compared without: {', '.join(trajectory.gauges)}")
+            gauges = printable(", ".join(trajectory.gauges))
+            console.print(f"no gradient but rounding, compared without: {gauges}", markup=False)
         for note in trajectory.notes:
-            console.print(note)
+            console.print(printable(note), markup=False)
         console.print(trajectory.verdict, style="green" if trajectory.ok else "red")
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)

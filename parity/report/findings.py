@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
+from bn_common.shown import printable as shown
+
 if TYPE_CHECKING:
     from parity.comparison.shapes import Shapes
     from parity.comparison.values import Values
@@ -203,11 +205,6 @@ def both_names(torch_layer: str, flax_layer: str) -> str:
     """The layer as PyTorch calls it, and in brackets as Flax does where that is another name."""
     names = [name for name in dict.fromkeys((torch_layer, flax_layer)) if name]
     return shown(f"{names[0]} ({names[1]})" if len(names) == 2 else names[0] if names else NETWORK)
-
-
-def shown(text: str) -> str:
-    r"""The text with all that is not printable escaped, as \x1b: names are the user's, and might steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def number(value: float | None) -> str:

@@ -220,6 +220,26 @@ def test_numbers_that_no_framework_has(tmp_path):
         parity.check(layer, twin, np.ones((4, 2), np.longdouble))
 
 
+def test_names_that_would_steer_a_terminal(tmp_path, monkeypatch, capsys):
+    """In what `convert` says, in errors and in warnings, a name is in the line in which it is told."""
+    (tmp_path / "steered_nets_of_a_test.py").write_text(MODULES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = {"torch_module": "steered_nets_of_a_test:net", "flax_module": "steered_nets_of_a_test:flax_net"}
+    arrays = {"params/kernel": np.ones((3, 4), np.float32), "params/bias": np.ones(4, np.float32)}
+    weight_files.save(tmp_path / "a.npz", arrays | {"params/\x1b[2J\nx": np.ones(1, np.float32)})
+    assert convert.convert(tmp_path / "a.npz", tmp_path / "b.pt", **names) == 2
+    told = r"params/\x1b[2J\nx is left over: the target has no place for it"
+    assert capsys.readouterr().err.splitlines() == ["python -m parity convert: error: 1 problem(s):", f"  {told}"]
+    with pytest.raises(ValueError, match=r"^--inputs is .*, which can't be read"):
+        read_arrays("--inputs", tmp_path / "\x1b.npy")
+    layer, twin = torch.nn.BatchNorm1d(3), flax.linen.BatchNorm(use_running_average=True)
+    state = {f"\x1b.{name}": v for name, v in layer.state_dict().items()}
+    state["\x1b.running_var"] = -torch.ones(3)
+    with pytest.warns(ParityWarning, match=r"^\\x1b\.running_var: variances below 0"):
+        parity.to_flax(state, twin)
+
+
 def test_a_pickle_that_asks_for_memory(tmp_path):
     """PyTorch lets one make a bytearray of any size, in files of either of its formats."""
     asks = b"\x80\x02}X\x01\x00\x00\x00ac%s\nbytearray\nJ\x00\x00\x00\x10\x85Rs."  # {"a": bytearray(2**28)}
