@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bn_common.installed import BOTH, need
+from bn_common.memory import give_back
 from bn_common.progress import Progress, progress
 from parity.judge import Judge
 from parity.records.inputs import Calls, Inputs, calls
@@ -138,6 +139,7 @@ class Manner(NamedTuple):
 
     def begin(self, stage: str) -> None:
         """One of STAGES begins; the question may be put more than once."""
+        give_back()  # of the stage before: the next one's arrays are of other sizes
         again = "once more, " if self.is_aside or self.tables is not None else ""
         self.progress.stage(again + stage, STAGES.index(stage) + 1, len(STAGES))
 

@@ -150,9 +150,10 @@ class FlaxRuns:
         translation.settle(cut.recording(self.forced(translation, gradients=False), pairing.of_flax()))
         if translation.hands_on_flattens():
             translation.settle(cut.recording(self.forced(translation, gradients=False), pairing.of_flax()))
-        for path, shape in dict(translation.flattens()).items():
-            pairing.with_flatten(path, shape)
-        self._use(pairing.to_flax(torch.tensors))
+        if flattens := dict(translation.flattens()):
+            for path, shape in flattens.items():
+                pairing.with_flatten(path, shape)
+            self._use(pairing.to_flax(torch.tensors))
         self.swapped = translation.swapped()
         return translation
 

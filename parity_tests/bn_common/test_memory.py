@@ -27,6 +27,32 @@ print(first, faults())
 """
 
 
+# MiB that a process has of 64 which it has freed, below something that it still holds.
+FREED = """
+import os
+from bn_common.memory import give_back
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+first = resident()
+many = [bytearray(100_000) for _ in range(671)]
+many = many[-1:]
+kept = resident() - first
+given = give_back()
+print(kept, given, resident() - first)
+"""
+
+
+@pytest.mark.skipif(memory.platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_given_back():
+    kept, given, left = subprocess.check_output([sys.executable, "-c", FREED], text=True).split()
+    assert given == "True"
+    assert float(kept) > 32
+    assert float(left) < 8
+
+
 @pytest.mark.skipif(memory.platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept():
     first, again = map(int, subprocess.check_output([sys.executable, "-c", PROGRAM]).split())
@@ -36,6 +62,7 @@ def test_freed_memory_is_kept():
 def test_where_there_is_no_glibc(monkeypatch):
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
     assert memory.keep_memory() is False
+    assert memory.give_back() is False
 
 
 def test_nothing_is_collected_among_imports():

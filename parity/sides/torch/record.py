@@ -239,14 +239,16 @@ def products(module: nn.Module, own: Recording, *, train: bool) -> tuple[dict[tu
     Returns:
       (layer, call) -> output; and a note of each layer that could not be run so.
     """
-    exact, notes = lifted(module, float64=True).train(train), []
     found: dict[tuple[str, int], NDArray] = {}
+    notes: list[str] = []
     for call in own.calls:
         if own.layers[call.path].kind in (*PRODUCTS, "other"):
+            # One by one: all of a large network, once more and in float64, may be more than there is.
+            exact = lifted(module.get_submodule(call.path), float64=True).train(train)
             with torch.no_grad(), default_dtype(torch.float64), without_dropout(exact, train=train):
                 given = [torch.tensor(a).double() if a.dtype.kind == "f" else torch.tensor(a) for a in call.inputs]
                 try:
-                    y = exact.get_submodule(call.path)(*given)
+                    y = exact(*given)
                 except Exception as error:  # whatever a stranger's module raises
                     notes.append(f"the precision of {call.path} was not looked at: {Failure.of(error).error}")
                     continue
