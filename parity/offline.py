@@ -196,7 +196,7 @@ def _judge(torch: Evidence, flax: Evidence, layer_map: Mapping[str, str] | None)
     """Two dumps side by side; the run in single-layer mode counts only where it was fed this very dump."""
     if flax.details.get("fed_by") != torch.sha256:
         flax.forced = None
-    pairing = pairing_of(torch.free, flax.free, layer_map, same_weights=True)
+    pairing = pairing_of(torch.free, flax.free, layer_map, same_weights=True, train=torch.details["mode"] == "train")
     judge = _judge_of(torch, flax, pairing)
     if not judge.agrees and (again := paired_by_weights(pairing, torch.free, flax.free)) is not pairing:
         other = _judge_of(torch, flax, again)

@@ -121,6 +121,7 @@ def to_flax(
         if flax_variables.would_round(a)
     ]
     problems += _complex(flax)
+    problems += misfits.folded(found.of_flax())
     problems += misfits.wrong(found, arrays, to="flax")
     problems += misfits.left_over_of_torch(found, given, arrays, torch_state.tied(state), is_module=whose is source)
     problems += [f"{full} is missing (for {f})" for full, f in misfits.missing_in_torch(found)]
@@ -191,7 +192,7 @@ def to_torch(
         found = settle_torch(module, target, given, called, layer_map)
     else:
         found, given = settle(module, target, flax_module, called, layer_map)
-    problems = _complex(given)
+    problems = [*_complex(given), *misfits.folded(found.of_torch())]
     arrays = {name: a for name, a in arrays.items() if name not in given.tables}
     problems += misfits.wrong(found, arrays, to="torch")
     expected = {full for layer in given.layers for full in layer.tensors.values()} | set(given.counters.values())
@@ -256,6 +257,7 @@ def _warn(
     told += [f"{'; '.join(found.notes())}: look whether it is so"] if found.is_guessed else []
     told += [*found.told, *found.assumed()]
     told += loses
+    told += dict.fromkeys(recut.text for recut in found.recuts if recut.folds)
     for sentence in told:
         warnings.warn(printable(sentence), ParityWarning, stacklevel=3)
 

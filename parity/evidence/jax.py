@@ -135,7 +135,7 @@ class FlaxRuns:
         distance_of = partial(self.distance, trial or (lambda: torch))
         mine = of_layers(self.layers, self.shapes)
         begun = self.stop is not None and self.stop.hides
-        pairing = (pair_begun if begun else pair)(of_recording(torch), mine, layer_map, distance_of)
+        pairing = (pair_begun if begun else pair)(of_recording(torch), mine, layer_map, distance_of, train=self.train)
         self.given = None if variables is None else flax_side.flat_variables(variables)
         return self._settled(torch, pairing)
 

@@ -129,7 +129,7 @@ class TorchRuns:
         known: dict[str, tuple[int, ...]] | None = None
         for _ in range(MOST_FLATTENS + 1):
             mine = self.run()
-            pairing = pairing_of(mine, other, layer_map)
+            pairing = pairing_of(mine, other, layer_map, train=self.train)
             flattens = dict(translated(mine, other, pairing).flattens())
             for module in (self.module, self.own):
                 torch_side.put(module, pairing.to_torch(other.tensors))

@@ -15,7 +15,7 @@ from parity.pairing.names import similarity
 from parity.pairing.pairs import LayerPair, Pairing
 from parity.pairing.recut import cut
 from parity.pairing.recut.cut import Recut
-from parity.pairing.recut.propose import candidates
+from parity.pairing.recut.propose import candidates, folded_in_prediction
 from parity.pairing.unordered import ByNames
 from parity.records import kinds
 from parity.records.distance import error_of
@@ -35,6 +35,8 @@ def pair(
     flax: Structure,
     layer_map: Mapping[str, str] | None = None,
     distance: Callable[[Pairing], float] | None = None,
+    *,
+    train: bool = False,
 ) -> Pairing:
     """Which layer and which tensor is which on the other side; of layers that are cut otherwise there, which part.
 
@@ -47,6 +49,7 @@ def pair(
       layer_map: {PyTorch's dotted name: Flax's path} of layers that are paired otherwise than by themselves.
       distance: how far apart both networks are with the weights carried so. None: no numbers are known, and only what
         is certain without is cut.
+      train: of two networks in training, where no batch norm is folded into the layer before it.
 
     Raises:
       ValueError: a name in the map that is no layer; layers that only an order could tell apart, and there is none.
@@ -55,7 +58,9 @@ def pair(
     least = unpaired(plain)
     if not least:
         return plain
-    possible = list(_possible(torch, flax, dict(layer_map or {}), least))
+    if train:
+        plain.told += folded_in_prediction(torch, flax)
+    possible = list(_possible(torch, flax, dict(layer_map or {}), least, train=train))
     fewest = min((unpaired(found) for found in possible), default=0)
     possible = [found for found in possible if unpaired(found) == fewest]
     if not possible:
@@ -78,6 +83,8 @@ def pair_begun(
     flax: Structure,
     layer_map: Mapping[str, str] | None = None,
     distance: Callable[[Pairing], float] | None = None,
+    *,
+    train: bool = False,
 ) -> Pairing:
     """Likewise where only Flax's first layers are known: with as many of PyTorch's first ones as leave least over.
 
@@ -89,15 +96,17 @@ def pair_begun(
         layers = torch.layers[:first]
         paths = {x.path for x in layers}, {x.path for x in flax.layers}
         mine = {t: f for t, f in known.items() if t in paths[0] and f in paths[1]}
-        return pair(replace(torch, layers=layers), flax, mine, distance)
+        return pair(replace(torch, layers=layers), flax, mine, distance, train=train)
 
     sizes = sorted(range(len(torch.layers) + 1), key=lambda first: abs(first - count))[:MOST_CUTS]
     return min(map(found, sizes), key=unpaired)
 
 
-def _possible(torch: Structure, flax: Structure, layer_map: dict[str, str], least: int) -> Iterator[Pairing]:
+def _possible(
+    torch: Structure, flax: Structure, layer_map: dict[str, str], least: int, *, train: bool
+) -> Iterator[Pairing]:
     """The pairings in which all that is cut has its partner, and less is left than without cuts."""
-    for recuts in itertools.islice(candidates(torch, flax), MOST_CUTS):
+    for recuts in itertools.islice(candidates(torch, flax, train=train), MOST_CUTS):
         replaced = _replaced(recuts)
         if replaced & {place for t, f in layer_map.items() for place in (("torch", t), ("flax", f))}:
             continue
@@ -293,7 +302,12 @@ def _pair_loose(pairing: Pairing, shapes) -> None:
 
 
 def pairing_of(
-    torch: Recording, flax: Recording, layer_map: Mapping[str, str] | None = None, *, same_weights: bool = False
+    torch: Recording,
+    flax: Recording,
+    layer_map: Mapping[str, str] | None = None,
+    *,
+    same_weights: bool = False,
+    train: bool = False,
 ) -> Pairing:
     """Which layer of two recordings is which; `same_weights`: by these it is seen how layers are cut.
 
@@ -306,7 +320,7 @@ def pairing_of(
         given = cut.apart(flax.tensors, found.of_flax())
         return float(np.mean([n not in given or error_of(given[n], a) > AGREES for n, a in moved.items()]))
 
-    return pair(of_recording(torch), of_recording(flax), layer_map, distance if same_weights else None)
+    return pair(of_recording(torch), of_recording(flax), layer_map, distance if same_weights else None, train=train)
 
 
 def _complete(found: Pairing, torch: Structure, flax: Structure) -> None:

@@ -82,7 +82,13 @@ class Pairing:
 
     def rounded(self) -> set[str]:
         """Flax's tensors that are sums of PyTorch's: in float32 these are rounded."""
-        sums = {part for recut in self.of_torch() for p in recut.pieces if p.gradient is not None for part in p.parts}
+        sums = {
+            part
+            for recut in self.of_torch()
+            for p in recut.pieces
+            if p.gradient is not None or p.folds
+            for part in p.parts
+        }
         parts = {f for t, f, _ in self.tensors() if t in sums}
         pieces = [piece for recut in self.of_flax() for piece in recut.pieces]
         return parts.union(name for piece in pieces if parts & set(piece.parts) for name in piece.wholes)

@@ -49,6 +49,15 @@ def _without_place(found: Pairing, arrays: Mapping[str, NDArray]) -> Iterator[st
             yield f"{name} is left over: the target has no place for {torch_name.rpartition('.')[2]}, which is not 0"
 
 
+def folded(recuts: Sequence[Recut]) -> list[str]:
+    """Batch norms that the weights have folded away, and their target has not: there is no one way back."""
+    norms = ", ".join(f"{recut.replaced[-1]} into {recut.replaced[0]}" for recut in recuts if recut.folds)
+    said = (
+        "batch norms are folded into the layer before for prediction, which cannot be undone, and the target has them"
+    )
+    return [f"{said}: {norms}; allowed: the weights before they were folded"] if norms else []
+
+
 def below_zero(*sides: Recording) -> list[str]:
     """A sentence on each side's moving variances that are below 0 somewhere, as no sum of squares is."""
     every = [

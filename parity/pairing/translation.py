@@ -12,6 +12,7 @@ from parity.pairing.arrangements import LAST, SAME, SWAP, Arrangement, Slot, fit
 from parity.pairing.layouts import goes_last
 from parity.pairing.outputs import Outputs, partners, told
 from parity.pairing.pairs import Pairing
+from parity.pairing.recut import cut
 from parity.records import kinds
 from parity.records.distance import error_of
 from parity.records.inputs import Inputs
@@ -190,8 +191,8 @@ def flat_layout_inputs(inputs: Inputs, torch: Recording | None = None) -> Inputs
 
 def translated(torch: Recording, flax: Recording, pairing: Pairing) -> Translation:
     """Decides from both runs how each array goes across, and what stands behind a flatten."""
-    translation = Translation(torch, pairing)
-    translation.settle(flax)
+    translation = Translation(cut.recording(torch, pairing.of_torch()), pairing)
+    translation.settle(cut.recording(flax, pairing.of_flax()))
     for path, shape in dict(translation.flattens()).items():
         pairing.with_flatten(path, shape)
     return translation

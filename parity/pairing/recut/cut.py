@@ -27,6 +27,7 @@ class Piece(NamedTuple):
       together: the parts' arrays -> the wholes', bit for bit where `apart` only moves numbers.
       gradient: of the gradients by the wholes, those by the parts; None: as `apart` does, which only moves numbers.
       halves: {a whole's local name: the parts as they are where it was forgotten}.
+      folds: what is put together are some wholes of many that give the same; gradients by them are not compared.
     """
 
     wholes: Mapping[str, Shape]
@@ -35,6 +36,7 @@ class Piece(NamedTuple):
     together: Move
     gradient: Move | None = None
     halves: Callable[[Sequence[NDArray[Any]]], Mapping[str, Sequence[NDArray[Any]]]] | None = None
+    folds: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Recut:
       key: where each call of a replaced layer is one of a new layer: which; then `calls` is not asked.
       loses: what the way back does not bring back, in a sentence; "" where it brings back all, bit for bit.
       turns: how many layers are stacked in one, whose calls are seen once their loop is made turn by turn; else 0.
+      is_joined: a call of the first and the last of the replaced layers are one call of the new one.
     """
 
     framework: Literal["torch", "flax"]
@@ -68,6 +71,12 @@ class Recut:
     key: Callable[[tuple[str, int]], tuple[str, int]] | None = None
     turns: int = 0
     loses: str = ""
+    is_joined: bool = False
+
+    @property
+    def folds(self) -> bool:
+        """Whether nothing but these weights' sum in prediction is known, so that there is no way back."""
+        return any(piece.folds for piece in self.pieces)
 
     def calls_of(self, call: Call) -> list[Call]:
         """What becomes of a call."""
@@ -86,7 +95,9 @@ def apart(arrays: Mapping[str, NDArray], recuts: Iterable[Recut], *, gradients: 
     """
     found = dict(arrays)
     for piece in (piece for recut in recuts for piece in recut.pieces):
-        if all(name in found and np.shape(found[name]) == shape for name, shape in piece.wholes.items()):
+        if gradients and piece.folds:
+            found = {name: a for name, a in found.items() if name not in piece.wholes}
+        elif all(name in found and np.shape(found[name]) == shape for name, shape in piece.wholes.items()):
             wholes = [found.pop(name) for name in piece.wholes]
             move = piece.gradient if gradients and piece.gradient is not None else piece.apart
             found.update(zip(piece.parts, move(wholes), strict=True))
@@ -148,8 +159,13 @@ def recording(run: Recording, recuts: Sequence[Recut]) -> Recording:
 def _recording(run: Recording, recut: Recut) -> Recording:
     calls: list[Call] = []
     places = [0]  # how many calls there are now before each of the old ones
+    starts = {call.index: call for call in run.calls if recut.is_joined and call.path == recut.replaced[0]}
     for call in run.calls:
-        calls += recut.calls_of(call)
+        if recut.is_joined and call.path == recut.replaced[-1] and call.index in starts:
+            joined = replace(starts[call.index], path=recut.layers[0].path, output=call.output)
+            calls.append(replace(joined, output_gradient=call.output_gradient))
+        else:
+            calls += recut.calls_of(call)
         places.append(len(calls))
     return replace(
         run,

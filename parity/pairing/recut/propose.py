@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from parity.pairing.alignment import Alignment
-from parity.pairing.recut import linear, recurrent, stack
+from parity.pairing.recut import fold, linear, recurrent, stack
 from parity.pairing.recut.attention import opened_in_flax, opened_in_torch
 from parity.pairing.recut.cut import Recut, of_side, structure
 from parity.records.recording import Layer
@@ -29,9 +29,11 @@ class Sides(NamedTuple):
         return Sides(structure(self.torch, of_side(recuts, "torch")), structure(self.flax, of_side(recuts, "flax")))
 
 
-def candidates(torch: Structure, flax: Structure) -> Iterator[list[Recut]]:
-    """Cuts that may make partners of layers that have none."""
+def candidates(torch: Structure, flax: Structure, *, train: bool = False) -> Iterator[list[Recut]]:
+    """Cuts that may make partners of layers that have none; in training no norm is folded."""
     sides = Sides(torch, flax)
+    if not train:
+        yield from _folds(torch, flax)
     base = _opened(sides)
     sides = sides.cut(base)
     for cells in [*recurrent.alternatives(*sides)] or [[]]:
@@ -39,6 +41,16 @@ def candidates(torch: Structure, flax: Structure) -> Iterator[list[Recut]]:
             for splits in _splits(sides.cut([*cells, *stacks])):
                 if base or cells or stacks or splits:
                     yield [*base, *cells, *stacks, *splits]
+
+
+def _folds(torch: Structure, flax: Structure) -> Iterator[list[Recut]]:
+    yield from fold.alternatives(torch, flax, "torch")
+    yield from fold.alternatives(flax, torch, "flax")
+
+
+def folded_in_prediction(torch: Structure, flax: Structure) -> list[str]:
+    """Sentences on the batch norms that may be folded on the other side, of two networks in training."""
+    return [*dict.fromkeys(f"it may be {recut.text}" for found in _folds(torch, flax) for recut in found)]
 
 
 def _opened(sides: Sides) -> list[Recut]:
