@@ -74,6 +74,11 @@ def _with_positions(inputs: Arrays, *, padding: int | None = None) -> Arrays:
     return inputs | {"position_ids": counted}
 
 
+def _seen(mask: NDArray[Any]) -> NDArray[Any]:
+    """The number of each place among those that are seen, from 0; -1 of the others."""
+    return mask.cumsum(1) * mask - 1
+
+
 def _channels_last(inputs: Arrays) -> Arrays:
     return inputs | {"pixel_values": inputs["pixel_values"].transpose(0, 2, 3, 1)}
 
@@ -223,6 +228,102 @@ PAIRS: dict[str, Pair] = {
         _ENCODER_DECODER | {"max_position_embeddings": 32},
         _two_texts,
         {"activation_function": "gelu_new"},
+        "activation",
+        flax_inputs=lambda inputs: inputs | {"position_ids": _counted(2, 7), "decoder_position_ids": _counted(2, 6)},
+    ),
+    # A head whose weight is the embedding's, and whose bias is its own.
+    "DistilBERT": Pair(
+        ("DistilBertConfig", "DistilBertForMaskedLM", "FlaxDistilBertForMaskedLM"),
+        {
+            "vocab_size": 50,
+            "dim": 24,
+            "n_layers": 2,
+            "n_heads": 2,
+            "hidden_dim": 40,
+            "max_position_embeddings": 32,
+        },
+        _tokens,
+        {"tie_word_embeddings": False},
+        "tied-weights",
+    ),
+    # One layer, called three times.
+    "ALBERT": Pair(
+        ("AlbertConfig", "AlbertModel", "FlaxAlbertModel"),
+        _BERT | {"embedding_size": 16, "num_hidden_layers": 3},
+        _tokens,
+        {"layer_norm_eps": 1e-3},
+        "epsilon",
+        flax_inputs=_with_positions,
+    ),
+    # Rotary positions of a table that PyTorch keeps in a parameter, and Flax in its code.
+    "RoFormer": Pair(
+        ("RoFormerConfig", "RoFormerModel", "FlaxRoFormerModel"),
+        _BERT | {"embedding_size": 24, "rotary_value": False},
+        _tokens,
+        {"num_attention_heads": 3},
+        "attention-heads",
+        flax_inputs=lambda inputs: inputs | {"token_type_ids": np.zeros_like(inputs["input_ids"]), "head_mask": None},
+    ),
+    # Positions that count what is seen.
+    "OPT": Pair(
+        ("OPTConfig", "OPTForCausalLM", "FlaxOPTForCausalLM"),
+        {
+            "vocab_size": 50,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "ffn_dim": 40,
+            "max_position_embeddings": 32,
+            "word_embed_proj_dim": 24,
+            "use_cache": False,
+        },
+        _tokens,
+        {"num_attention_heads": 3},
+        "attention-heads",
+        flax_inputs=lambda inputs: inputs | {"position_ids": _seen(inputs["attention_mask"])},
+    ),
+    # Attention to the last few alone, in every second layer.
+    "GPT-Neo": Pair(
+        ("GPTNeoConfig", "GPTNeoForCausalLM", "FlaxGPTNeoForCausalLM"),
+        {
+            "vocab_size": 50,
+            "hidden_size": 24,
+            "num_layers": 2,
+            "num_heads": 2,
+            "intermediate_size": 40,
+            "max_position_embeddings": 32,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+            "use_cache": False,
+        },
+        _tokens,
+        {"window_size": 3},
+        "attention-mask",
+        flax_inputs=_with_positions,
+    ),
+    # Distances in the place of positions (ALiBi), and query, key and value in one.
+    "BLOOM": Pair(
+        ("BloomConfig", "BloomForCausalLM", "FlaxBloomForCausalLM"),
+        {"vocab_size": 50, "hidden_size": 24, "n_layer": 2, "n_head": 2, "use_cache": False},
+        _tokens,
+        {"layer_norm_epsilon": 1e-3},
+        "epsilon",
+    ),
+    # A shared bias of relative positions, and paths that are dropped in training.
+    "BEiT": Pair(
+        ("BeitConfig", "BeitForImageClassification", "FlaxBeitForImageClassification"),
+        _VIT | {"patch_size": 4, "use_shared_relative_position_bias": True, "drop_path_rate": 0.5},
+        _images,
+        {"hidden_act": "relu"},
+        "activation",
+    ),
+    # Sinusoids in Flax's code, and a bias that is a buffer in PyTorch and a parameter in Flax.
+    "Marian": Pair(
+        ("MarianConfig", "MarianMTModel", "FlaxMarianMTModel"),
+        _ENCODER_DECODER
+        | {"max_position_embeddings": 32, "pad_token_id": 59, "decoder_start_token_id": 59, "eos_token_id": 0},
+        _two_texts,
+        {"activation_function": "relu"},
         "activation",
         flax_inputs=lambda inputs: inputs | {"position_ids": _counted(2, 7), "decoder_position_ids": _counted(2, 6)},
     ),
