@@ -398,3 +398,10 @@ def test_unusual_numbers_are_solved(shape, numbers, elements):
     assert rule.shape == shape
     np.testing.assert_allclose(rule.numbers, numbers, rtol=1e-3, atol=1e-12)
     np.testing.assert_allclose(rule.decay, 3e-5, rtol=1e-3)
+
+
+def test_adagrad_with_its_epsilon_inside_the_root():
+    """As optax has it; the fit leaves a trifle outside of it, too, which is no epsilon."""
+    (found,) = probe(adagrad(), optax.adagrad(LR, initial_accumulator_value=0.0, eps=1e-10))
+    assert found.code == "adam-epsilon"
+    assert found.evidence == "epsilon is 1e-10, outside the root, in PyTorch and 1e-10, inside the root, in Flax"

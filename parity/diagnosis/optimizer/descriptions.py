@@ -15,6 +15,8 @@ from parity.records.answers import Response
 # In Adagrad an epsilon inside the root and the accumulator's initial value are one number: this small, an epsilon.
 SMALL_ACCUMULATOR = 1e-5
 NO_EPSILON, NO_EPSILON_ROOT = 1e-17, 1e-26
+# Of the root of one inside: less of one outside is what rounding leaves of the fit.
+NO_EPSILON_BESIDE = 1e-7
 
 
 class Description(NamedTuple):
@@ -108,7 +110,7 @@ def _epsilon(rule: Rule, second_corrected: bool) -> tuple[str, float]:
     if rule.shape.second == "sum" and rule.numbers.initial <= SMALL_ACCUMULATOR:
         inside = rule.numbers.initial
     outside, inside = (outside if outside > NO_EPSILON else 0.0), (inside if inside > NO_EPSILON_ROOT else 0.0)
-    if outside and inside:
+    if outside > NO_EPSILON_BESIDE * inside**0.5 and inside:
         return f"{text(inside)} inside the root and outside", outside
     late = rule.shape.second == "ema" and second_corrected and not rule.shape.corrected
     if inside:
