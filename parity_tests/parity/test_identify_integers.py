@@ -1,8 +1,13 @@
 """Integers that arrive at an embedding: positions that are counted otherwise, and what is no position."""
 
+import flax.linen as linen
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import parity
 from parity.diagnosis.between.chains import Source
 from parity.diagnosis.between.integers import findings
 
@@ -48,3 +53,30 @@ def test_what_is_no_position():
     for wrong in (IDS, IDS + 1, 2 * PLAIN, PLAIN[:, ::-1]):
         assert codes(PLAIN, wrong, [Source("input 1", IDS)]) == ["unexplained"]
         assert codes(IDS, IDS + 1, [Source("input 1", IDS)]) == ["unexplained"]
+
+
+class Places(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.fc = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(x + self.table(torch.arange(4)))
+
+
+class LinenPlaces(linen.Module):
+    step: int = 1
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(2, name="fc")(x + linen.Embed(5, 3, name="table")(jnp.arange(4)[:: self.step]))
+
+
+def test_a_table_that_is_given_other_numbers_is_not_accused_as_well():
+    """As of the relative positions of T5 and Swin, with their sign exchanged."""
+    x = np.random.default_rng(0).normal(size=(2, 4, 3))
+    assert parity.check(Places(), LinenPlaces(), x, flax_inputs=[x]).ok
+    report = parity.check(Places(), LinenPlaces(-1), x, flax_inputs=[x])
+    assert [(d.code, d.layer) for d in report.diagnoses] == [("unexplained", "table")], report
+    assert not any("same input" in text for text in (*report.notes, *(d.evidence for d in report.diagnoses))), report
