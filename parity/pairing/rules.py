@@ -181,10 +181,14 @@ def pair_tensors(
         flax_left.remove(flax_name)
 
     rules = [_with_options(rule, options or {}) for rule in RULES if rule.kind == kind]
-    every = tuple(dict.fromkeys(layout for rule in rules for layout in rule.layouts)) or (SAME,)
+    # Of bare parameters what is registered for others comes last: it would turn a square matrix.
+    every = _layouts([*reversed(rules)] if kind == "other" else rules)
     if kind == "other":
         for name in [name for name in torch_left if name in flax_left]:
-            take(name, name, every)
+            known = [
+                rule for rule in rules if _first_match(rule.torch_name, [name]) and _first_match(rule.flax_name, [name])
+            ]
+            take(name, name, _layouts([*known, *reversed(rules)]))
             torch_left.remove(name)
     for rule in rules:
         torch_name = _first_match(rule.torch_name, torch_left)
@@ -199,6 +203,11 @@ def pair_tensors(
         take(torch_name, flax_name, every)
         torch_left.remove(torch_name)
     return Paired(pairs, torch_left, flax_left)
+
+
+def _layouts(rules: Sequence[Rule]) -> tuple[Layout, ...]:
+    """How the axes may move by these rules, the usual first."""
+    return tuple(dict.fromkeys(layout for rule in rules for layout in rule.layouts)) or (SAME,)
 
 
 def with_flatten(pair: TensorPair, shape: Sequence[int], *, out_in: bool = False) -> TensorPair:

@@ -154,6 +154,17 @@ def test_bare_parameters():
     np.testing.assert_array_equal(grid.to_torch(grid.to_flax(a)), a)
 
 
+def test_a_rule_for_one_name_moves_no_other():
+    before, shapes = list(rules.RULES), dict.fromkeys(("const", "matrix", "theta"), (2, 2))
+    try:
+        rules.register("other", "const", "const", layouts.OUT_IN)
+        paired = pair_tensors("other", shapes, {name.replace("theta", "Theta"): v for name, v in shapes.items()})
+    finally:
+        rules.RULES[:] = before
+    moved = {pair.torch_name: pair.to_flax(np.array([[1, 2], [3, 4]])).tolist() for pair in paired.pairs}
+    assert moved == {"const": [[1, 3], [2, 4]], "matrix": [[1, 2], [3, 4]], "theta": [[1, 2], [3, 4]]}
+
+
 def test_register_is_one_line():
     assert not pair_tensors("linear", {"theta": (2, 2), "t2": (2, 2)}, {"A": (2, 2), "B": (2, 2)}).pairs
     try:
