@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from parity.diagnosis.fixes import Fix
 from parity.diagnosis.mistakes import MISTAKES, UNEXPLAINED
 from parity.records.recording import NETWORK, PHASES
+
+if TYPE_CHECKING:
+    from parity.diagnosis.between.cuts import Cut
+
+
+class Pads(NamedTuple):
+    """What each side pads at stride 1.
+
+    Attributes:
+      torch, flax: before and behind, and how far the kernel reaches beyond one position, axis by axis.
+    """
+
+    torch: tuple[tuple[int, int, int], ...]
+    flax: tuple[tuple[int, int, int], ...]
+
+    def without(self, torch: Sequence[tuple[int, int]], flax: Sequence[tuple[int, int]]) -> Pads:
+        """Less what either side leaves out of the result, before and behind, axis by axis."""
+        sides = (self.torch, torch), (self.flax, flax)
+        return Pads(*(tuple((a - c, b - d, n) for (a, b, n), (c, d) in zip(*side, strict=True)) for side in sides))
+
+    @property
+    def rule(self) -> tuple[tuple[tuple[float, float], ...], ...]:
+        """The same in parts of the reach: one rule has many numbers, a pair for each dilation and each size."""
+        return tuple(tuple((a / (n or 1), b / (n or 1)) for a, b, n in side) for side in self)
 
 
 @dataclass(frozen=True)
@@ -20,6 +44,9 @@ class Finding:
       evidence: one sentence with the numbers that show it.
       charges: what is charged where it lies between two layers, see `mistakes.Mistake`; of a mistake it is the table's.
       fix: the lines of both sides as they are, and as each would be like the other, where the numbers say them.
+      pads: of a `padding`, what either side pads, where it is known.
+      cut: of a `padding`, which positions of what a layer gives either side leaves out, where one does.
+      like: of a `padding`, the one of the same rule of which it is known what is left out behind it.
 
     Raises:
       ValueError: a code that is not in the table.
@@ -29,6 +56,17 @@ class Finding:
     evidence: str
     charges: str = ""
     fix: Fix | None = None
+    pads: Pads | None = None
+    cut: tuple[Cut, Cut] | None = None
+    like: Finding | None = None
+
+    @property
+    def cause(self) -> Hashable:
+        """What two findings of one mistake have alike, though their numbers differ; None: they must be the same."""
+        if self.like is not None:
+            return self.like.cause
+        ends = None if self.cut is None else tuple(tuple(map(bool, (*cut.first, *cut.last))) for cut in self.cut)
+        return None if self.pads is None and ends is None else (self.pads and self.pads.rule, ends)
 
     def __post_init__(self) -> None:
         if self.code == UNEXPLAINED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from parity.diagnosis.fixes import Fix
 from parity.records.constructors import NotSayableError, Said, line
@@ -21,13 +21,14 @@ TERMS: Mapping[str, tuple[str, ...]] = {
 """Which terms of `constructors` a mistake is in: code -> these."""
 
 
-def own_fix(code: str, torch: Said | None, flax: Said | None) -> Fix | None:
+def own_fix(code: str, torch: Said | None, flax: Said | None, cut: Sequence[bool] = (False, False)) -> Fix | None:
     """The lines of two layers as they are, and as each would be like the other.
 
     Args:
       code: of the mistake.
       torch: what PyTorch's layer is made with; None where that is not known.
       flax: Flax's.
+      cut: whether PyTorch leaves out positions of what comes of it, and whether Flax does: the terms say what is left.
 
     Returns:
       Of either framework (as it is, like the other); None where the arguments do not show the mistake, or one framework
@@ -46,6 +47,7 @@ def own_fix(code: str, torch: Said | None, flax: Said | None) -> Fix | None:
         ]
     except NotSayableError:
         return None
+    lines = [(a, f"{b}  # and nothing left out behind it" if c else b) for (a, b), c in zip(lines, cut, strict=True)]
     return Fix(*lines) if all(wrong != right for wrong, right in lines) else None
 
 

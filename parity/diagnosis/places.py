@@ -14,6 +14,7 @@ from parity.diagnosis.between import family as between
 from parity.diagnosis.between import input as inputs
 from parity.diagnosis.between import integers
 from parity.diagnosis.between.chains import Source
+from parity.diagnosis.chomps import with_chomps
 from parity.diagnosis.finding import PHASE_ORDER, Finding, Located, in_order
 from parity.diagnosis.lone_layers import with_lone_layers
 from parity.diagnosis.mistakes import UNEXPLAINED, is_one_sided, phase_of
@@ -91,6 +92,7 @@ class Diagnosis:
             found += self._last_glue()
         found = NormOrder(self.translation, self.forced, self.free, self._tolerance).findings(found)
         found = NormPosition(self.translation, self.forced, self._tolerance).findings(found)
+        found = with_chomps(found, self.translation)
         return in_order(with_lone_layers(found, self.translation, self.forced, self.free))
 
     def _tensor(self, difference: Difference) -> str | None:

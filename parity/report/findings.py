@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,6 +103,7 @@ class Diagnosis:
       more: (PyTorch's name, Flax's path) of the layers behind it of which the same sentence is true.
       places: of it and of those, where more is known of them than their names.
       values: the two numbers that are farthest apart in the first; None where there are none.
+      cause: what the same mistake has alike elsewhere, though its numbers are others; None: nothing but its evidence.
       fix: the first's own lines, as they are and as each would be like the other's; None where they are not known.
     """
 
@@ -114,6 +115,7 @@ class Diagnosis:
     places: tuple[Place, ...] = ()
     values: Values | None = None
     fix: Fix | None = None
+    cause: Hashable = None
 
     @property
     def layers(self) -> list[str]:
@@ -134,19 +136,31 @@ class Diagnosis:
 
 
 def together(diagnoses: Iterable[Diagnosis]) -> list[Diagnosis]:
-    """One diagnosis for what is the same mistake, in the same words, in several layers; in the order of the first."""
-    same: dict[tuple[str, str], dict[Place, Values | None]] = {}
+    """One diagnosis for what is the same mistake, in the same words, in several layers; in the order of the first.
+
+    Where the cause is the same and the numbers are not, as a padding by another rule, the others' are told as well.
+    """
+    same: dict[tuple[str, Hashable], list[Diagnosis]] = {}
     for d in diagnoses:
-        seen = same.setdefault((d.code, d.evidence), {})
-        for place in d.at:
-            seen.setdefault(place, d.values)
+        same.setdefault((d.code, d.evidence if d.cause is None else (d.cause,)), []).append(d)
     found = []
-    for (code, evidence), places in same.items():
+    for alike in same.values():
+        places = dict.fromkeys(place for d in alike for place in d.at)
         first, *more = dict.fromkeys((place.torch_layer, place.flax_layer) for place in places)
+        others = {d.evidence: d for d in reversed(alike) if d.evidence != alike[0].evidence}
+        told = [f"{d.at[0].text}: {evidence}" for evidence, d in reversed(others.items())]
+        more_told = [f"and {len(told) - MOST_ALIKE} more"] if len(told) > MOST_ALIKE else []
+        evidence = "; likewise ".join([alike[0].evidence, *told[:MOST_ALIKE], *more_told])
         found.append(
-            Diagnosis(code, first[0], evidence, first[1], tuple(more), tuple(places), next(iter(places.values())))
+            replace(
+                alike[0], layer=first[0], flax_layer=first[1], evidence=evidence, more=tuple(more), places=tuple(places)
+            )
         )
     return found
+
+
+MOST_ALIKE = 3
+"""Places whose own numbers are told beside the first's, where one cause has others in each."""
 
 
 @dataclass(frozen=True)

@@ -143,17 +143,20 @@ def report(
     if len(others) > MOST_BESIDES:
         besides.append(f"besides, at {len(others) - MOST_BESIDES} more places what differs is not explained")
     diagnoses = together(chosen)
+    firsts = [next(c.evidence for c in chosen if (c.code, c.at[0]) == (d.code, d.at[0])) for d in diagnoses]
     for i, d in enumerate(diagnoses):
         # Of the same mistake in several layers, those of the first.
-        shown = told_of.get((d.code, d.layer, d.flax_layer, d.evidence))
+        shown = told_of.get((d.code, d.layer, d.flax_layer, firsts[i]))
         if d.code == UNEXPLAINED and located and not known:
             shown = located[0]
         if shown is not None and numbers is not None:
-            diagnoses[i] = replace(d, values=numbers.of(shown), fix=_own_fix(shown, numbers.translation))
+            diagnoses[i] = replace(
+                d, values=numbers.of(shown), fix=_own_fix(shown, numbers.translation, numbers.runs[-1][1])
+            )
     return Report(divergence, diagnoses, rows, [*notes, *besides, *_not_compared(rows)], details)
 
 
-def _own_fix(f: Located, translation: Translation) -> Fix | None:
+def _own_fix(f: Located, translation: Translation, flax: Recording) -> Fix | None:
     """The lines of what is charged, made of its own numbers; None where these do not say it."""
     if f.finding.fix is not None:
         names = [layer.flax.config.get(CONSTRUCTOR, "") for layer in translation.pairing.layers]
@@ -162,11 +165,40 @@ def _own_fix(f: Located, translation: Translation) -> Fix | None:
     if f.is_between or pair is None:
         return None
     sizes = call.inputs[0].shape[2:] if call is not None and call.inputs and pair.kind in CHANNELS_SECOND else ()
-    return own_fix(f.finding.code, said(pair.torch, sizes), said(pair.flax, sizes))
+    both = said(pair.torch, sizes), said(pair.flax, sizes)
+    cut = f.finding.cut
+    if cut is None and f.finding.like is None:
+        return None if _is_cut(translation, flax, f.key) else own_fix(f.finding.code, *both)
+    if f.finding.pads is None or cut is None:
+        return None
+    # What the other is to be like is what is left of its padding.
+    left = [tuple((a, b) for a, b, _ in side) for side in f.finding.pads.without(*(c.ends for c in cut))]
+    there = [s and s._replace(terms={**s.terms, "padding": pads}) for s, pads in zip(both, left, strict=True)]
+    return own_fix(f.finding.code, there[0], there[1], cut=tuple(any(map(any, c.ends)) for c in cut))
+
+
+def _is_cut(translation: Translation, flax: Recording, key: tuple[str, int]) -> bool:
+    """Whether a side leaves something out behind a layer: it gives another shape, and the next is given the same.
+
+    Its own arguments alone then do not say what it does.
+    """
+    calls = [call for call in translation.torch.calls if call.path in translation.pair_of]
+    keys = [call.key for call in calls]
+    if key not in keys[:-1]:
+        return False
+    here, behind = calls[keys.index(key) :][:2]
+    mine, next_there = (flax.call((translation.pair_of[c.path].flax.path, c.index)) for c in (here, behind))
+    if mine is None or next_there is None or not behind.inputs or not next_there.inputs:
+        return False
+    given, there = behind.inputs[0].shape, next_there.inputs[0].shape
+    same = sorted(given) == sorted(there) and len(given) == here.output.ndim
+    return same and sorted(here.output.shape) != sorted(mine.output.shape)
 
 
 def _diagnosis(f: Located, torch: Recording) -> Diagnosis:
-    return Diagnosis(f.finding.code, f.layer, f.finding.evidence, f.flax_layer, places=(_place(f, torch),))
+    finding = f.finding
+    place = (_place(f, torch),)
+    return Diagnosis(finding.code, f.layer, finding.evidence, f.flax_layer, places=place, cause=finding.cause)
 
 
 def _place(f: Located, torch: Recording) -> Place:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.diagnosis.between import attention, blocks, images, relations, softmaxes
+from parity.diagnosis.between import attention, blocks, cuts, images, relations, softmaxes
 from parity.diagnosis.between.activations import OF_A_MULTIPLE, error_of, is_function, limit_of
 from parity.diagnosis.between.chains import Chain, Source, Target, match
 from parity.diagnosis.between.lines import activation_fix, pool_fix
@@ -79,7 +79,8 @@ def findings(
     if known and any(f.code != "unexplained" for f in known):
         return known
     further = (
-        attention.findings(sources, masks, *targets)
+        cuts.findings(sources, targets[0], targets[1], describe)
+        or attention.findings(sources, masks, *targets)
         or blocks.findings(sources, targets[0], targets[1], describe)
         or images.findings(sources, targets[0], targets[1])
         or _joined(sources, targets, train)

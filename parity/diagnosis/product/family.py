@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.diagnosis.family import Family, Property
-from parity.diagnosis.finding import Finding
+from parity.diagnosis.finding import Finding, Pads
 from parity.diagnosis.product.fits import KINDS, Fit, ProductSide, Side
 from parity.diagnosis.product.geometry import padding_words, same_padding
 
@@ -90,7 +90,11 @@ def _family(torch: Side, flax: Side, tolerance: float) -> Family[Fit]:
         of_b = padding_words(flax.call_of(b), b.geometry, flax.data.config)
         same_stride = a.geometry.stride == b.geometry.stride
         stride = f" at stride {_one(a.geometry.stride)}" if same_stride else ""
-        return [Finding("padding", f"PyTorch pads {of_a}, Flax {of_b}{stride}")]
+        calls = (torch.call_of(a), a.geometry), (flax.call_of(b), b.geometry)
+        pads = None
+        if {*a.geometry.stride, *b.geometry.stride} == {1} and not any(call.transposed for call, _ in calls):
+            pads = Pads(*(tuple(zip(g.low, call.high(g), call.span(g.dilation), strict=True)) for call, g in calls))
+        return [Finding("padding", f"PyTorch pads {of_a}, Flax {of_b}{stride}", pads=pads)]
 
     def bias(a: Fit, b: Fit) -> list[Finding]:
         without = flax if a.bias else torch
