@@ -33,6 +33,7 @@ from bn_common.predictions import Network
 from bn_common.record import (
     identity_of,
     is_finished,
+    names_the_same_data,
     record_of,
     recorded_config,
     refuse_other,
@@ -182,8 +183,13 @@ def read_config(args: Sequence[str] | None, *, prog: str, description: str, fram
 
 
 def _nothing_to_train(config: Config) -> bool:
-    """Whether the run in --out is finished; of one in several processes nobody asks, the others are waiting."""
-    return config.coordinator is None and config.out is not None and is_finished(config, config.out)
+    """Whether the run in --out is finished; of one in several processes nobody asks, the others are waiting.
+
+    Where other data are named, and nothing else is to be done with the run, nobody knows before they are looked at.
+    """
+    if config.coordinator is not None or config.out is None or not is_finished(config, config.out):
+        return False
+    return afterwards.is_asked(config) or names_the_same_data(config, config.out)
 
 
 def _say(text: str) -> None:

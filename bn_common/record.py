@@ -154,6 +154,12 @@ def is_finished(config: Config, path: Path) -> bool:
     return (path / CURVES).exists() and (len(metrics) >= config.epochs or reached(config, metrics))
 
 
+def names_the_same_data(config: Config, path: Path) -> bool:
+    """Whether the run in the folder was told to take its data from where this one is."""
+    mine, theirs = record_of(config, ""), read_record(path) or {}
+    return all(mine[name] == theirs.get(name) for name in ("data", "data_dir"))
+
+
 def reached(config: Config, metrics: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last of these epochs has the test accuracy that config.until_accuracy asks for."""
     wanted = config.until_accuracy

@@ -342,6 +342,10 @@ def test_a_run_that_is_finished_already(tmp_path, capsys):
         command_line.read_config(args, prog="p", description="", framework="jax")
     assert stop.value.code == 0
     assert "holds all of this run" in capsys.readouterr().out
+    # Of other data nobody can say so before they are looked at.
+    other = command_line.read_config([*args, "--data", "sample"], prog="p", description="", framework="jax")
+    assert other.data == "sample"
+    assert capsys.readouterr().out == ""
 
 
 RECORDS = {
