@@ -50,6 +50,8 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[Any]:
     path = Path(path)
     if os.path.isdir(path):
         raise ValueError(f"{path}: found a folder; expected an IDX file")
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device, which may be without end
+        raise ValueError(f"{path}: found no regular file; expected an IDX file")
     if "\0" in str(path):
         raise ValueError(f"{str(path)!r}: found a name with a null byte; expected the name of an IDX file")
     try:

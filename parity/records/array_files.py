@@ -69,6 +69,7 @@ def read(path: Path, expected: int | None = None) -> dict[str, NDArray]:
     Raises:
       ValueError: it can't be read, holds objects, or promises more than it holds or than is allowed; in one line.
     """
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             start = file.read(6)
@@ -97,6 +98,12 @@ def _read_npz(archive: zipfile.ZipFile, most: int) -> dict[str, NDArray]:
     if len(found) < len(members):
         raise ValueError("it has two arrays of one name")
     return found
+
+
+def check_regular(path: Path) -> None:
+    """ValueError for a pipe or a device, which may be without end, or never begin."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
 
 
 def read_safetensors(content: bytes, dtypes: Collection[str] = SAFE) -> tuple[dict[str, NDArray], dict[str, Any]]:

@@ -68,7 +68,7 @@ def is_dump(path: str | Path) -> bool:
     """Whether both files are there and the JSON says so, or did before it was damaged."""
     arrays, about = files_of(path)
     try:
-        content = about.read_bytes() if arrays.is_file() else b""
+        content = about.read_bytes() if arrays.is_file() and about.is_file() else b""
     except OSError:
         return False
     try:
@@ -129,6 +129,9 @@ def load(path: str | Path) -> Evidence:
       ValueError: no dump, one of another version, or two files that do not belong together.
     """
     arrays_file, about_file = files_of(path)
+    for file in (arrays_file, about_file):
+        with _named(file):
+            array_files.check_regular(file)
     try:
         content, about = arrays_file.read_bytes(), about_file.read_bytes()
     except OSError as error:

@@ -101,6 +101,8 @@ def load(path: str | os.PathLike, expected: int | None = None) -> Weights:
         _check_suffix(path)
     reader = {".safetensors": _load_safetensors, ".npz": _load_npz}.get(path.suffix, _load_torch)
     try:
+        if not path.is_dir():
+            array_files.check_regular(path)
         return (_load_orbax if path.is_dir() else reader)(path, expected)
     except ModuleNotFoundError:
         raise

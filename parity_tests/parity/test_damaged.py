@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 import parity
+from image_data import read_idx
 from parity.cli import convert
 from parity.cli.named_objects import read_arrays
-from parity.records import array_files, strict_json
+from parity.records import array_files, dump_file, strict_json
 from parity.sides import weight_files
 from parity.weights import ParityWarning
 from parity_tests import damage
@@ -238,6 +240,25 @@ def test_names_that_would_steer_a_terminal(tmp_path, monkeypatch, capsys):
     state["\x1b.running_var"] = -torch.ones(3)
     with pytest.warns(ParityWarning, match=r"^\\x1b\.running_var: variances below 0"):
         parity.to_flax(state, twin)
+
+
+@pytest.mark.skipif(not os.path.exists(os.devnull) or os.name == "nt", reason="no device has a path there")
+def test_what_is_no_regular_file(tmp_path):
+    """A pipe may never begin, and /dev/zero never end: neither is opened. This one would do no harm."""
+    names = "w.npz", "w.pt", "w.safetensors", "x.npy", "d.json", "images"
+    for name in names:
+        (tmp_path / name).symlink_to(os.devnull)
+    (tmp_path / "d.safetensors").write_bytes(b"")
+    for name in names[:3]:
+        with pytest.raises(ValueError, match=r"can't be read as \.\w+: it is no regular file"):
+            weight_files.load(tmp_path / name)
+    with pytest.raises(ValueError, match="it is no regular file"):
+        read_arrays("--inputs", tmp_path / "x.npy")
+    with pytest.raises(ValueError, match="it is no regular file"):
+        dump_file.load(tmp_path / "d")
+    assert not dump_file.is_dump(tmp_path / "d")
+    with pytest.raises(ValueError, match="images: found no regular file; expected an IDX file"):
+        read_idx(tmp_path / "images")
 
 
 def test_a_pickle_that_asks_for_memory(tmp_path):
