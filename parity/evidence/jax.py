@@ -28,7 +28,7 @@ from parity.records.inputs import Inputs
 from parity.records.recording import NETWORK, Recording
 from parity.records.structure import of_layers, of_recording
 from parity.sides import jax as flax_side
-from parity.sides.weight_files import expected_bytes, read_weights
+from parity.sides.weight_files import checked, expected_bytes, read_weights
 
 
 class FlaxRuns:
@@ -257,10 +257,10 @@ class FlaxRuns:
         """The module's own variables; with those of a file or a dump of Flax's, if given."""
         self.variables = {**self._initial, **flax_side.own_variables(self.module)}
         if other is not None:
-            self.variables |= _checked(other.free.tensors, self.shapes, self.side.tables, str(weights))
+            self.variables |= checked(other.free.tensors, self.shapes, self.side.tables, str(weights))
         elif weights is not None:
             given = read_weights(Path(weights), expected=expected_bytes(a.shape for a in self.shapes.values()))
-            self.variables |= _checked(given, self.shapes, self.side.tables, str(weights))
+            self.variables |= checked(given, self.shapes, self.side.tables, str(weights))
 
     def evidence(self) -> Evidence:
         """The run on its own; op by op, and so all that follow, where the gradient is lost in what XLA makes of it."""
@@ -384,14 +384,3 @@ def _filler(name: str, shape: tuple[int, ...]) -> NDArray:
     is_scale = kinds.SCALE.fullmatch(last) or kinds.WEIGHT.fullmatch(last)
     is_one = is_scale if name.startswith("params/") else kinds.VAR.fullmatch(last)
     return np.ones(shape) if is_one and len(shape) < 2 else np.zeros(shape)
-
-
-def _checked(
-    given: Mapping[str, NDArray], shapes: Mapping[str, Any], tables: Collection[str], name: str
-) -> Mapping[str, NDArray]:
-    problems = [f"lacks {n}" for n in shapes if n not in given]
-    problems += [f"has {n} of another shape" for n, v in shapes.items() if n in given and given[n].shape != v.shape]
-    problems += [f"has {n}, too" for n in given if n not in shapes and n not in tables]
-    if problems:
-        raise ValueError(f"--weights {name} {', '.join(problems)}; allowed: those of this module")
-    return given

@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -363,3 +363,19 @@ def read_weights(path: Path, option: str = "--weights", expected: int | None = N
     except ValueError as error:
         allowed = "" if "allowed:" in str(error) else f"; allowed: {', '.join(SUFFIXES)}"
         raise ValueError(f"{option}: {error}{allowed}") from None
+
+
+def checked(
+    given: Mapping[str, NDArray], shapes: Mapping[str, Any], tables: Collection[str], name: str
+) -> Mapping[str, NDArray]:
+    """The weights `given`, which are those of a module of Flax's.
+
+    Raises:
+      ValueError: they are not; the message says what is missing, of another shape or there besides.
+    """
+    problems = [f"lacks {n}" for n in shapes if n not in given]
+    problems += [f"has {n} of another shape" for n, v in shapes.items() if n in given and given[n].shape != v.shape]
+    problems += [f"has {n}, too" for n in given if n not in shapes and n not in tables]
+    if problems:
+        raise ValueError(f"--weights {name} {', '.join(problems)}; allowed: those of this module")
+    return given
