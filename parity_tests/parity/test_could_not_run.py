@@ -129,7 +129,11 @@ def test_pytorchs_module_that_raises_at_every_call(at, flax_net):
 
 
 @pytest.mark.parametrize("at", ["own", 0, 2, "end"])
-@pytest.mark.parametrize("flax_net", [LinenStops, lambda at: LinenStops(at, late=True), NnxStops], ids=["linen", "linen, initialised late", "nnx"])
+@pytest.mark.parametrize(
+    "flax_net",
+    [LinenStops, lambda at: LinenStops(at, late=True), NnxStops],
+    ids=["linen", "linen, initialised late", "nnx"],
+)
 def test_flax_module_that_raises_at_every_call(at, flax_net):
     """Also while it is initialised, before it is known which layers it has: the first ones are compared with ours."""
     report = parity.check(TorchStops(), flax_net(at), X, train=False)
