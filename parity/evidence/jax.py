@@ -370,7 +370,13 @@ class FlaxRuns:
 
     def add_own_dtype(self, evidence: Evidence) -> None:
         """The run in the module's own dtype, and float64 beside it layer by layer."""
-        own = evidence.own = self.run(float64=False)
+        evidence.own = self.run(float64=False)
+        if evidence.own.failure is not None:
+            evidence.own = None  # its exception holds arrays, too
+            flax_side.forget(self.programs)
+            evidence.own = self.run(float64=False)
+            flax_side.forget(self.programs)
+        own = evidence.own
         if own.has_ended:
             exact = self.run(force=OwnInputs(own), gradients=False)
             products = {path for path, layer in self.layers.items() if layer.kind in (*kinds.PRODUCTS, "other")}

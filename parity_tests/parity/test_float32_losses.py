@@ -104,3 +104,22 @@ def test_torch(function, expected):
     with Rounds() as seen:
         function(torch.from_numpy(X64))
     assert seen.seen is expected
+
+
+def test_a_loss_that_indexes_by_whole_numbers_of_numpy_runs_in_both_widths():
+    """JAX gives int64 that it has made of them in float64 to the run in float32, too."""
+    torch.manual_seed(0)
+    rows, actions = np.arange(8), np.random.default_rng(0).integers(0, 4, 8)
+
+    def torch_loss(q):
+        return q[torch.tensor(rows), torch.tensor(actions)].square().mean()
+
+    def jax_loss(q):
+        return (q[jnp.arange(8), actions] ** 2).mean()
+
+    report = parity.check(torch.nn.Linear(5, 4), nn.Dense(4), X, loss=(torch_loss, jax_loss))
+    assert report.ok, report
+    assert report.details["dtype"] == "float64, and float32 beside it"
+    assert all(
+        row.error32 is not None for row in report.layers if row.quantity.endswith("gradient") and row.torch_layer
+    )

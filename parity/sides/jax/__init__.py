@@ -7,7 +7,7 @@ with needed_by("Flax's side of the bridge"):
     from parity.sides.jax.constants import constants
     from parity.sides.jax.layers import layers_of, structure
     from parity.sides.jax.linen import LinenSide
-    from parity.sides.jax.module import Side, default_loss, environment, flat, lifted, nested, versions
+    from parity.sides.jax.module import Side, default_loss, environment, flat, forget, lifted, nested, versions
     from parity.sides.jax.nnx import NnxSide, flat_variables, nnx_state
     from parity.sides.jax.record import record
     from parity.sides.jax.side import own_variables, side_of
@@ -25,6 +25,7 @@ __all__ = [
     "flat",
     "flat_variables",
     "flax_steps",
+    "forget",
     "is_float32_inside",
     "layers_of",
     "lifted",

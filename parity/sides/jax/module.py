@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Protocol
@@ -234,6 +235,17 @@ def lifted(value: Any, *, float64: bool) -> Any:
         value = np.asarray(value, np.float64)
     # What numpy holds is put there as it is: `asarray` would compile a program for each shape.
     return jax.device_put(value) if isinstance(value, np.ndarray) else jnp.asarray(value)
+
+
+def forget(programs: dict) -> None:
+    """Every program, these and JAX's own.
+
+    JAX 0.10 keeps what it makes of a numpy array by the array alone, as long as a program holds it: int64, by which a
+    loss indexes, say, for a run without float64, too.
+    """
+    programs.clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @contextlib.contextmanager
