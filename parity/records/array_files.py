@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
@@ -100,9 +101,9 @@ def _read_npz(archive: zipfile.ZipFile, most: int) -> dict[str, NDArray]:
     return found
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: str | Path) -> None:
     """ValueError for a pipe or a device, which may be without end, or never begin."""
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is no regular file")
 
 

@@ -163,7 +163,7 @@ def test_nothing_stays_exchanged():
             raise OSError("while it is opened")
 
     side = side_of(Broken())
-    layers, variables = structure(side, [X], train=False)
+    layers, variables, _ = structure(side, [X], train=False)
     assert not side.is_opened
     zeros = {name: np.zeros(v.shape, np.float32) for name, v in variables.items()}
     assert not record(side, layers, zeros, [X], train=False).calls

@@ -24,9 +24,11 @@ def randomised(module, dtype=torch.float32, seed=0):
     """The module with all its tensors drawn at random, statistics too."""
     torch.manual_seed(seed)
     module = module.to(dtype)
-    for value in module.state_dict().values():
+    for name, value in module.state_dict().items():
         if value.is_floating_point():
             value.normal_()
+        if name.endswith("var"):
+            value.abs_()
     return module
 
 
