@@ -94,7 +94,8 @@ def told(decided: Sequence[Difference], report: Report) -> str:
     first = decided[0]
     return (
         f"decided by rounding at {both_names(first.key[0], first.flax_layer)}: two values of which one counts (a "
-        f"maximum, or a number beside 0) are equal but for rounding, and the {first.quantity} differs by "
+        f"maximum, or a number beside 0) are equal but for rounding, or what is added up there nearly cancels; the "
+        f"{first.quantity} differs by "
         f"{first.error:.1e}, as either side's own does when it is nudged; all was compared with inputs and weights "
         f"changed by {ASIDE:g} of themselves, where rounding decides nothing"
     )
