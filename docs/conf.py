@@ -20,4 +20,4 @@ suppress_warnings = ["myst.header"]
 autodoc_mock_imports = ["flax", "jax", "optax", "torch"]
 autodoc_typehints = "none"  # Args says what they are, in words
 napoleon_use_rtype = False  # what comes back is a sentence
-nitpick_ignore_regex = [("py:class", ".* .*|Place|Values")]  # which is no class's name, and parts of a Diagnosis
+nitpick_ignore_regex = [("py:class", ".* .*|Fix|Place|Shapes|Values")]  # no class's name, and parts of a Diagnosis
