@@ -257,6 +257,8 @@ def test_rounding_that_cancels_makes_larger_is_told_and_is_no_difference():
     assert report.ok, report
     assert any(note.startswith("float32's rounding is all that differs at key") for note in report.notes), report
     assert max(row.error for row in report.layers) > 1e-4
+    assert max(row.bound for row in report.layers) == 1e-2  # thirty times what is measured is more
+    assert all(row.bound <= 1e-4 for row in report.layers if row.phase == "forward")
 
 
 @pytest.mark.parametrize("passed", [0.5, 0.97])
